@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+# Each target prints what it does. `make demo` and `make test` install what is missing (Debian
+# packages by apt when root, cargo and Go modules) or say in one line what is missing.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup tools images build demo test unit e2e e2e-full fuzz check bench soak clean
+PROFILE_DIR := target/debug
+FUZZ_SECONDS ?= 10
+
+help: ## list the targets
+	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: ## install Debian packages and check the toolchains
+	@echo "== setup: packages and toolchains"
+	@integration/scripts/setup.sh
+
+tools: setup ## build nerdctl and containerd 2.x from their Go modules into target/tools
+	@echo "== tools: nerdctl and containerd 2.x (kept in target/tools)"
+	@integration/scripts/go-tools.sh target/tools
+
+images: setup ## make the test image (Debian + Python) into target/images
+	@echo "== images: Debian + Python (kept in target/images)"
+	@integration/scripts/image.sh target/images/python
+
+build: setup ## build all programs
+	@echo "== build: sluice, sluiced, sluice-shim and the test programs"
+	@cargo build --workspace --bins --locked
+
+demo: build images ## the whole job on real software: convert, run lazily, compare, clean up
+	@if command -v go >/dev/null; then $(MAKE) --no-print-directory tools; fi
+	@echo "== demo"
+	@$(PROFILE_DIR)/demo
+
+unit: setup ## unit, model, contract and fault tests of all crates
+	@echo "== unit: unit, model, contract and fault tests"
+	@cargo test --locked
+
+e2e: build tools images ## end-to-end tests on real containerd (short form)
+	@echo "== e2e: real containerd 1.6 and 2.x, runc, registry, kernel mounts"
+	@cargo test --locked -p sluice-integration -- --test-threads=1
+
+fuzz: setup ## each fuzz target for FUZZ_SECONDS (default 10)
+	@echo "== fuzz: $(FUZZ_SECONDS) s per target"
+	@fuzz/run $(FUZZ_SECONDS)
+
+test: unit e2e fuzz ## everything, unit to end-to-end, fuzz targets in short form
+	@echo "== test: all passed"
+
+check: setup ## formatting, lints, unit and model tests, docs
+	@echo "== check: rustfmt, clippy, unit tests, docs"
+	@cargo fmt --all --check
+	@cargo clippy --locked --workspace --all-targets -- -D warnings
+	@cargo test --locked
+	@RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --workspace
+
+bench: tools images ## conversion throughput and file system ratios, release build
+	@echo "== bench: conversion and file system against their peers, as ratios"
+	@cargo build --release --workspace --bins --locked
+	@target/release/bench
+
+soak: tools images ## the full matrix: long end-to-end forms, ten minutes per fuzz target
+	@echo "== soak"
+	@SLUICE_LONG=1 $(MAKE) --no-print-directory e2e
+	@$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=600
+
+clean: ## remove everything that was built or cached
+	@rm -rf target fuzz/target

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The pieces of an end-to-end set-up and the guards that take them down.
+
+pub mod command;
+pub mod containerd;
+pub mod daemon;
+pub mod images;
+pub mod mounts;
+pub mod nerdctl;
+pub mod process;
+pub mod proxy;
+pub mod registry;
+pub mod root;
+pub mod site;
+pub mod tools;

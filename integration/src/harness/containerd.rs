@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A private containerd, 1.6 from Debian or 2.x built from its module.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::command::{self, Output};
+use super::process::Process;
+use super::root::Root;
+use super::tools;
+
+/// Which containerd.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Release {
+    /// Debian 12's 1.6.
+    V1,
+    /// 2.x.
+    V2,
+}
+
+impl Release {
+    /// A word for names and tables.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V1 => "containerd-1.6",
+            Self::V2 => "containerd-2",
+        }
+    }
+}
+
+/// A running containerd.
+#[derive(Debug)]
+pub struct Containerd {
+    process: Process,
+    release: Release,
+    socket: PathBuf,
+    root: PathBuf,
+    config: PathBuf,
+    log: PathBuf,
+}
+
+impl Containerd {
+    /// Starts it below `root` with Sluice's snapshots socket as a proxy plugin.
+    pub fn start(root: &Root, release: Release, snapshots_socket: &Path) -> Result<Self> {
+        let base = root.directory("containerd")?;
+        let state = root.directory("c")?;
+        let socket = state.join("c.sock");
+        let config = base.join("config.toml");
+        if !config.exists() {
+            std::fs::write(&config, config_text(release, &base, &state, &socket, snapshots_socket))?;
+        }
+        let log = root.join("containerd.log")?;
+        let process = spawn(release, &config, &log)?;
+        let mut containerd = Self { process, release, socket, root: base, config, log };
+        containerd.wait_ready()?;
+        Ok(containerd)
+    }
+
+    /// Ends it and starts it again on the same state.
+    pub fn restart(&mut self) -> Result<()> {
+        self.process.stop()?;
+        self.process = spawn(self.release, &self.config, &self.log)?;
+        self.wait_ready()
+    }
+
+    fn wait_ready(&mut self) -> Result<()> {
+        let (release, socket) = (self.release, self.socket.clone());
+        self.process.wait_ready(Duration::from_secs(30), || {
+            socket.exists()
+                && ctr_command(release, &socket)
+                    .and_then(|mut c| command::run(c.arg("version"), Duration::from_secs(5)))
+                    .is_ok_and(|o| o.ok())
+        })
+    }
+
+    /// Which release it is.
+    #[must_use]
+    pub fn release(&self) -> Release {
+        self.release
+    }
+
+    /// Its socket.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Its persistent root.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// A `ctr` of its release, with the address set.
+    pub fn ctr(&self) -> Result<Command> {
+        ctr_command(self.release, &self.socket)
+    }
+
+    /// Runs `ctr ARGS` in `namespace`; a failure is an error.
+    pub fn ctr_ok(&self, namespace: &str, args: &[&str]) -> Result<Output> {
+        command::run_ok(self.ctr()?.args(["-n", namespace]).args(args), Duration::from_secs(180))
+    }
+
+    /// The last lines of its log.
+    #[must_use]
+    pub fn log_tail(&self) -> String {
+        self.process.log_tail()
+    }
+}
+
+fn ctr_command(release: Release, socket: &Path) -> Result<Command> {
+    let program = match release {
+        Release::V1 => tools::on_path("ctr")?,
+        Release::V2 => tools::go_tool("ctr2")?,
+    };
+    let mut command = Command::new(program);
+    command.arg("--address").arg(socket);
+    Ok(command)
+}
+
+fn spawn(release: Release, config: &Path, log: &Path) -> Result<Process> {
+    let mut command = match release {
+        Release::V1 => Command::new(tools::on_path("containerd")?),
+        Release::V2 => {
+            let program = tools::go_tool("containerd2")?;
+            // Its own shim must be found before Debian's.
+            let mut path = std::ffi::OsString::from(program.parent().context("program has a directory")?);
+            path.push(":");
+            path.push(std::env::var_os("PATH").unwrap_or_default());
+            let mut command = Command::new(program);
+            command.env("PATH", path);
+            command
+        }
+    };
+    Process::start(release.name(), command.arg("--config").arg(config), log)
+}
+
+fn config_text(release: Release, root: &Path, state: &Path, socket: &Path, snapshots: &Path) -> String {
+    let (root, state, socket) = (root.display(), state.display(), socket.display());
+    let version = match release {
+        Release::V1 => 2,
+        Release::V2 => 3,
+    };
+    format!(
+        r#"version = {version}
+root = "{root}"
+state = "{state}"
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime", "io.containerd.cri.v1.images", "io.containerd.internal.v1.opt", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.internal.v1.tracing", "io.containerd.tracing.processor.v1.otlp", "io.containerd.nri.v1.nri"]
+
+[grpc]
+  address = "{socket}"
+
+[plugins."io.containerd.gc.v1.scheduler"]
+  schedule_delay = "0ms"
+  startup_delay = "100ms"
+
+[proxy_plugins.sluice]
+  type = "snapshot"
+  address = "{}"
+"#,
+        snapshots.display()
+    )
+}

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A private `sluiced`, with its shim.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::unistd::Pid;
+
+use super::command::{self, Output};
+use super::process::Process;
+use super::registry::free_address;
+use super::root::Root;
+use super::tools;
+
+/// A running daemon and the shim it started.
+#[derive(Debug)]
+pub struct Daemon {
+    process: Option<Process>,
+    config: PathBuf,
+    run_dir: PathBuf,
+    state: PathBuf,
+    log: PathBuf,
+    telemetry: std::net::SocketAddr,
+}
+
+impl Daemon {
+    /// Writes a config below `root` and starts the daemon. `extra` is TOML appended to the config.
+    pub fn start(root: &Root, containerd_socket: &Path, extra: &str) -> Result<Self> {
+        let run_dir = root.directory("run")?;
+        let state = root.directory("sluice")?;
+        let telemetry = free_address()?;
+        let config = root.join("sluice.toml")?;
+        std::fs::write(
+            &config,
+            format!(
+                "[paths]\nroot = \"{}\"\nrun = \"{}\"\n\n[containerd]\naddress = \"{}\"\n\n[telemetry]\naddress = \"{telemetry}\"\n\n[log]\nlevel = \"info\"\nformat = \"text\"\n{extra}",
+                state.display(),
+                run_dir.display(),
+                containerd_socket.display(),
+            ),
+        )?;
+        let log = root.join("sluiced.log")?;
+        let mut daemon = Self { process: None, config, run_dir, state, log, telemetry };
+        daemon.start_again()?;
+        Ok(daemon)
+    }
+
+    /// Starts it after [`Self::kill`] or [`Self::stop`].
+    pub fn start_again(&mut self) -> Result<()> {
+        let mut process = Process::start(
+            "sluiced",
+            Command::new(tools::binary("sluiced")?).arg("--config").arg(&self.config),
+            &self.log,
+        )?;
+        let telemetry = self.telemetry;
+        let socket = self.snapshots_socket();
+        process.wait_ready(Duration::from_secs(20), || {
+            socket.exists() && http_get(telemetry, "/healthz").is_ok_and(|body| body.starts_with("200"))
+        })?;
+        self.process = Some(process);
+        Ok(())
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) -> Result<()> {
+        self.process.take().context("the daemon runs")?.kill()
+    }
+
+    /// SIGTERM and a clean end.
+    pub fn stop(&mut self) -> Result<()> {
+        self.process.take().context("the daemon runs")?.stop()
+    }
+
+    /// Where containerd connects.
+    #[must_use]
+    pub fn snapshots_socket(&self) -> PathBuf {
+        self.run_dir.join("snapshots.sock")
+    }
+
+    /// The persistent root.
+    #[must_use]
+    pub fn state(&self) -> &Path {
+        &self.state
+    }
+
+    /// The log file.
+    #[must_use]
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// A `sluice` command that talks to this daemon.
+    pub fn sluice(&self) -> Result<Command> {
+        let mut command = Command::new(tools::binary("sluice")?);
+        command.env("SLUICE_CONTROL_SOCKET", self.run_dir.join("control.sock"));
+        Ok(command)
+    }
+
+    /// Runs `sluice ARGS`; a failure is an error.
+    pub fn sluice_ok(&self, args: &[&str]) -> Result<Output> {
+        command::run_ok(self.sluice()?.args(args), Duration::from_secs(300))
+    }
+
+    /// The value of the metric's samples whose line contains all of `labels`, added up.
+    pub fn metric(&self, name: &str, labels: &[&str]) -> Result<f64> {
+        let body = http_get(self.telemetry, "/metrics")?;
+        Ok(body
+            .lines()
+            .filter(|l| l.starts_with(name) && l[name.len()..].starts_with(['{', ' ']))
+            .filter(|l| labels.iter().all(|label| l.contains(label)))
+            .filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok())
+            .sum())
+    }
+
+    /// Ends the shim: its mounts are dead afterwards, so unmount them next.
+    pub fn kill_shim(&self) {
+        for pid in shim_pids(&self.run_dir) {
+            killpg(pid, Signal::SIGKILL).ok();
+            kill(pid, Signal::SIGKILL).ok();
+        }
+    }
+}
+
+/// The holder's process ID as the shim wrote it; the holder leads its own process group.
+#[must_use]
+pub fn shim_pids(run_dir: &Path) -> Vec<Pid> {
+    std::fs::read_to_string(run_dir.join("shim.pid"))
+        .unwrap_or_default()
+        .split_whitespace()
+        .filter_map(|p| p.parse().ok())
+        .filter(|p| *p > 1)
+        .map(Pid::from_raw)
+        .collect()
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.process.take();
+        self.kill_shim();
+    }
+}
+
+/// A plain HTTP GET; the answer's status and body as `STATUS\nBODY`.
+pub fn http_get(address: std::net::SocketAddr, path: &str) -> Result<String> {
+    use std::io::{Read, Write};
+    let mut stream = std::net::TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    let status = text.split(' ').nth(1).context("HTTP status")?.to_owned();
+    let body = text.split_once("\r\n\r\n").map_or("", |(_, b)| b);
+    Ok(format!("{status}\n{body}"))
+}

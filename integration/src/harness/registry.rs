@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A private docker-registry behind a [`Proxy`].
+
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::process::Process;
+use super::proxy::{Line, Proxy};
+use super::root::Root;
+
+/// The registry and the line to it.
+#[derive(Debug)]
+pub struct Registry {
+    /// The line: clients use its address.
+    pub line: Proxy,
+    process: Process,
+    direct: SocketAddr,
+}
+
+impl Registry {
+    /// Starts Debian's docker-registry with its content in `store` (kept if it lies outside `root`).
+    pub fn start(root: &Root, store: &Path, line: Line) -> Result<Self> {
+        std::fs::create_dir_all(store)?;
+        let direct = free_address()?;
+        let config = root.join("registry/config.yml")?;
+        std::fs::write(
+            &config,
+            format!(
+                "version: 0.1\nlog:\n  level: warn\n  accesslog:\n    disabled: true\nstorage:\n  filesystem:\n    rootdirectory: {}\n  delete:\n    enabled: true\nhttp:\n  addr: {direct}\n",
+                store.display()
+            ),
+        )?;
+        let mut process = Process::start(
+            "docker-registry",
+            Command::new("docker-registry").arg("serve").arg(&config).env("OTEL_TRACES_EXPORTER", "none"),
+            &root.join("registry.log")?,
+        )
+        .context("Debian's docker-registry is needed")?;
+        process.wait_ready(Duration::from_secs(20), || TcpStream::connect(direct).is_ok())?;
+        Ok(Self { line: Proxy::start(direct, line)?, process, direct })
+    }
+
+    /// `host:port` of the line, as it stands in references.
+    #[must_use]
+    pub fn host(&self) -> String {
+        self.line.address().to_string()
+    }
+
+    /// `host:port` of the registry itself, past the line: for preparations that are not measured.
+    #[must_use]
+    pub fn direct(&self) -> String {
+        self.direct.to_string()
+    }
+
+    /// Ends the registry; the line stays and fails.
+    pub fn stop(&mut self) -> Result<()> {
+        self.process.stop()
+    }
+}
+
+/// A free address of 127.0.0.1.
+pub fn free_address() -> Result<SocketAddr> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?)
+}

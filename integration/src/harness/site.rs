@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A whole set-up: registry behind a line, `sluiced`, containerd.
+
+use anyhow::Result;
+
+use super::containerd::{Containerd, Release};
+use super::daemon::Daemon;
+use super::nerdctl::Nerdctl;
+use super::proxy::Line;
+use super::registry::Registry;
+use super::root::Root;
+use super::tools;
+
+/// Fields drop in order: containers first, then containerd, the daemon with its shim, the registry,
+/// and last the root with what is still mounted.
+#[derive(Debug)]
+pub struct Site {
+    containers: Containers,
+    /// containerd.
+    pub containerd: Containerd,
+    /// sluiced.
+    pub daemon: Daemon,
+    /// The registry and its line.
+    pub registry: Registry,
+    /// Where all of it lives.
+    pub root: Root,
+}
+
+/// What must be known to end containers when a test fails half-way.
+#[derive(Debug)]
+struct Containers {
+    state: std::path::PathBuf,
+}
+
+impl Drop for Containers {
+    fn drop(&mut self) {
+        // Each shim of containerd leads its own process group and writes its pid into its bundle.
+        let Ok(namespaces) = std::fs::read_dir(self.state.join("io.containerd.runtime.v2.task")) else { return };
+        for bundle in namespaces.flatten().filter_map(|n| std::fs::read_dir(n.path()).ok()).flatten().flatten() {
+            for file in ["init.pid", "shim.pid"] {
+                let text = std::fs::read_to_string(bundle.path().join(file)).unwrap_or_default();
+                if let Some(pid) = text.trim().parse().ok().filter(|p| *p > 1) {
+                    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).ok();
+                }
+            }
+        }
+    }
+}
+
+impl Site {
+    /// Starts everything below a new root named after `name`, with `extra` appended to sluiced's config.
+    pub fn start(name: &str, release: Release, line: Line, extra: &str) -> Result<Self> {
+        let root = Root::new(name)?;
+        let registry = Registry::start(&root, &tools::target().join("registry"), line)?;
+        let socket = root.directory("c")?.join("c.sock");
+        let daemon = Daemon::start(&root, &socket, extra)?;
+        let containers = Containers { state: root.path().join("c") };
+        let containerd = Containerd::start(&root, release, &daemon.snapshots_socket())?;
+        Ok(Self { containers, containerd, daemon, registry, root })
+    }
+
+    /// nerdctl with Sluice's snapshotter.
+    #[must_use]
+    pub fn nerdctl(&self, namespace: &str) -> Nerdctl<'_> {
+        Nerdctl::new(&self.root, &self.containerd, namespace, "sluice")
+    }
+
+    /// nerdctl with another snapshotter.
+    #[must_use]
+    pub fn nerdctl_with(&self, namespace: &str, snapshotter: &str) -> Nerdctl<'_> {
+        Nerdctl::new(&self.root, &self.containerd, namespace, snapshotter)
+    }
+
+    /// Ends all containers' processes at once, as a power cut would.
+    pub fn kill_containers(&self) {
+        drop(Containers { state: self.containers.state.clone() });
+    }
+}
