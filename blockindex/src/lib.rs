@@ -1,2 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Skeleton.
+//! Sluice's formats: tar scanner, EROFS trees, chunk maps, seekable zstd, layer index files.
+//!
+//! Pure: no clock, no network, no files; every decoder takes bytes and is fuzzed. What the formats
+//! look like byte by byte is in `docs/formats/`.
+#![forbid(unsafe_code)]
+
+pub mod annotations;
+pub mod chunkmap;
+pub mod digest;
+pub mod extent;
+pub mod frames;
+pub mod units;
