@@ -8,6 +8,9 @@
 pub mod annotations;
 pub mod chunkmap;
 pub mod digest;
+pub mod erofs;
 pub mod extent;
 pub mod frames;
+pub mod merge;
+pub mod tree;
 pub mod units;
