@@ -1,2 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Skeleton.
+//! containerd's side of Sluice: the snapshots service, the metadata store, chains of merged trees,
+//! their mounts, the shim that serves them, and the daemon `sluiced` that holds it all together.
+
+pub mod labels;
+pub mod resolve;

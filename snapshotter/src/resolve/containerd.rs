@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: Apache-2.0
+//! containerd's gRPC API as the daemon reads it: contents and images.
+//!
+//! One channel for all calls; it connects when first used and connects again by itself, so the
+//! daemon starts without containerd. Each call carries the namespace and has `rpc_deadline`.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use bytes::{Bytes, BytesMut};
+use containerd_client::services::v1 as api;
+use containerd_client::services::v1::content_client::ContentClient;
+use containerd_client::services::v1::images_client::ImagesClient;
+use hyper_util::rt::TokioIo;
+use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::{Code, Request, Status};
+
+use super::{ContentError, ContentInfo, ContentQuery, ContentReader};
+
+/// The metadata key by which containerd's API tells namespaces apart.
+const NAMESPACE_HEADER: &str = "containerd-namespace";
+/// Lists of contents may be long: containerd sends them in pages of 100 below this size.
+const MESSAGE_CAP_BYTES: usize = 16 << 20;
+
+/// A connection to containerd.
+#[derive(Clone, Debug)]
+pub struct Containerd {
+    channel: Channel,
+    address: PathBuf,
+    rpc_deadline: Duration,
+}
+
+impl Containerd {
+    /// Prepares a connection to the socket; nothing is sent yet.
+    #[must_use]
+    pub fn new(address: &Path, rpc_deadline: Duration) -> Self {
+        let path = address.to_owned();
+        // The address is only a name: the connector below opens the unix socket.
+        let channel = Endpoint::from_static("http://containerd.invalid")
+            .connect_timeout(rpc_deadline)
+            .connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
+                let path = path.clone();
+                async move {
+                    Ok::<_, std::io::Error>(TokioIo::new(
+                        tokio::net::UnixStream::connect(path).await?,
+                    ))
+                }
+            }));
+        Self {
+            channel,
+            address: address.to_owned(),
+            rpc_deadline,
+        }
+    }
+
+    /// Where containerd listens.
+    #[must_use]
+    pub fn address(&self) -> &Path {
+        &self.address
+    }
+
+    /// The channel, for services that this type does not wrap.
+    #[must_use]
+    pub fn channel(&self) -> Channel {
+        self.channel.clone()
+    }
+
+    /// The bound on one call.
+    #[must_use]
+    pub fn rpc_deadline(&self) -> Duration {
+        self.rpc_deadline
+    }
+
+    /// A request in a namespace with the deadline set.
+    ///
+    /// **Errors** a namespace that cannot stand in a header.
+    pub fn request<T>(&self, namespace: &str, message: T) -> Result<Request<T>, Status> {
+        let mut request = Request::new(message);
+        let value = namespace
+            .parse()
+            .map_err(|_| Status::invalid_argument(format!("namespace {namespace:?}")))?;
+        request.metadata_mut().insert(NAMESPACE_HEADER, value);
+        request.set_timeout(self.rpc_deadline);
+        Ok(request)
+    }
+
+    /// The images of a namespace whose names or targets fit containerd's filters.
+    ///
+    /// **Shape** (name, target digest, target media type).
+    pub async fn images(
+        &self,
+        namespace: &str,
+        filters: Vec<String>,
+    ) -> Result<Vec<(String, String, String)>, ContentError> {
+        let call = async {
+            let request = self.request(namespace, api::ListImagesRequest { filters })?;
+            let mut client = ImagesClient::new(self.channel());
+            Ok(client.list(request).await?.into_inner().images)
+        };
+        let images = self.bounded("list images", call).await?;
+        Ok(images
+            .into_iter()
+            .filter_map(|image| {
+                let target = image.target?;
+                Some((image.name, target.digest, target.media_type))
+            })
+            .collect())
+    }
+
+    /// All namespaces.
+    pub async fn namespaces(&self) -> Result<Vec<String>, ContentError> {
+        let call = async {
+            let request = Request::new(api::ListNamespacesRequest {
+                filter: String::new(),
+            });
+            let mut client = api::namespaces_client::NamespacesClient::new(self.channel());
+            Ok(client.list(request).await?.into_inner().namespaces)
+        };
+        let namespaces = self.bounded("list namespaces", call).await?;
+        Ok(namespaces
+            .into_iter()
+            .map(|namespace| namespace.name)
+            .collect())
+    }
+
+    /// Runs a call within the deadline: tonic's own time-out does not cover a body that stalls.
+    pub async fn bounded<T>(
+        &self,
+        what: &'static str,
+        call: impl Future<Output = Result<T, Status>>,
+    ) -> Result<T, ContentError> {
+        match tokio::time::timeout(self.rpc_deadline, call).await {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(status)) => {
+                let message = format!("{:?}: {}", status.code(), status.message());
+                Err(ContentError::Unavailable { what, message })
+            }
+            Err(_) => {
+                let message = format!("no answer within {:?}", self.rpc_deadline);
+                Err(ContentError::Unavailable { what, message })
+            }
+        }
+    }
+}
+
+/// [`ContentReader`] over containerd's content service.
+#[derive(Clone, Debug)]
+pub struct ContainerdContent {
+    containerd: Containerd,
+}
+
+impl ContainerdContent {
+    /// Reads through this connection.
+    #[must_use]
+    pub fn new(containerd: Containerd) -> Self {
+        Self { containerd }
+    }
+
+    fn client(&self) -> ContentClient<Channel> {
+        ContentClient::new(self.containerd.channel()).max_decoding_message_size(MESSAGE_CAP_BYTES)
+    }
+}
+
+/// Quotes a value for containerd's filter syntax.
+fn quoted(value: &str) -> String {
+    let mut out = String::with_capacity(value.len() + 2);
+    out.push('"');
+    for c in value.chars() {
+        if matches!(c, '"' | '\\') {
+            out.push('\\');
+        }
+        out.push(c);
+    }
+    out.push('"');
+    out
+}
+
+fn filter_of(query: ContentQuery<'_>) -> String {
+    match query {
+        ContentQuery::LabelIs { key, value } => {
+            format!("labels.{}=={}", quoted(key), quoted(value))
+        }
+        ContentQuery::HasLabel(key) => format!("labels.{}", quoted(key)),
+    }
+}
+
+fn info_of(info: api::Info) -> ContentInfo {
+    let updated = info.updated_at.and_then(|at| SystemTime::try_from(at).ok());
+    ContentInfo {
+        digest: info.digest,
+        size_bytes: u64::try_from(info.size).unwrap_or(0),
+        labels: info.labels.into_iter().collect(),
+        updated,
+    }
+}
+
+/// `None` for "not found", which is an answer and no failure.
+fn found<T>(result: Result<T, Status>) -> Result<Option<T>, Status> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(status) if status.code() == Code::NotFound => Ok(None),
+        Err(status) => Err(status),
+    }
+}
+
+#[async_trait]
+impl ContentReader for ContainerdContent {
+    async fn find(
+        &self,
+        namespace: &str,
+        query: ContentQuery<'_>,
+    ) -> Result<Vec<ContentInfo>, ContentError> {
+        let call = async {
+            let message = api::ListContentRequest {
+                filters: vec![filter_of(query)],
+            };
+            let request = self.containerd.request(namespace, message)?;
+            let mut pages = self.client().list(request).await?.into_inner();
+            let mut all = Vec::new();
+            while let Some(page) = pages.message().await? {
+                all.extend(page.info.into_iter().map(info_of));
+            }
+            Ok(all)
+        };
+        self.containerd.bounded("list contents", call).await
+    }
+
+    async fn info(
+        &self,
+        namespace: &str,
+        digest: &str,
+    ) -> Result<Option<ContentInfo>, ContentError> {
+        let call = async {
+            let message = api::InfoRequest {
+                digest: digest.to_owned(),
+            };
+            let request = self.containerd.request(namespace, message)?;
+            found(
+                self.client()
+                    .info(request)
+                    .await
+                    .map(|reply| reply.into_inner().info),
+            )
+        };
+        let reply = self.containerd.bounded("stat content", call).await?;
+        Ok(reply.flatten().map(info_of))
+    }
+
+    async fn read(
+        &self,
+        namespace: &str,
+        digest: &str,
+        cap_bytes: usize,
+    ) -> Result<Option<Bytes>, ContentError> {
+        let mut oversize = None;
+        let call = async {
+            let message = api::ReadContentRequest {
+                digest: digest.to_owned(),
+                offset: 0,
+                size: 0,
+            };
+            let request = self.containerd.request(namespace, message)?;
+            let mut stream = self.client().read(request).await?.into_inner();
+            let mut bytes = BytesMut::new();
+            while let Some(part) = stream.message().await? {
+                bytes.extend_from_slice(&part.data);
+                if bytes.len() > cap_bytes {
+                    oversize = Some(bytes.len() as u64);
+                    break;
+                }
+            }
+            Ok(bytes.freeze())
+        };
+        // "Not found" comes with the reply or with the first message of the stream.
+        let bytes = self
+            .containerd
+            .bounded("read content", async { found(call.await) })
+            .await?;
+        if let Some(size_bytes) = oversize {
+            let digest = digest.to_owned();
+            return Err(ContentError::TooLarge {
+                digest,
+                size_bytes,
+                cap_bytes,
+            });
+        }
+        Ok(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filters_are_quoted_as_containerd_parses_them() {
+        let is = ContentQuery::LabelIs {
+            key: "a.b/c",
+            value: "sha256:00",
+        };
+        assert_eq!(filter_of(is), r#"labels."a.b/c"=="sha256:00""#);
+        assert_eq!(
+            filter_of(ContentQuery::HasLabel("x\"y")),
+            r#"labels."x\"y""#
+        );
+    }
+
+    #[tokio::test]
+    async fn a_dead_containerd_is_unavailable_within_the_deadline() {
+        let dir = tempfile::tempdir().unwrap();
+        let containerd = Containerd::new(&dir.path().join("none.sock"), Duration::from_millis(300));
+        let content = ContainerdContent::new(containerd);
+        let error = content.info("default", "sha256:00").await.unwrap_err();
+        assert!(matches!(
+            error,
+            ContentError::Unavailable {
+                what: "stat content",
+                ..
+            }
+        ));
+    }
+}
