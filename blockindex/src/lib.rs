@@ -12,5 +12,8 @@ pub mod erofs;
 pub mod extent;
 pub mod frames;
 pub mod merge;
+pub mod seektable;
+pub mod skeleton;
+pub mod tar;
 pub mod tree;
 pub mod units;
