@@ -4,3 +4,5 @@
 
 pub mod labels;
 pub mod resolve;
+pub mod snapshots;
+pub mod store;
