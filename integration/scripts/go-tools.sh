@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Builds the Go programs that tests need from their modules into DIR (kept there between runs):
-#   nerdctl 1.7.7 (for containerd 1.6), nerdctl 2.1.2 and containerd 2.x with its shim and ctr.
-# Usage: go-tools.sh DIR [TOOL ...]; TOOL: nerdctl1 nerdctl2 containerd2 (default: all).
+#   nerdctl 1.7.7 (for containerd 1.6), nerdctl 2.1.2 and containerd 2.x with its shim and ctr,
+#   and containerd's snapshotter test suite (integration/gosuite).
+# Usage: go-tools.sh DIR [TOOL ...]; TOOL: nerdctl1 nerdctl2 containerd2 suite (default: all).
 set -euo pipefail
 dir=${1:?usage: go-tools.sh DIR [TOOL ...]}
 shift
 dir=$(mkdir -p "$dir" && cd "$dir" && pwd)
-[ $# -gt 0 ] || set -- nerdctl1 nerdctl2 containerd2
+[ $# -gt 0 ] || set -- nerdctl1 nerdctl2 containerd2 suite
 command -v go >/dev/null || { echo "go-tools: Go is missing (https://go.dev, or Debian's golang); nerdctl tests need it" >&2; exit 1; }
 
 # build MODULE VERSION OUT=PACKAGE ...
@@ -30,6 +31,12 @@ for tool in "$@"; do
   nerdctl1) build github.com/containerd/nerdctl v1.7.7 nerdctl1=cmd/nerdctl ;;
   nerdctl2) build github.com/containerd/nerdctl/v2 v2.1.2 nerdctl2=cmd/nerdctl ;;
   containerd2) build github.com/containerd/containerd/v2 v2.3.7 containerd2=cmd/containerd ctr2=cmd/ctr containerd-shim-runc-v2=cmd/containerd-shim-runc-v2 ;;
+  suite)
+    suite=$(dirname "$(readlink -f "$0")")/../gosuite
+    if [ ! -e "$dir/snapshotter-suite" ] || [ -n "$(find "$suite" -newer "$dir/snapshotter-suite" -type f)" ]; then
+      echo "   go: containerd's snapshotter test suite"
+      (cd "$suite" && CGO_ENABLED=0 go test -c -mod=readonly -o "$dir/snapshotter-suite" .)
+    fi ;;
   *) echo "go-tools: unknown tool $tool" >&2; exit 2 ;;
   esac
 done

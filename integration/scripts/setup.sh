@@ -7,11 +7,14 @@ needed=(gcc=build-essential g++=g++ make=make protoc=protobuf-compiler git=git c
   containerd=containerd ctr=containerd runc=runc docker-registry=docker-registry skopeo=skopeo umoci=umoci
   debootstrap=debootstrap zstd=zstd gzip=gzip fsck.erofs=erofs-utils setcap=libcap2-bin mount=mount ip=iproute2
   iptables=iptables)
+# Packages with no program of their own name to look for.
+files=(/usr/bin/busybox=busybox-static)
 export PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin:$HOME/.cargo/bin:/usr/local/go/bin
 missing=()
 for pair in "${needed[@]}"; do
   command -v "${pair%%=*}" >/dev/null || missing+=("${pair#*=}")
 done
+for pair in "${files[@]}"; do [ -e "${pair%%=*}" ] || [ -e "${pair%%=*}.static" ] || missing+=("${pair#*=}"); done
 [ -e /etc/ssl/certs/ca-certificates.crt ] || missing+=(ca-certificates)
 if [ ${#missing[@]} -gt 0 ]; then
   mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)

@@ -4,7 +4,9 @@
 pub mod command;
 pub mod containerd;
 pub mod daemon;
+pub mod http;
 pub mod images;
+pub mod layout;
 pub mod mounts;
 pub mod nerdctl;
 pub mod process;

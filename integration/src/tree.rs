@@ -31,10 +31,17 @@ pub fn list(root: &Path, options: Options, out: &mut dyn Write) -> Result<()> {
     paths.sort_by(|a, b| a.as_os_str().as_bytes().cmp(b.as_os_str().as_bytes()));
     let mut groups: BTreeMap<(u64, u64), PathBuf> = BTreeMap::new();
     for path in paths {
-        let meta = fs::symlink_metadata(&path).with_context(|| format!("stat {}", path.display()))?;
+        let meta =
+            fs::symlink_metadata(&path).with_context(|| format!("stat {}", path.display()))?;
         let relative = path.strip_prefix(root)?.to_owned();
         let kind = meta.file_type();
-        let mut line = format!("{} mode={:o} owner={}:{}", escape(relative.as_os_str().as_bytes()), meta.mode(), meta.uid(), meta.gid());
+        let mut line = format!(
+            "{} mode={:o} owner={}:{}",
+            escape(relative.as_os_str().as_bytes()),
+            meta.mode(),
+            meta.uid(),
+            meta.gid()
+        );
         if kind.is_file() {
             line += &format!(" size={}", meta.size());
         }
@@ -47,12 +54,17 @@ pub fn list(root: &Path, options: Options, out: &mut dyn Write) -> Result<()> {
         if !kind.is_dir() {
             line += &format!(" links={}", meta.nlink());
             if meta.nlink() > 1 {
-                let first = groups.entry((meta.dev(), meta.ino())).or_insert_with(|| relative.clone());
+                let first = groups
+                    .entry((meta.dev(), meta.ino()))
+                    .or_insert_with(|| relative.clone());
                 line += &format!(" group={}", escape(first.as_os_str().as_bytes()));
             }
         }
         if kind.is_symlink() {
-            line += &format!(" target={}", escape(fs::read_link(&path)?.as_os_str().as_bytes()));
+            line += &format!(
+                " target={}",
+                escape(fs::read_link(&path)?.as_os_str().as_bytes())
+            );
         }
         line += &xattrs(&path)?;
         if kind.is_file() && options.content {
@@ -75,8 +87,9 @@ fn collect(directory: &Path, paths: &mut Vec<PathBuf>) -> Result<()> {
 }
 
 fn xattrs(path: &Path) -> Result<String> {
-    let mut names: Vec<OsString> =
-        xattr::list(path).with_context(|| format!("list xattrs of {}", path.display()))?.collect();
+    let mut names: Vec<OsString> = xattr::list(path)
+        .with_context(|| format!("list xattrs of {}", path.display()))?
+        .collect();
     names.sort();
     let mut text = String::new();
     for name in names {
@@ -95,7 +108,9 @@ fn hash(path: &Path) -> Result<String> {
     let mut hasher = Sha256::new();
     let mut buffer = vec![0u8; 1 << 17];
     loop {
-        let n = file.read(&mut buffer).with_context(|| format!("read {}", path.display()))?;
+        let n = file
+            .read(&mut buffer)
+            .with_context(|| format!("read {}", path.display()))?;
         if n == 0 {
             return Ok(hex::encode(hasher.finalize()));
         }

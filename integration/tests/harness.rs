@@ -41,18 +41,28 @@ fn ask(stream: &mut TcpStream, n: u32) -> std::io::Result<Duration> {
 
 #[test]
 fn the_line_counts_shapes_and_goes_black() {
-    let line = Line { bytes_per_second: 1_000_000, latency: Duration::from_millis(20) };
+    let line = Line {
+        bytes_per_second: 1_000_000,
+        latency: Duration::from_millis(20),
+    };
     let proxy = Proxy::start(echo_server(), line).unwrap();
     let mut stream = TcpStream::connect(proxy.address()).unwrap();
     let elapsed = ask(&mut stream, 300_000).unwrap();
-    assert!(elapsed >= Duration::from_millis(300), "{elapsed:?} for 300 kB at 1 MB/s");
+    assert!(
+        elapsed >= Duration::from_millis(300),
+        "{elapsed:?} for 300 kB at 1 MB/s"
+    );
     assert_eq!(proxy.bytes(), 300_000);
     assert_eq!(proxy.requests(), 1);
     proxy.set_mode(Mode::BlackHole);
-    stream.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_millis(300)))
+        .unwrap();
     assert!(ask(&mut stream, 10).is_err());
     proxy.set_mode(Mode::Forward);
-    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(5)))
+        .unwrap();
     let mut buffer = [0u8; 10];
     stream.read_exact(&mut buffer).unwrap();
     assert_eq!(buffer, [7; 10]);
@@ -61,7 +71,8 @@ fn the_line_counts_shapes_and_goes_black() {
 #[test]
 fn a_command_past_its_deadline_is_ended() {
     let start = Instant::now();
-    let error = command::run(Command::new("sleep").arg("60"), Duration::from_millis(200)).unwrap_err();
+    let error =
+        command::run(Command::new("sleep").arg("60"), Duration::from_millis(200)).unwrap_err();
     assert!(start.elapsed() < Duration::from_secs(10));
     assert!(error.to_string().contains("still ran"), "{error:#}");
 }
@@ -74,5 +85,9 @@ fn output_and_first_output_are_seen() {
     )
     .unwrap();
     assert_eq!(output.stdout, "one\ntwo\n");
-    assert!(output.first_output.unwrap() < Duration::from_millis(250), "{:?}", output.first_output);
+    assert!(
+        output.first_output.unwrap() < Duration::from_millis(250),
+        "{:?}",
+        output.first_output
+    );
 }

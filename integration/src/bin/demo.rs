@@ -8,7 +8,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use sluice_integration::harness::command::{self, run_observed};
+use sluice_integration::harness::command::run_observed;
 use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::images;
 use sluice_integration::harness::mounts;
@@ -42,24 +42,46 @@ fn main() -> Result<()> {
         &format!("docker://{direct}/demo/python:sluice"),
     ])?;
     println!("   {:.1} s", converted.elapsed.as_secs_f64());
-    print!("{}", indent(&site.daemon.sluice_ok(&["inspect", &format!("docker://{direct}/demo/python:sluice")])?.stdout));
+    print!(
+        "{}",
+        indent(
+            &site
+                .daemon
+                .sluice_ok(&["inspect", &format!("docker://{direct}/demo/python:sluice")])?
+                .stdout
+        )
+    );
 
     site.registry.line.set_line(Line::WIDE_AREA);
     println!("3. cold start on a line of 100 Mbit/s and 20 ms");
     let go = tools::go_tool("nerdctl1").is_ok();
-    let client = if go { "nerdctl pull, nerdctl run" } else { "ctr/sluice pull, ctr run" };
-    let ordinary = cold_start(&site, go, "overlayfs", &format!("{host}/demo/python:original"))?;
+    let client = if go {
+        "nerdctl pull, nerdctl run"
+    } else {
+        "ctr/sluice pull, ctr run"
+    };
+    let ordinary = cold_start(
+        &site,
+        go,
+        "overlayfs",
+        &format!("{host}/demo/python:original"),
+    )?;
     let before_lazy = site.registry.line.bytes();
     let lazy = cold_start(&site, go, "sluice", &format!("{host}/demo/python:sluice"))?;
 
     println!("4. background completion");
     let start = Instant::now();
-    wait_sealed(&site)?;
+    site.wait_sealed(DEADLINE)?;
     let all = site.registry.line.bytes() - before_lazy;
-    println!("   every layer complete and sealed against its diff ID after {:.1} s more", start.elapsed().as_secs_f64());
+    println!(
+        "   every layer complete and sealed against its diff ID after {:.1} s more",
+        start.elapsed().as_secs_f64()
+    );
     print!("{}", indent(&site.daemon.sluice_ok(&["status"])?.stdout));
 
-    println!("\n   {client}          pull s   run s  total s  MB at first output  MB in all  requests");
+    println!(
+        "\n   {client}          pull s   run s  total s  MB at first output  MB in all  requests"
+    );
     row("ordinary (overlayfs)", &ordinary, ordinary.bytes_at_ready);
     row("lazy (sluice)", &lazy, all);
     let share = lazy.bytes_at_ready as f64 / ordinary.bytes_at_ready as f64;
@@ -72,18 +94,44 @@ fn main() -> Result<()> {
     println!("5. the registry stops; a new container starts");
     let mut site = site;
     site.registry.stop()?;
-    let again = run_image(&site, go, "sluice", &format!("{host}/demo/python:sluice"), "offline", |_| ())?;
-    println!("   ready after {:.2} s with no registry", again.as_secs_f64());
+    let again = run_image(
+        &site,
+        go,
+        "sluice",
+        &format!("{host}/demo/python:sluice"),
+        "offline",
+        |_| (),
+    )?;
+    println!(
+        "   ready after {:.2} s with no registry",
+        again.as_secs_f64()
+    );
 
     println!("6. remove the image");
     remove(&site, go, "sluice", &format!("{host}/demo/python:sluice"))?;
-    remove(&site, go, "overlayfs", &format!("{host}/demo/python:original"))?;
+    remove(
+        &site,
+        go,
+        "overlayfs",
+        &format!("{host}/demo/python:original"),
+    )?;
     let root = site.root.path().to_owned();
     drop(site);
     let left = mounts::below(&root);
-    ensure!(left.is_empty() && !root.exists(), "left behind: {left:?} in {}", root.display());
-    println!("   nothing is left: no mount, no process, no file below {}", root.display());
-    ensure!(share < 0.30, "{:.1} % of the image was fetched before the first output", share * 100.0);
+    ensure!(
+        left.is_empty() && !root.exists(),
+        "left behind: {left:?} in {}",
+        root.display()
+    );
+    println!(
+        "   nothing is left: no mount, no process, no file below {}",
+        root.display()
+    );
+    ensure!(
+        share < 0.30,
+        "{:.1} % of the image was fetched before the first output",
+        share * 100.0
+    );
     Ok(())
 }
 
@@ -93,7 +141,8 @@ fn cold_start(site: &Site, go: bool, snapshotter: &str, reference: &str) -> Resu
     let (bytes, requests) = (site.registry.line.bytes(), site.registry.line.requests());
     let start = Instant::now();
     if go {
-        site.nerdctl_with("demo", snapshotter).ok(&["pull", "--quiet", reference])?;
+        site.nerdctl_with("demo", snapshotter)
+            .ok(&["pull", "--quiet", reference])?;
     } else if snapshotter == "sluice" {
         site.daemon.sluice_ok(&[
             "pull",
@@ -104,14 +153,29 @@ fn cold_start(site: &Site, go: bool, snapshotter: &str, reference: &str) -> Resu
             reference,
         ])?;
     } else {
-        site.containerd.ctr_ok("demo", &["images", "pull", "--plain-http", "--snapshotter", snapshotter, reference])?;
+        site.containerd.ctr_ok(
+            "demo",
+            &[
+                "images",
+                "pull",
+                "--plain-http",
+                "--snapshotter",
+                snapshotter,
+                reference,
+            ],
+        )?;
     }
     let pull = start.elapsed();
     let mut bytes_at_ready = 0;
     let ready = run_image(site, go, snapshotter, reference, "cold", |_| {
         bytes_at_ready = site.registry.line.bytes() - bytes;
     })?;
-    Ok(Measured { pull, ready, bytes_at_ready, requests: site.registry.line.requests() - requests })
+    Ok(Measured {
+        pull,
+        ready,
+        bytes_at_ready,
+        requests: site.registry.line.requests() - requests,
+    })
 }
 
 /// Runs the image's command and returns the time to its first output line.
@@ -130,40 +194,40 @@ fn run_image(
         c
     } else {
         let mut c = site.containerd.ctr()?;
-        c.args(["-n", "demo", "run", "--rm", "--snapshotter", snapshotter, reference, &name]);
+        c.args([
+            "-n",
+            "demo",
+            "run",
+            "--rm",
+            "--snapshotter",
+            snapshotter,
+            reference,
+            &name,
+        ]);
         c
     };
     let output = run_observed(&mut run, DEADLINE, on_first_output)?;
     if !output.ok() || !output.stdout.contains("\"ready\": true") {
-        bail!("{run:?} ended with {}: {}{}\n{}", output.status, output.stdout, output.stderr, tail(&site.daemon.log()));
+        bail!(
+            "{run:?} ended with {}: {}{}\n{}",
+            output.status,
+            output.stdout,
+            output.stderr,
+            site.daemon.log_tail()
+        );
     }
     output.first_output.context("the container printed nothing")
 }
 
 fn remove(site: &Site, go: bool, snapshotter: &str, reference: &str) -> Result<()> {
     if go {
-        site.nerdctl_with("demo", snapshotter).ok(&["rmi", reference])?;
+        site.nerdctl_with("demo", snapshotter)
+            .ok(&["rmi", reference])?;
     } else {
-        site.containerd.ctr_ok("demo", &["images", "rm", "--sync", reference])?;
+        site.containerd
+            .ctr_ok("demo", &["images", "rm", "--sync", reference])?;
     }
     Ok(())
-}
-
-/// Waits until `sluice status` says that every image is sealed.
-fn wait_sealed(site: &Site) -> Result<()> {
-    let start = Instant::now();
-    loop {
-        let output = command::run_ok(site.daemon.sluice()?.args(["status", "--json"]), Duration::from_secs(30))?;
-        let status: serde_json::Value = serde_json::from_str(&output.stdout).context("read `sluice status --json`")?;
-        let layers = status["layers"].as_array().cloned().unwrap_or_default();
-        if !layers.is_empty() && layers.iter().all(|l| l["sealed"].as_bool() == Some(true)) {
-            return Ok(());
-        }
-        if start.elapsed() > DEADLINE {
-            bail!("not sealed after {DEADLINE:?}: {}\n{}", output.stdout, tail(&site.daemon.log()));
-        }
-        std::thread::sleep(Duration::from_millis(250));
-    }
 }
 
 fn total(m: &Measured) -> f64 {
@@ -184,9 +248,4 @@ fn row(name: &str, m: &Measured, all: u64) {
 
 fn indent(text: &str) -> String {
     text.lines().map(|l| format!("   {l}\n")).collect()
-}
-
-fn tail(log: &str) -> String {
-    let lines: Vec<&str> = log.lines().collect();
-    lines[lines.len().saturating_sub(20)..].join("\n")
 }

@@ -5,7 +5,11 @@ use std::io::{BufWriter, Write};
 
 fn main() -> anyhow::Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let root = args.iter().find(|a| !a.starts_with("--")).map(String::as_str).unwrap_or(".");
+    let root = args
+        .iter()
+        .find(|a| !a.starts_with("--"))
+        .map(String::as_str)
+        .unwrap_or(".");
     let options = sluice_integration::tree::Options {
         content: !args.iter().any(|a| a == "--no-content"),
         directory_times: args.iter().any(|a| a == "--directory-times"),

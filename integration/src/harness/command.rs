@@ -72,11 +72,21 @@ pub fn run_observed(
                 first_output = Some(elapsed);
                 on_first_output(elapsed);
             }
-            return Ok(Output { status, stdout, stderr: read_back(&mut err)?, elapsed, first_output });
+            return Ok(Output {
+                status,
+                stdout,
+                stderr: read_back(&mut err)?,
+                elapsed,
+                first_output,
+            });
         }
         if start.elapsed() > deadline {
             child.kill().ok();
-            bail!("{name} still ran after {deadline:?}: {} {}", read_back(&mut out)?, read_back(&mut err)?);
+            bail!(
+                "{name} still ran after {deadline:?}: {} {}",
+                read_back(&mut out)?,
+                read_back(&mut err)?
+            );
         }
         std::thread::sleep(Duration::from_millis(2));
     }
@@ -86,7 +96,12 @@ pub fn run_observed(
 pub fn run_ok(command: &mut Command, deadline: Duration) -> Result<Output> {
     let output = run(command, deadline)?;
     if !output.ok() {
-        bail!("{command:?} ended with {}:\n{}{}", output.status, output.stdout, output.stderr);
+        bail!(
+            "{command:?} ended with {}:\n{}{}",
+            output.status,
+            output.stdout,
+            output.stderr
+        );
     }
     Ok(output)
 }

@@ -51,11 +51,21 @@ impl Containerd {
         let socket = state.join("c.sock");
         let config = base.join("config.toml");
         if !config.exists() {
-            std::fs::write(&config, config_text(release, &base, &state, &socket, snapshots_socket))?;
+            std::fs::write(
+                &config,
+                config_text(release, &base, &state, &socket, snapshots_socket),
+            )?;
         }
         let log = root.join("containerd.log")?;
         let process = spawn(release, &config, &log)?;
-        let mut containerd = Self { process, release, socket, root: base, config, log };
+        let mut containerd = Self {
+            process,
+            release,
+            socket,
+            root: base,
+            config,
+            log,
+        };
         containerd.wait_ready()?;
         Ok(containerd)
     }
@@ -102,7 +112,10 @@ impl Containerd {
 
     /// Runs `ctr ARGS` in `namespace`; a failure is an error.
     pub fn ctr_ok(&self, namespace: &str, args: &[&str]) -> Result<Output> {
-        command::run_ok(self.ctr()?.args(["-n", namespace]).args(args), Duration::from_secs(180))
+        command::run_ok(
+            self.ctr()?.args(["-n", namespace]).args(args),
+            Duration::from_secs(180),
+        )
     }
 
     /// The last lines of its log.
@@ -128,7 +141,8 @@ fn spawn(release: Release, config: &Path, log: &Path) -> Result<Process> {
         Release::V2 => {
             let program = tools::go_tool("containerd2")?;
             // Its own shim must be found before Debian's.
-            let mut path = std::ffi::OsString::from(program.parent().context("program has a directory")?);
+            let mut path =
+                std::ffi::OsString::from(program.parent().context("program has a directory")?);
             path.push(":");
             path.push(std::env::var_os("PATH").unwrap_or_default());
             let mut command = Command::new(program);
@@ -139,7 +153,13 @@ fn spawn(release: Release, config: &Path, log: &Path) -> Result<Process> {
     Process::start(release.name(), command.arg("--config").arg(config), log)
 }
 
-fn config_text(release: Release, root: &Path, state: &Path, socket: &Path, snapshots: &Path) -> String {
+fn config_text(
+    release: Release,
+    root: &Path,
+    state: &Path,
+    socket: &Path,
+    snapshots: &Path,
+) -> String {
     let (root, state, socket) = (root.display(), state.display(), socket.display());
     let version = match release {
         Release::V1 => 2,

@@ -15,6 +15,9 @@ use super::registry::free_address;
 use super::root::Root;
 use super::tools;
 
+/// Config that frees unused mounts and data after a second instead of minutes.
+pub const QUICK_REAPER: &str = "";
+
 /// A running daemon and the shim it started.
 #[derive(Debug)]
 pub struct Daemon {
@@ -43,7 +46,14 @@ impl Daemon {
             ),
         )?;
         let log = root.join("sluiced.log")?;
-        let mut daemon = Self { process: None, config, run_dir, state, log, telemetry };
+        let mut daemon = Self {
+            process: None,
+            config,
+            run_dir,
+            state,
+            log,
+            telemetry,
+        };
         daemon.start_again()?;
         Ok(daemon)
     }
@@ -52,13 +62,16 @@ impl Daemon {
     pub fn start_again(&mut self) -> Result<()> {
         let mut process = Process::start(
             "sluiced",
-            Command::new(tools::binary("sluiced")?).arg("--config").arg(&self.config),
+            Command::new(tools::binary("sluiced")?)
+                .arg("--config")
+                .arg(&self.config),
             &self.log,
         )?;
         let telemetry = self.telemetry;
         let socket = self.snapshots_socket();
         process.wait_ready(Duration::from_secs(20), || {
-            socket.exists() && http_get(telemetry, "/healthz").is_ok_and(|body| body.starts_with("200"))
+            socket.exists()
+                && http_get(telemetry, "/healthz").is_ok_and(|body| body.starts_with("200"))
         })?;
         self.process = Some(process);
         Ok(())
@@ -90,6 +103,14 @@ impl Daemon {
     #[must_use]
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// The last lines of the log.
+    #[must_use]
+    pub fn log_tail(&self) -> String {
+        let log = self.log();
+        let lines: Vec<&str> = log.lines().collect();
+        lines[lines.len().saturating_sub(30)..].join("\n")
     }
 
     /// A `sluice` command that talks to this daemon.
@@ -148,7 +169,10 @@ pub fn http_get(address: std::net::SocketAddr, path: &str) -> Result<String> {
     use std::io::{Read, Write};
     let mut stream = std::net::TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-    write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+    write!(
+        stream,
+        "GET {path} HTTP/1.0\r\nHost: {address}\r\nConnection: close\r\n\r\n"
+    )?;
     let mut text = String::new();
     stream.read_to_string(&mut text)?;
     let status = text.split(' ').nth(1).context("HTTP status")?.to_owned();

@@ -22,11 +22,19 @@ fn parse_line(line: &str) -> Option<MountEntry> {
     let minor = fields.nth(2)?.split_once(':')?.1.parse().ok()?;
     let mountpoint = PathBuf::from(unescape(fields.nth(1)?));
     let kind = line.split_once(" - ")?.1.split(' ').next()?.to_owned();
-    Some(MountEntry { minor, mountpoint, kind })
+    Some(MountEntry {
+        minor,
+        mountpoint,
+        kind,
+    })
 }
 
 fn unescape(field: &str) -> String {
-    field.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")
+    field
+        .replace("\\040", " ")
+        .replace("\\011", "\t")
+        .replace("\\012", "\n")
+        .replace("\\134", "\\")
 }
 
 /// The mounts at or below `directory`, oldest first.
@@ -43,7 +51,10 @@ pub fn below(directory: &Path) -> Vec<MountEntry> {
 /// Aborts every FUSE connection below `directory`: its readers get an error instead of waiting.
 pub fn abort_fuse(directory: &Path) {
     let control = Path::new("/sys/fs/fuse/connections");
-    if fs::read_dir(control).map(|mut d| d.next().is_none()).unwrap_or(true) {
+    if fs::read_dir(control)
+        .map(|mut d| d.next().is_none())
+        .unwrap_or(true)
+    {
         nix::mount::mount(
             Some("fusectl"),
             control,
@@ -53,7 +64,10 @@ pub fn abort_fuse(directory: &Path) {
         )
         .ok();
     }
-    for mount in below(directory).iter().filter(|m| m.kind.starts_with("fuse")) {
+    for mount in below(directory)
+        .iter()
+        .filter(|m| m.kind.starts_with("fuse"))
+    {
         fs::write(control.join(mount.minor.to_string()).join("abort"), "1").ok();
     }
 }
@@ -67,7 +81,11 @@ pub fn unmount_all(directory: &Path) -> Vec<MountEntry> {
         }
         mounts.reverse();
         for mount in mounts {
-            umount2(&mount.mountpoint, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).ok();
+            umount2(
+                &mount.mountpoint,
+                MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW,
+            )
+            .ok();
         }
     }
     below(directory)
@@ -79,7 +97,8 @@ mod tests {
 
     #[test]
     fn mountinfo_lines() {
-        let line = "36 35 0:47 / /tmp/a\\040b/mnt ro,relatime shared:9 - fuse.sluice sluice ro,user_id=0";
+        let line =
+            "36 35 0:47 / /tmp/a\\040b/mnt ro,relatime shared:9 - fuse.sluice sluice ro,user_id=0";
         let entry = parse_line(line).unwrap();
         assert_eq!(entry.minor, 47);
         assert_eq!(entry.mountpoint, Path::new("/tmp/a b/mnt"));

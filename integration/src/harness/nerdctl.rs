@@ -23,8 +23,18 @@ pub struct Nerdctl<'a> {
 impl<'a> Nerdctl<'a> {
     /// For `containerd`, in `namespace`, with `--snapshotter snapshotter`.
     #[must_use]
-    pub fn new(root: &'a Root, containerd: &'a Containerd, namespace: &str, snapshotter: &str) -> Self {
-        Self { root, containerd, namespace: namespace.to_owned(), snapshotter: snapshotter.to_owned() }
+    pub fn new(
+        root: &'a Root,
+        containerd: &'a Containerd,
+        namespace: &str,
+        snapshotter: &str,
+    ) -> Self {
+        Self {
+            root,
+            containerd,
+            namespace: namespace.to_owned(),
+            snapshotter: snapshotter.to_owned(),
+        }
     }
 
     /// The command with all options that make it private.
@@ -37,7 +47,12 @@ impl<'a> Nerdctl<'a> {
         command
             .arg("--address")
             .arg(self.containerd.socket())
-            .args(["--namespace", &self.namespace, "--snapshotter", &self.snapshotter])
+            .args([
+                "--namespace",
+                &self.namespace,
+                "--snapshotter",
+                &self.snapshotter,
+            ])
             .args(["--cgroup-manager", "cgroupfs"])
             .arg("--data-root")
             .arg(self.root.directory("nerdctl")?)

@@ -28,7 +28,11 @@ impl Process {
             .stderr(file)
             .spawn()
             .with_context(|| format!("start {command:?}"))?;
-        Ok(Self { child, name: name.to_owned(), log: log.to_owned() })
+        Ok(Self {
+            child,
+            name: name.to_owned(),
+            log: log.to_owned(),
+        })
     }
 
     /// The process ID.
@@ -38,14 +42,26 @@ impl Process {
     }
 
     /// Waits until `ready` holds; an early end of the process or the deadline is an error with the log's tail.
-    pub fn wait_ready(&mut self, deadline: Duration, mut ready: impl FnMut() -> bool) -> Result<()> {
+    pub fn wait_ready(
+        &mut self,
+        deadline: Duration,
+        mut ready: impl FnMut() -> bool,
+    ) -> Result<()> {
         let start = Instant::now();
         while !ready() {
             if let Some(status) = self.child.try_wait()? {
-                bail!("{} ended early with {status}:\n{}", self.name, self.log_tail());
+                bail!(
+                    "{} ended early with {status}:\n{}",
+                    self.name,
+                    self.log_tail()
+                );
             }
             if start.elapsed() > deadline {
-                bail!("{} was not ready after {deadline:?}:\n{}", self.name, self.log_tail());
+                bail!(
+                    "{} was not ready after {deadline:?}:\n{}",
+                    self.name,
+                    self.log_tail()
+                );
             }
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -66,7 +82,11 @@ impl Process {
         kill(self.pid(), Signal::SIGTERM).ok();
         if self.wait(Duration::from_secs(10)).is_err() {
             self.kill()?;
-            bail!("{} did not stop on SIGTERM within 10 s:\n{}", self.name, self.log_tail());
+            bail!(
+                "{} did not stop on SIGTERM within 10 s:\n{}",
+                self.name,
+                self.log_tail()
+            );
         }
         Ok(())
     }

@@ -24,9 +24,15 @@ pub struct Line {
 
 impl Line {
     /// 100 Mbit/s and 20 ms: the line of the published comparisons.
-    pub const WIDE_AREA: Self = Self { bytes_per_second: 12_500_000, latency: Duration::from_millis(20) };
+    pub const WIDE_AREA: Self = Self {
+        bytes_per_second: 12_500_000,
+        latency: Duration::from_millis(20),
+    };
     /// No limit that matters.
-    pub const OPEN: Self = Self { bytes_per_second: 4_000_000_000, latency: Duration::ZERO };
+    pub const OPEN: Self = Self {
+        bytes_per_second: 4_000_000_000,
+        latency: Duration::ZERO,
+    };
 }
 
 /// What the line does with traffic.
@@ -39,6 +45,8 @@ pub enum Mode {
     BlackHole = 1,
     /// Closes every connection at once.
     Refuse = 2,
+    /// Swallows requests for a range (lazy reads); others pass.
+    HoldRanges = 3,
 }
 
 #[derive(Debug)]
@@ -74,7 +82,9 @@ impl Proxy {
         let shared = Arc::new(Shared {
             target,
             line: Mutex::new(line),
-            bucket: Mutex::new(Bucket { free_at: Instant::now() }),
+            bucket: Mutex::new(Bucket {
+                free_at: Instant::now(),
+            }),
             mode: AtomicU8::new(Mode::Forward as u8),
             down: AtomicU64::new(0),
             requests: AtomicU64::new(0),
@@ -84,7 +94,11 @@ impl Proxy {
             let shared = shared.clone();
             std::thread::spawn(move || accept(&listener, &shared))
         };
-        Ok(Self { address, shared, acceptor: Some(acceptor) })
+        Ok(Self {
+            address,
+            shared,
+            acceptor: Some(acceptor),
+        })
     }
 
     /// Where clients connect.
@@ -130,6 +144,7 @@ impl Shared {
         match self.mode.load(Ordering::SeqCst) {
             0 => Mode::Forward,
             1 => Mode::BlackHole,
+            3 => Mode::HoldRanges,
             _ => Mode::Refuse,
         }
     }
@@ -157,7 +172,7 @@ impl Shared {
     fn pass(&self) -> bool {
         loop {
             match self.mode() {
-                Mode::Forward => return !self.stop.load(Ordering::SeqCst),
+                Mode::Forward | Mode::HoldRanges => return !self.stop.load(Ordering::SeqCst),
                 Mode::Refuse => return false,
                 Mode::BlackHole => {
                     if self.stop.load(Ordering::SeqCst) {
@@ -182,7 +197,9 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
                 connections.push(std::thread::spawn(move || serve(&client, &shared)));
                 connections.retain(|c| !c.is_finished());
             }
-            Err(e) if e.kind() == ErrorKind::WouldBlock => std::thread::sleep(Duration::from_millis(1)),
+            Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                std::thread::sleep(Duration::from_millis(1))
+            }
             Err(_) => break,
         }
     }
@@ -196,41 +213,61 @@ fn serve(client: &TcpStream, shared: &Arc<Shared>) {
     if !shared.pass() {
         return;
     }
-    let Ok(server) = TcpStream::connect(shared.target) else { return };
+    let Ok(server) = TcpStream::connect(shared.target) else {
+        return;
+    };
     for stream in [client, &server] {
         stream.set_nonblocking(false).ok();
         stream.set_nodelay(true).ok();
-        stream.set_read_timeout(Some(Duration::from_millis(100))).ok();
+        stream
+            .set_read_timeout(Some(Duration::from_millis(100)))
+            .ok();
     }
     let asked = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            pump(client, &server, shared, |_| {
+            pump(client, &server, shared, |request| {
+                if shared.mode() == Mode::HoldRanges && asks_for_range(request) {
+                    while shared.mode() == Mode::HoldRanges && !shared.stop.load(Ordering::SeqCst) {
+                        std::thread::sleep(Duration::from_millis(20));
+                    }
+                }
                 if !asked.swap(true, Ordering::SeqCst) {
                     shared.requests.fetch_add(1, Ordering::Relaxed);
                 }
             });
             server.shutdown(Shutdown::Both).ok();
         });
-        pump(&server, client, shared, |n| {
+        pump(&server, client, shared, |bytes| {
             if asked.swap(false, Ordering::SeqCst) {
                 std::thread::sleep(shared.latency());
             }
-            shared.carry(n);
-            shared.down.fetch_add(n as u64, Ordering::Relaxed);
+            shared.carry(bytes.len());
+            shared.down.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         });
         client.shutdown(Shutdown::Both).ok();
     });
 }
 
-fn pump(mut from: &TcpStream, mut to: &TcpStream, shared: &Shared, mut before: impl FnMut(usize)) {
+fn asks_for_range(request: &[u8]) -> bool {
+    request
+        .windows(8)
+        .any(|w| w.eq_ignore_ascii_case(b"\r\nrange:"))
+}
+
+fn pump(mut from: &TcpStream, mut to: &TcpStream, shared: &Shared, mut before: impl FnMut(&[u8])) {
     // Small pieces keep several connections fair to each other on the shared bucket.
     let mut buffer = [0u8; 16 * 1024];
     loop {
         let n = match from.read(&mut buffer) {
             Ok(0) => return,
             Ok(n) => n,
-            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {
+            Err(e)
+                if matches!(
+                    e.kind(),
+                    ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
+                ) =>
+            {
                 if shared.stop.load(Ordering::SeqCst) || shared.mode() == Mode::Refuse {
                     return;
                 }
@@ -241,7 +278,7 @@ fn pump(mut from: &TcpStream, mut to: &TcpStream, shared: &Shared, mut before: i
         if !shared.pass() {
             return;
         }
-        before(n);
+        before(&buffer[..n]);
         if to.write_all(&buffer[..n]).is_err() {
             return;
         }

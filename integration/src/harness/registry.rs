@@ -36,12 +36,21 @@ impl Registry {
         )?;
         let mut process = Process::start(
             "docker-registry",
-            Command::new("docker-registry").arg("serve").arg(&config).env("OTEL_TRACES_EXPORTER", "none"),
+            Command::new("docker-registry")
+                .arg("serve")
+                .arg(&config)
+                .env("OTEL_TRACES_EXPORTER", "none"),
             &root.join("registry.log")?,
         )
         .context("Debian's docker-registry is needed")?;
-        process.wait_ready(Duration::from_secs(20), || TcpStream::connect(direct).is_ok())?;
-        Ok(Self { line: Proxy::start(direct, line)?, process, direct })
+        process.wait_ready(Duration::from_secs(20), || {
+            TcpStream::connect(direct).is_ok()
+        })?;
+        Ok(Self {
+            line: Proxy::start(direct, line)?,
+            process,
+            direct,
+        })
     }
 
     /// `host:port` of the line, as it stands in references.

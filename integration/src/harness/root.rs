@@ -23,13 +23,17 @@ impl Root {
     /// and containerd's root need a real disk file system, which `/tmp` often is not).
     /// `SLUICE_KEEP=1` keeps the files for inspection.
     pub fn new(name: &str) -> Result<Self> {
-        let base = std::env::var_os("SLUICE_TEST_ROOT").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
+        let base = std::env::var_os("SLUICE_TEST_ROOT")
+            .map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
         let directory = tempfile::Builder::new()
             .prefix(&format!("sl-{name}-"))
             .tempdir_in(&base)
             .with_context(|| format!("create a root in {}", base.display()))?;
         let keep = std::env::var_os("SLUICE_KEEP").is_some();
-        Ok(Self { path: directory.keep(), keep })
+        Ok(Self {
+            path: directory.keep(),
+            keep,
+        })
     }
 
     /// Its path.
@@ -60,7 +64,10 @@ impl Drop for Root {
         mounts::abort_fuse(&self.path);
         let left = mounts::unmount_all(&self.path);
         if !left.is_empty() {
-            eprintln!("harness: still mounted below {}: {left:?}", self.path.display());
+            eprintln!(
+                "harness: still mounted below {}: {left:?}",
+                self.path.display()
+            );
             return;
         }
         if self.keep {

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A whole set-up: registry behind a line, `sluiced`, containerd.
 
-use anyhow::Result;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
 
 use super::containerd::{Containerd, Release};
 use super::daemon::Daemon;
@@ -35,12 +37,24 @@ struct Containers {
 impl Drop for Containers {
     fn drop(&mut self) {
         // Each shim of containerd leads its own process group and writes its pid into its bundle.
-        let Ok(namespaces) = std::fs::read_dir(self.state.join("io.containerd.runtime.v2.task")) else { return };
-        for bundle in namespaces.flatten().filter_map(|n| std::fs::read_dir(n.path()).ok()).flatten().flatten() {
+        let Ok(namespaces) = std::fs::read_dir(self.state.join("io.containerd.runtime.v2.task"))
+        else {
+            return;
+        };
+        for bundle in namespaces
+            .flatten()
+            .filter_map(|n| std::fs::read_dir(n.path()).ok())
+            .flatten()
+            .flatten()
+        {
             for file in ["init.pid", "shim.pid"] {
                 let text = std::fs::read_to_string(bundle.path().join(file)).unwrap_or_default();
                 if let Some(pid) = text.trim().parse().ok().filter(|p| *p > 1) {
-                    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).ok();
+                    nix::sys::signal::kill(
+                        nix::unistd::Pid::from_raw(pid),
+                        nix::sys::signal::Signal::SIGKILL,
+                    )
+                    .ok();
                 }
             }
         }
@@ -54,9 +68,17 @@ impl Site {
         let registry = Registry::start(&root, &tools::target().join("registry"), line)?;
         let socket = root.directory("c")?.join("c.sock");
         let daemon = Daemon::start(&root, &socket, extra)?;
-        let containers = Containers { state: root.path().join("c") };
+        let containers = Containers {
+            state: root.path().join("c"),
+        };
         let containerd = Containerd::start(&root, release, &daemon.snapshots_socket())?;
-        Ok(Self { containers, containerd, daemon, registry, root })
+        Ok(Self {
+            containers,
+            containerd,
+            daemon,
+            registry,
+            root,
+        })
     }
 
     /// nerdctl with Sluice's snapshotter.
@@ -71,8 +93,35 @@ impl Site {
         Nerdctl::new(&self.root, &self.containerd, namespace, snapshotter)
     }
 
+    /// `sluice status --json`.
+    pub fn status(&self) -> Result<serde_json::Value> {
+        let output = self.daemon.sluice_ok(&["status", "--json"])?;
+        serde_json::from_str(&output.stdout).context("read `sluice status --json`")
+    }
+
+    /// Waits until the store holds at least one layer and every layer is sealed.
+    pub fn wait_sealed(&self, deadline: Duration) -> Result<()> {
+        let start = Instant::now();
+        loop {
+            let status = self.status()?;
+            let layers = status["layers"].as_array().cloned().unwrap_or_default();
+            if !layers.is_empty() && layers.iter().all(|l| l["sealed"].as_bool() == Some(true)) {
+                return Ok(());
+            }
+            if start.elapsed() > deadline {
+                bail!(
+                    "not sealed after {deadline:?}: {status:#}\n{}",
+                    self.daemon.log_tail()
+                );
+            }
+            std::thread::sleep(Duration::from_millis(250));
+        }
+    }
+
     /// Ends all containers' processes at once, as a power cut would.
     pub fn kill_containers(&self) {
-        drop(Containers { state: self.containers.state.clone() });
+        drop(Containers {
+            state: self.containers.state.clone(),
+        });
     }
 }

@@ -8,7 +8,9 @@ use anyhow::{Context, Result, bail};
 /// The checkout's root.
 #[must_use]
 pub fn workspace() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(PathBuf::new, Path::to_path_buf)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .map_or_else(PathBuf::new, Path::to_path_buf)
 }
 
 /// The build directory (`CARGO_TARGET_DIR`, by default `target/` of the checkout).

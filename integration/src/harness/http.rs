@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The little HTTP that tests need to edit manifests in the registry.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+
+fn exchange(host: &str, head: &str, body: &[u8]) -> Result<(u16, Vec<u8>)> {
+    let mut stream = TcpStream::connect(host)?;
+    stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+    write!(
+        stream,
+        "{head}\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    )?;
+    stream.write_all(body)?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    let split = answer
+        .windows(4)
+        .position(|w| w == b"\r\n\r\n")
+        .context("HTTP head")?;
+    let status = std::str::from_utf8(&answer[..split])?
+        .split(' ')
+        .nth(1)
+        .context("HTTP status")?
+        .parse()?;
+    Ok((status, answer[split + 4..].to_vec()))
+}
+
+/// The manifest `repository:tag` of the registry at `host`.
+pub fn manifest(host: &str, repository: &str, tag: &str) -> Result<Value> {
+    let (status, body) = exchange(
+        host,
+        &format!("GET /v2/{repository}/manifests/{tag} HTTP/1.0\r\nAccept: {MANIFEST}"),
+        b"",
+    )?;
+    ensure!(
+        status == 200,
+        "manifest {repository}:{tag}: {status} {}",
+        String::from_utf8_lossy(&body)
+    );
+    Ok(serde_json::from_slice(&body)?)
+}
+
+/// Puts `manifest` as `repository:tag`.
+pub fn put_manifest(host: &str, repository: &str, tag: &str, manifest: &Value) -> Result<()> {
+    let (status, body) = exchange(
+        host,
+        &format!("PUT /v2/{repository}/manifests/{tag} HTTP/1.0\r\nContent-Type: {MANIFEST}"),
+        manifest.to_string().as_bytes(),
+    )?;
+    ensure!(
+        status == 201,
+        "put {repository}:{tag}: {status} {}",
+        String::from_utf8_lossy(&body)
+    );
+    Ok(())
+}
+
+/// Removes Sluice's annotations from some layers of `repository:tag`, as a tool that drops
+/// annotations would, and puts the result as `repository:new_tag`.
+pub fn strip_annotations(
+    host: &str,
+    repository: &str,
+    tag: &str,
+    new_tag: &str,
+    layers: &[usize],
+) -> Result<()> {
+    let mut manifest = manifest(host, repository, tag)?;
+    for layer in layers {
+        manifest["layers"][*layer]
+            .as_object_mut()
+            .context("a layer")?
+            .remove("annotations");
+    }
+    put_manifest(host, repository, new_tag, &manifest)
+}

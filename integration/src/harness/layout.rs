@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Writes small OCI layouts from tars made in memory.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use flate2::{Compression, GzBuilder};
+use serde_json::json;
+use sha2::{Digest, Sha256};
+use tar::{Builder, EntryType, Header};
+
+/// A layer's tar in the making.
+#[derive(Default)]
+pub struct Layer {
+    builder: Option<Builder<Vec<u8>>>,
+}
+
+impl std::fmt::Debug for Layer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Layer").finish_non_exhaustive()
+    }
+}
+
+/// What an entry has beside its name; the mtime is always 1700000000.
+#[derive(Debug, Clone, Copy)]
+pub struct Attributes {
+    /// Permission bits, 07777.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u64,
+    /// Group.
+    pub gid: u64,
+}
+
+impl Attributes {
+    /// Owned by root.
+    #[must_use]
+    pub const fn root(mode: u32) -> Self {
+        Self {
+            mode,
+            uid: 0,
+            gid: 0,
+        }
+    }
+}
+
+impl Layer {
+    /// An empty layer.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            builder: Some(Builder::new(Vec::new())),
+        }
+    }
+
+    fn builder(&mut self) -> &mut Builder<Vec<u8>> {
+        self.builder.get_or_insert_with(|| Builder::new(Vec::new()))
+    }
+
+    fn header(kind: EntryType, attributes: Attributes, size: u64) -> Header {
+        let mut header = Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_mode(attributes.mode);
+        header.set_uid(attributes.uid);
+        header.set_gid(attributes.gid);
+        header.set_mtime(1_700_000_000);
+        header.set_size(size);
+        header
+    }
+
+    /// PAX records for the next entry, such as xattrs (`SCHILY.xattr.user.x`).
+    pub fn pax(&mut self, records: &[(&str, &[u8])]) -> Result<&mut Self> {
+        self.builder()
+            .append_pax_extensions(records.iter().copied())?;
+        Ok(self)
+    }
+
+    /// A directory.
+    pub fn directory(&mut self, path: &str, attributes: Attributes) -> Result<&mut Self> {
+        let mut header = Self::header(EntryType::Directory, attributes, 0);
+        self.builder()
+            .append_data(&mut header, path, std::io::empty())?;
+        Ok(self)
+    }
+
+    /// A regular file.
+    pub fn file(
+        &mut self,
+        path: &str,
+        attributes: Attributes,
+        content: &[u8],
+    ) -> Result<&mut Self> {
+        let mut header = Self::header(EntryType::Regular, attributes, content.len() as u64);
+        self.builder().append_data(&mut header, path, content)?;
+        Ok(self)
+    }
+
+    /// A symbolic link.
+    pub fn symlink(&mut self, path: &str, target: &str) -> Result<&mut Self> {
+        let mut header = Self::header(EntryType::Symlink, Attributes::root(0o777), 0);
+        self.builder().append_link(&mut header, path, target)?;
+        Ok(self)
+    }
+
+    /// A hard link.
+    pub fn link(&mut self, path: &str, target: &str) -> Result<&mut Self> {
+        let mut header = Self::header(EntryType::Link, Attributes::root(0o644), 0);
+        self.builder().append_link(&mut header, path, target)?;
+        Ok(self)
+    }
+
+    /// A FIFO or device.
+    pub fn special(
+        &mut self,
+        path: &str,
+        kind: EntryType,
+        major: u32,
+        minor: u32,
+    ) -> Result<&mut Self> {
+        let mut header = Self::header(kind, Attributes::root(0o660), 0);
+        header.set_device_major(major)?;
+        header.set_device_minor(minor)?;
+        self.builder()
+            .append_data(&mut header, path, std::io::empty())?;
+        Ok(self)
+    }
+
+    fn finish(&mut self) -> Result<Vec<u8>> {
+        Ok(self
+            .builder
+            .take()
+            .unwrap_or_else(|| Builder::new(Vec::new()))
+            .into_inner()?)
+    }
+}
+
+/// Writes `layers` as an image tagged `latest` below `directory`, gzip-compressed, with `command`.
+pub fn write(directory: &Path, layers: &mut [Layer], command: &[&str]) -> Result<PathBuf> {
+    let blobs = directory.join("blobs/sha256");
+    std::fs::create_dir_all(&blobs)?;
+    let mut descriptors = Vec::new();
+    let mut diff_ids = Vec::new();
+    for layer in layers {
+        let tar = layer.finish()?;
+        diff_ids.push(format!("sha256:{}", hex::encode(Sha256::digest(&tar))));
+        let mut gzip = GzBuilder::new()
+            .mtime(0)
+            .write(Vec::new(), Compression::new(6));
+        gzip.write_all(&tar)?;
+        descriptors.push(blob(
+            &blobs,
+            &gzip.finish()?,
+            "application/vnd.oci.image.layer.v1.tar+gzip",
+        )?);
+    }
+    let config = json!({
+        "architecture": "amd64", "os": "linux", "config": {"Cmd": command, "Env": ["PATH=/bin:/usr/bin"]},
+        "rootfs": {"type": "layers", "diff_ids": diff_ids}, "history": [],
+    });
+    let config = blob(
+        &blobs,
+        config.to_string().as_bytes(),
+        "application/vnd.oci.image.config.v1+json",
+    )?;
+    let manifest = json!({
+        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": config, "layers": descriptors,
+    });
+    let mut manifest = blob(
+        &blobs,
+        manifest.to_string().as_bytes(),
+        "application/vnd.oci.image.manifest.v1+json",
+    )?;
+    manifest["annotations"] = json!({"org.opencontainers.image.ref.name": "latest"});
+    manifest["platform"] = json!({"architecture": "amd64", "os": "linux"});
+    std::fs::write(
+        directory.join("index.json"),
+        json!({"schemaVersion": 2, "manifests": [manifest]}).to_string(),
+    )?;
+    std::fs::write(
+        directory.join("oci-layout"),
+        r#"{"imageLayoutVersion":"1.0.0"}"#,
+    )?;
+    Ok(directory.to_owned())
+}
+
+fn blob(blobs: &Path, bytes: &[u8], media_type: &str) -> Result<serde_json::Value> {
+    let digest = hex::encode(Sha256::digest(bytes));
+    std::fs::write(blobs.join(&digest), bytes).with_context(|| format!("write blob {digest}"))?;
+    Ok(json!({"mediaType": media_type, "digest": format!("sha256:{digest}"), "size": bytes.len()}))
+}
+
+/// Debian's static busybox: the one program that small images need.
+pub fn busybox() -> Result<Vec<u8>> {
+    for path in ["/usr/bin/busybox", "/bin/busybox"] {
+        if let Ok(bytes) = std::fs::read(path) {
+            return Ok(bytes);
+        }
+    }
+    anyhow::bail!("busybox-static is not installed: run `make setup`")
+}

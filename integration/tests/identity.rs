@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A converted image is the same image: on overlayfs, mounted by Sluice, and mounted by the kernel.
+#![allow(clippy::unwrap_used, reason = "a test may stop where it stands")]
+
+use std::process::Command;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result, bail, ensure};
+use sluice_integration::harness::containerd::Release;
+use sluice_integration::harness::images;
+use sluice_integration::harness::layout::{self, Attributes, Layer};
+use sluice_integration::harness::proxy::Line;
+use sluice_integration::harness::site::Site;
+use sluice_integration::harness::{command, tools};
+use tar::EntryType;
+
+/// Everything a layer can say, over three layers.
+fn strange_layers() -> Result<Vec<Layer>> {
+    let root = Attributes::root;
+    let mut base = Layer::new();
+    base.directory("bin", root(0o755))?
+        .file("bin/busybox", root(0o755), &layout::busybox()?)?
+        .symlink("bin/sh", "busybox")?;
+    base.directory("dir/", root(0o1777))?
+        .file("dir/setuid", root(0o4755), b"suid")?;
+    base.pax(&[
+        ("SCHILY.xattr.user.comment", b"with \x00 byte"),
+        (
+            "SCHILY.xattr.security.capability",
+            b"\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00",
+        ),
+    ])?
+    .file("dir/attributed", root(0o755), b"capable")?;
+    base.pax(&[("mtime", b"-5.25")])?
+        .file("dir/before-1970", root(0o600), b"old")?;
+    base.file(
+        "dir/owned",
+        Attributes {
+            mode: 0o640,
+            uid: 70000,
+            gid: 4_000_000,
+        },
+        b"owned",
+    )?;
+    base.file("dir/original", root(0o644), &[b'x'; 300_000])?
+        .link("dir/link-1", "dir/original")?
+        .link("other/link-2", "dir/link-1")?;
+    base.special("dir/fifo", EntryType::Fifo, 0, 0)?
+        .special("dir/null", EntryType::Char, 1, 3)?
+        .special("dir/disk", EntryType::Block, 8, 1)?;
+    base.file("dir/empty", root(0o644), b"")?
+        .file("./dir/dotted", root(0o644), b"1")?
+        .file("dir/dotted", root(0o600), b"22")?;
+    let long = format!("long/{}/{}", "n".repeat(200), "m".repeat(180));
+    base.file(&long, root(0o644), b"long name")?
+        .symlink("long/link", &"t/".repeat(200))?;
+    base.directory("gone", root(0o755))?
+        .file("gone/a", root(0o644), b"a")?
+        .file("gone/b", root(0o644), b"b")?;
+    base.directory("opaque", root(0o755))?
+        .file("opaque/hidden", root(0o644), b"h")?;
+    base.directory("becomes-file", root(0o755))?
+        .file("becomes-file/x", root(0o644), b"x")?;
+    base.file("becomes-directory", root(0o644), b"f")?;
+    for i in 0..400 {
+        base.file(
+            &format!("many/{i:04}"),
+            root(0o644),
+            format!("{i}\n").repeat(i).as_bytes(),
+        )?;
+    }
+    let mut middle = Layer::new();
+    middle
+        .file(".wh.gone", root(0o644), b"")?
+        .file("opaque/.wh..wh..opq", root(0o644), b"")?
+        .file("opaque/shown", root(0o644), b"s")?;
+    middle
+        .file("becomes-file", root(0o644), b"now a file")?
+        .directory("becomes-directory", root(0o750))?
+        .file("becomes-directory/y", root(0o644), b"y")?;
+    middle.file("dir/.wh.owned", root(0o644), b"")?.file(
+        "implied/deep/file",
+        root(0o644),
+        b"no parents",
+    )?;
+    let mut top = Layer::new();
+    top.file("gone/again", root(0o644), b"again")?
+        .file("many/0007", root(0o600), b"replaced")?
+        .file("dir/link-1", root(0o644), b"no longer linked")?;
+    Ok(vec![base, middle, Layer::new(), top])
+}
+
+/// Lists the image as `snapshotter` shows it, through `ctr images mount`.
+fn listing(site: &Site, snapshotter: &str, reference: &str) -> Result<Vec<String>> {
+    let target = site.root.directory(&format!("look-{snapshotter}"))?;
+    let target_text = target.display().to_string();
+    site.containerd.ctr_ok(
+        "identity",
+        &[
+            "images",
+            "mount",
+            "--snapshotter",
+            snapshotter,
+            reference,
+            &target_text,
+        ],
+    )?;
+    let walk = command::run_ok(
+        Command::new(tools::binary("treewalk")?)
+            .arg("--directory-times")
+            .arg(&target),
+        Duration::from_secs(240),
+    );
+    site.containerd.ctr_ok(
+        "identity",
+        &[
+            "images",
+            "unmount",
+            "--snapshotter",
+            snapshotter,
+            "--rm",
+            &target_text,
+        ],
+    )?;
+    Ok(walk?.stdout.lines().map(str::to_owned).collect())
+}
+
+/// Equal line by line; a directory's mtime may differ only where the unpacker itself touched it after `start`.
+fn assert_same(left: &[String], right: &[String], start: SystemTime) -> Result<()> {
+    let start = start.duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
+    ensure!(
+        left.len() == right.len(),
+        "{} files against {}",
+        left.len(),
+        right.len()
+    );
+    ensure!(left.len() > 100, "only {} files were listed", left.len());
+    for (l, r) in left.iter().zip(right) {
+        if l == r {
+            continue;
+        }
+        let strip = |s: &str| {
+            s.split(' ')
+                .filter(|f| !f.starts_with("mtime="))
+                .collect::<Vec<_>>()
+                .join(" ")
+        };
+        let seconds: u64 = l
+            .split(' ')
+            .find_map(|f| f.strip_prefix("mtime="))
+            .and_then(|t| t.split('.').next()?.parse().ok())
+            .with_context(|| format!("mtime in {l}"))?;
+        if !(l.contains(" mode=4") && strip(l) == strip(r) && seconds >= start) {
+            bail!("differs:\n  {l}\n  {r}");
+        }
+    }
+    Ok(())
+}
+
+fn identical(name: &str, layout: &std::path::Path) -> Result<()> {
+    let start = SystemTime::now() - Duration::from_secs(1);
+    let site = Site::start(name, Release::V1, Line::OPEN, "")?;
+    let direct = site.registry.direct();
+    let (original, converted) = (
+        format!("{direct}/{name}:original"),
+        format!("{direct}/{name}:sluice"),
+    );
+    images::push_layout(layout, &original)?;
+    site.daemon.sluice_ok(&[
+        "convert",
+        &format!("docker://{original}"),
+        &format!("docker://{converted}"),
+    ])?;
+    let ctr = |args: &[&str]| site.containerd.ctr_ok("identity", args);
+    ctr(&[
+        "images",
+        "pull",
+        "--plain-http",
+        "--snapshotter",
+        "overlayfs",
+        &original,
+    ])?;
+    ctr(&[
+        "images",
+        "pull",
+        "--plain-http",
+        "--snapshotter",
+        "overlayfs",
+        &converted,
+    ])?;
+
+    // The same config digest, hence the same diff IDs and chain IDs.
+    let config = |reference: &str| -> Result<serde_json::Value> {
+        let manifest = command::run_ok(
+            Command::new(tools::on_path("skopeo")?)
+                .args(["inspect", "--raw", "--tls-verify=false"])
+                .arg(format!("docker://{reference}")),
+            Duration::from_secs(30),
+        )?;
+        Ok(
+            serde_json::from_str::<serde_json::Value>(&manifest.stdout)?["config"]["digest"]
+                .clone(),
+        )
+    };
+    ensure!(
+        config(&original)? == config(&converted)?,
+        "the config digest changed"
+    );
+    let snapshots = ctr(&["snapshots", "--snapshotter", "overlayfs", "ls"])?.stdout;
+    let layers: usize = snapshots
+        .lines()
+        .filter(|l| l.contains("Committed"))
+        .count();
+
+    let original_files = listing(&site, "overlayfs", &original)?;
+    let converted_files = listing(&site, "overlayfs", &converted)?;
+    assert_same(&original_files, &converted_files, start)?;
+
+    // Sluice: pulled lazily through containerd's API; the same chain IDs appear.
+    ctr(&["images", "rm", "--sync", &converted])?;
+    site.daemon.sluice_ok(&[
+        "pull",
+        "--address",
+        &site.containerd.socket().display().to_string(),
+        "--namespace",
+        "identity",
+        &converted,
+    ])?;
+    let lazy = ctr(&["snapshots", "--snapshotter", "sluice", "ls"])?.stdout;
+    ensure!(
+        lazy.lines().filter(|l| l.contains("Committed")).count() == layers,
+        "chains differ:\n{snapshots}\n{lazy}"
+    );
+    for line in snapshots.lines().filter(|l| l.contains("Committed")) {
+        let chain = line.split_whitespace().next().context("chain ID")?;
+        ensure!(lazy.contains(chain), "{chain} is missing:\n{lazy}");
+    }
+    let why = site
+        .daemon
+        .sluice_ok(&["why", "--json", &converted])?
+        .stdout;
+    let why: serde_json::Value = serde_json::from_str(&why)?;
+    ensure!(why["lazy"].as_bool() == Some(true), "not lazy: {why:#}");
+    let sluice_files = listing(&site, "sluice", &converted)?;
+    assert_same(&original_files, &sluice_files, start)?;
+    kernel_shows_the_same(&site, &sluice_files)
+}
+
+/// Mounts the merged tree over the complete devices by the kernel's EROFS.
+fn kernel_shows_the_same(site: &Site, expected: &[String]) -> Result<()> {
+    site.wait_sealed(Duration::from_secs(240))?;
+    let tree = std::fs::read_dir(site.daemon.state().join("trees"))?
+        .flatten()
+        .map(|e| e.path())
+        .find(|p| p.extension().is_some_and(|e| e == "erofs"));
+    let tree = tree.context("a merged tree is kept")?;
+    // Devices in the order of the layers, lowest first, as `sluice status` lists the image.
+    let status: serde_json::Value =
+        serde_json::from_str(&site.daemon.sluice_ok(&["status", "--json"])?.stdout)?;
+    let image = status["images"]
+        .as_array()
+        .and_then(|i| i.first())
+        .context("an image in the status")?;
+    let mut options = vec![];
+    for diff in image["diff_ids"].as_array().context("diff IDs")? {
+        let diff = diff
+            .as_str()
+            .and_then(|d| d.strip_prefix("sha256:"))
+            .context("diff ID")?;
+        let device = std::fs::read_dir(site.daemon.state().join("devices").join(diff))?
+            .flatten()
+            .next()
+            .context("a device")?;
+        options.push(format!("device={}", device.path().join("data").display()));
+    }
+    let target = site.root.directory("kernel")?;
+    command::run_ok(
+        Command::new("mount")
+            .args(["-t", "erofs", "-o", &format!("ro,{}", options.join(","))])
+            .arg(&tree)
+            .arg(&target),
+        Duration::from_secs(20),
+    )?;
+    let walk = command::run_ok(
+        Command::new(tools::binary("treewalk")?)
+            .arg("--directory-times")
+            .arg(&target),
+        Duration::from_secs(240),
+    );
+    command::run_ok(Command::new("umount").arg(&target), Duration::from_secs(20))?;
+    let files: Vec<String> = walk?.stdout.lines().map(str::to_owned).collect();
+    for (l, r) in expected.iter().zip(&files) {
+        ensure!(l == r, "the kernel shows\n  {r}\ninstead of\n  {l}");
+    }
+    ensure!(expected.len() == files.len());
+    Ok(())
+}
+
+#[test]
+fn every_kind_of_entry() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let layout = layout::write(
+        directory.path(),
+        &mut strange_layers()?,
+        &["/bin/sh", "-c", "echo ready"],
+    )?;
+    identical("strange", &layout)
+}
+
+#[test]
+fn a_real_image() -> Result<()> {
+    identical("python", &images::python_layout()?)
+}

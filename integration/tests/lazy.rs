@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The main job: `nerdctl pull` and `nerdctl run` are lazy, complete in the background, need no
+//! registry afterwards, share one mount, and leave nothing when the image is removed.
+#![allow(clippy::unwrap_used, reason = "a test may stop where it stands")]
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use sluice_integration::harness::command::run_observed;
+use sluice_integration::harness::containerd::Release;
+use sluice_integration::harness::proxy::Line;
+use sluice_integration::harness::site::Site;
+use sluice_integration::harness::{command, images, mounts};
+
+const LINE: Line = Line {
+    bytes_per_second: 12_500_000,
+    latency: Duration::from_millis(5),
+};
+
+fn image_mounts(site: &Site) -> Vec<mounts::MountEntry> {
+    mounts::below(&site.daemon.state().join("mnt"))
+}
+
+/// Bytes of disk below a directory, as `du` counts them.
+fn disk_bytes(directory: &std::path::Path) -> Result<u64> {
+    if !directory.exists() {
+        return Ok(0);
+    }
+    let output = command::run_ok(
+        std::process::Command::new("du")
+            .args(["-s", "-B1"])
+            .arg(directory),
+        Duration::from_secs(60),
+    )?;
+    Ok(output
+        .stdout
+        .split_whitespace()
+        .next()
+        .unwrap_or("0")
+        .parse()?)
+}
+
+fn eventually(
+    what: &str,
+    deadline: Duration,
+    mut holds: impl FnMut() -> Result<bool>,
+) -> Result<()> {
+    let start = Instant::now();
+    while !holds()? {
+        ensure!(
+            start.elapsed() < deadline,
+            "{what}: not within {deadline:?}"
+        );
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
+}
+
+fn whole_life(release: Release) -> Result<()> {
+    let mut site = Site::start(
+        "lazy",
+        release,
+        Line::OPEN,
+        sluice_integration::harness::daemon::QUICK_REAPER,
+    )?;
+    let (host, direct) = (site.registry.host(), site.registry.direct());
+    images::push_layout(
+        &images::python_layout()?,
+        &format!("{direct}/lazy/python:original"),
+    )?;
+    site.daemon.sluice_ok(&[
+        "convert",
+        &format!("docker://{direct}/lazy/python:original"),
+        &format!("docker://{direct}/lazy/python:sluice"),
+    ])?;
+    let reference = format!("{host}/lazy/python:sluice");
+    let image_bytes: u64 =
+        sluice_integration::harness::http::manifest(&direct, "lazy/python", "sluice")?["layers"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|l| l["size"].as_u64())
+            .sum();
+    site.registry.line.set_line(LINE);
+
+    // Cold: pull moves almost nothing, the first output comes long before the image.
+    let nerdctl = site.nerdctl("lazy");
+    nerdctl.ok(&["pull", "--quiet", &reference])?;
+    let pulled = site.registry.line.bytes();
+    ensure!(
+        pulled * 20 < image_bytes,
+        "pull moved {pulled} of {image_bytes} bytes: not lazy\n{}",
+        site.daemon.log_tail()
+    );
+    let mut at_ready = 0;
+    let mut run = nerdctl.command()?;
+    run.args(["run", "--rm", "--net", "none", &reference]);
+    let cold = run_observed(&mut run, Duration::from_secs(120), |_| {
+        at_ready = site.registry.line.bytes()
+    })?;
+    ensure!(
+        cold.ok() && cold.stdout.contains("\"ready\": true"),
+        "{cold:?}\n{}",
+        site.daemon.log_tail()
+    );
+    let share = at_ready as f64 / image_bytes as f64;
+    println!(
+        "{}: first output after {:.1} % of {:.1} MB, {:.2} s",
+        release.name(),
+        share * 100.0,
+        image_bytes as f64 / 1e6,
+        cold.first_output.unwrap().as_secs_f64()
+    );
+    ensure!(
+        share < 0.30,
+        "{:.1} % was fetched before the first output",
+        share * 100.0
+    );
+
+    // Two containers of one image at once share one mount.
+    for name in ["one", "two"] {
+        nerdctl.ok(&[
+            "run",
+            "-d",
+            "--net",
+            "none",
+            "--name",
+            name,
+            &reference,
+            "/usr/bin/python3",
+            "/srv/app/ready.py",
+            "--serve",
+        ])?;
+    }
+    ensure!(
+        image_mounts(&site).len() == 1,
+        "mounts: {:?}",
+        image_mounts(&site)
+    );
+
+    // Warm, after the seal, and with no registry at all.
+    site.wait_sealed(Duration::from_secs(240))?;
+    let sealed_bytes = site.registry.line.bytes();
+    ensure!(
+        sealed_bytes < image_bytes + image_bytes / 10,
+        "{sealed_bytes} bytes moved for an image of {image_bytes}"
+    );
+    site.registry.stop()?;
+    let nerdctl = site.nerdctl("lazy");
+    let warm = nerdctl.ok(&["run", "--rm", "--net", "none", &reference])?;
+    ensure!(warm.stdout.contains("\"ready\": true"), "{warm:?}");
+    ensure!(
+        site.registry.line.bytes() == sealed_bytes,
+        "a sealed image asked the registry"
+    );
+
+    // A restart of everything but the disk: the image still starts.
+    site.nerdctl("lazy").ok(&["rm", "-f", "one", "two"])?;
+    site.daemon.stop()?;
+    site.daemon.start_again()?;
+    site.containerd.restart()?;
+    let again = site
+        .nerdctl("lazy")
+        .ok(&["run", "--rm", "--net", "none", &reference])?;
+    ensure!(again.stdout.contains("\"ready\": true"), "{again:?}");
+
+    // A reboot, as far as mounts go: the shim and its mounts are gone, and come back with no network.
+    site.daemon.kill()?;
+    site.daemon.kill_shim();
+    mounts::abort_fuse(site.daemon.state());
+    ensure!(mounts::unmount_all(site.daemon.state()).is_empty());
+    site.daemon.start_again()?;
+    let again = site
+        .nerdctl("lazy")
+        .ok(&["run", "--rm", "--net", "none", &reference])?;
+    ensure!(again.stdout.contains("\"ready\": true"), "{again:?}");
+
+    // Removal frees mounts and disk.
+    site.nerdctl("lazy").ok(&["rmi", "-f", &reference])?;
+    eventually("mounts go away", Duration::from_secs(60), || {
+        Ok(image_mounts(&site).is_empty())
+    })?;
+    eventually("disk is freed", Duration::from_secs(60), || {
+        Ok(disk_bytes(&site.daemon.state().join("devices"))? < 1 << 20
+            && disk_bytes(&site.daemon.state().join("snapshots"))? < 1 << 20)
+    })
+}
+
+#[test]
+fn whole_life_on_containerd_1() -> Result<()> {
+    whole_life(Release::V1)
+}
+
+#[test]
+fn whole_life_on_containerd_2() -> Result<()> {
+    whole_life(Release::V2)
+}
