@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The temporary root of one set-up.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use nix::fcntl::{Flock, FlockArg};
 
 use super::mounts;
 
@@ -16,6 +18,8 @@ use super::mounts;
 pub struct Root {
     path: PathBuf,
     keep: bool,
+    /// One set-up at a time: they measure, and two cores are few.
+    _turn: Flock<File>,
 }
 
 impl Root {
@@ -25,6 +29,10 @@ impl Root {
     pub fn new(name: &str) -> Result<Self> {
         let base = std::env::var_os("SLUICE_TEST_ROOT")
             .map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
+        let turn = File::create(base.join("sluice-e2e.lock")).context("create the lock file")?;
+        let turn = Flock::lock(turn, FlockArg::LockExclusive)
+            .map_err(|(_, e)| e)
+            .context("wait for another set-up")?;
         let directory = tempfile::Builder::new()
             .prefix(&format!("sl-{name}-"))
             .tempdir_in(&base)
@@ -33,6 +41,7 @@ impl Root {
         Ok(Self {
             path: directory.keep(),
             keep,
+            _turn: turn,
         })
     }
 
