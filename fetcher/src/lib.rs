@@ -3,6 +3,13 @@
 //!
 //! - [`source`]: the trait `BlobSource` and its implementations.
 //! - [`registry`]: the client of OCI registries.
+//! - [`store`]: the chunk store, the node's cache of layer devices.
+//! - [`clock`]: time, in one place.
 
+pub mod clock;
+#[cfg(test)]
+mod fixture;
 pub mod registry;
 pub mod source;
+pub mod store;
+mod sys;

@@ -1,0 +1,513 @@
+// SPDX-License-Identifier: Apache-2.0
+//! One layer device in the store: what is present, what may be trusted, and the order of writes.
+//!
+//! # Life of a chunk
+//! ```text
+//!            commit (length and crc32 checked)
+//!   absent ------------------------------------> present --- seal ---> sealed with all others
+//!     ^                                             |
+//!     |  crc32 differs                              | opened in another run of the kernel,
+//!     +------------------- suspect <----------------+ and that run did not stop cleanly
+//!                             |   crc32 is right
+//!                             +--------------------> present
+//! ```
+//! The one rule that settles races: a reader looks at the bit, and the bit is set last.
+//!
+//! # What a crash leaves
+//! A killed process loses nothing: bytes and bits are in the page cache, bytes first. A power cut
+//! keeps any mixture of old and new sectors of `data` and words of `present`; every bit found under
+//! another boot ID is therefore suspect, unless the record says that the kernel's caches were
+//! flushed after the last commit (`clean`). A seal is written only after the data is durable.
+//!
+//! # Locks
+//! `admission` is held shared while a chunk is written and exclusively to end writing (stop, removal,
+//! failure); `meta` is taken inside it. No lock is held while another device's is taken.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use sluice_blockindex::chunkmap::{Chunk, ChunkMap};
+use sluice_blockindex::digest::{DiffId, Sha256Hasher};
+use sluice_blockindex::extent::{DeviceSpace, Extent};
+
+use super::error::StoreError;
+use super::media::DeviceMedia;
+use super::mem::lock;
+use super::meta::{FailureRecord, Meta, SealRecord};
+use super::presence::DeviceState;
+use super::{DeviceKey, Shared};
+use crate::clock;
+
+/// Bytes hashed between two looks at whether to go on: a few milliseconds of work.
+const SEAL_STEP_BYTES: usize = 1 << 20;
+
+/// What [`Device::commit`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Committed {
+    /// The chunk is present now and was not before.
+    Stored,
+    /// It was present already; nothing was written.
+    Already,
+}
+
+/// What [`Device::recheck`] found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rechecked {
+    /// The chunk does not wait for a check.
+    NotSuspect,
+    /// Its crc32 is right: it is present again.
+    Trusted,
+    /// Its crc32 is wrong: it is absent and must be fetched again.
+    Dropped,
+}
+
+/// What the caller of [`Device::seal`] wants, asked between two steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SealStep {
+    /// Hash on.
+    Continue,
+    /// Give up; the device stays as it is.
+    Cancel,
+}
+
+/// Why a device takes no more chunks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Closed {
+    Failed(FailureRecord),
+    Stopped,
+    Removed,
+    /// An fsync failed: the kernel may have dropped writes, so nothing is added any more.
+    PreviousIo,
+}
+
+impl From<Closed> for StoreError {
+    fn from(closed: Closed) -> Self {
+        match closed {
+            Closed::Failed(record) => StoreError::Failed(record),
+            Closed::Stopped => StoreError::Stopped,
+            Closed::Removed => StoreError::Removed,
+            Closed::PreviousIo => StoreError::PreviousIo,
+        }
+    }
+}
+
+/// A layer device in the store.
+///
+/// Methods that say **Blocks** touch the disk and belong on a blocking thread.
+#[derive(Debug)]
+pub struct Device {
+    key: DeviceKey,
+    chunks: ChunkMap,
+    media: Arc<dyn DeviceMedia>,
+    shared: Arc<Shared>,
+    admission: RwLock<Option<Closed>>,
+    meta: Mutex<Meta>,
+    /// Set once, and before anything else happens to a device that is not what it claims.
+    failure: OnceLock<FailureRecord>,
+    present_bytes: AtomicU64,
+    sealing: AtomicBool,
+}
+
+impl Device {
+    /// Opens the device on `media` and decides what of it is trusted. **Blocks**.
+    pub(crate) fn open(
+        key: DeviceKey,
+        chunks: ChunkMap,
+        media: Arc<dyn DeviceMedia>,
+        fresh: bool,
+        shared: Arc<Shared>,
+    ) -> Result<Self, StoreError> {
+        let stored = media
+            .load_meta()
+            .map_err(StoreError::io("read record of device"))?;
+        let stored = stored.as_deref().and_then(Meta::decode).filter(|_| !fresh);
+        let presence = media.presence();
+        let mut meta = Meta::fresh(shared.boot);
+        let mut closed = None;
+        match stored {
+            Some(Meta {
+                failed: Some(failure),
+                ..
+            }) => {
+                presence.set_state(DeviceState::Failed);
+                presence.clear_all();
+                meta.failed = Some(failure);
+                closed = Some(Closed::Failed(failure));
+            }
+            Some(Meta {
+                sealed: Some(seal), ..
+            }) => {
+                presence.set_all();
+                presence.set_state(DeviceState::Sealed);
+                meta.sealed = Some(seal);
+            }
+            // Bits of this run of the kernel, or flushed before the last one ended.
+            Some(stored) if stored.boot == shared.boot || stored.clean => {
+                presence.set_state(DeviceState::Open);
+            }
+            Some(_) | None => {
+                presence.distrust_all();
+                presence.set_state(DeviceState::Open);
+            }
+        }
+        // From here on bits may be set that are not durable: the record must say so before.
+        if stored != Some(meta) {
+            media
+                .replace_meta(&meta.encode())
+                .map_err(StoreError::io("write record of device"))?;
+        }
+        let present_bytes = (0..chunks.count())
+            .filter(|chunk| presence.is_present(*chunk))
+            .filter_map(|chunk| presence.extent(chunk))
+            .map(Extent::len)
+            .sum();
+        Ok(Self {
+            key,
+            chunks,
+            shared,
+            admission: RwLock::new(closed),
+            meta: Mutex::new(meta),
+            failure: meta.failed.map(OnceLock::from).unwrap_or_default(),
+            present_bytes: AtomicU64::new(present_bytes),
+            sealing: AtomicBool::new(false),
+            media,
+        })
+    }
+
+    /// Its name.
+    pub fn key(&self) -> DeviceKey {
+        self.key
+    }
+
+    /// Its chunks.
+    pub fn chunks(&self) -> &ChunkMap {
+        &self.chunks
+    }
+
+    /// Whether `chunk` may be read.
+    pub fn is_present(&self, chunk: u32) -> bool {
+        self.media.presence().is_present(chunk)
+    }
+
+    /// Whether `chunk` waits to be checked after an unclean stop; see [`Self::recheck`].
+    pub fn is_suspect(&self, chunk: u32) -> bool {
+        self.media.presence().is_suspect(chunk)
+    }
+
+    /// Whether any chunk waits to be checked.
+    pub fn any_suspect(&self) -> bool {
+        self.media.presence().any_suspect()
+    }
+
+    /// The chunks that hold any byte of `extent` and are not present, ascending.
+    pub fn missing(&self, extent: Extent<DeviceSpace>) -> impl Iterator<Item = u32> + '_ {
+        self.chunks
+            .covering(extent)
+            .filter(|chunk| !self.is_present(*chunk))
+    }
+
+    /// Device bytes that may be read.
+    pub fn present_bytes(&self) -> u64 {
+        self.present_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Size of the device.
+    pub fn device_bytes(&self) -> u64 {
+        self.chunks.device_bytes()
+    }
+
+    /// Whether all chunks are present.
+    pub fn is_complete(&self) -> bool {
+        self.media.presence().present_chunks() == self.chunks.count()
+    }
+
+    /// Whether it was found complete and equal to its diff ID.
+    pub fn is_sealed(&self) -> bool {
+        self.media.presence().state() == DeviceState::Sealed
+    }
+
+    /// That it was found to be something else; then nothing of it can be read.
+    pub fn failure(&self) -> Option<FailureRecord> {
+        self.failure.get().copied()
+    }
+
+    /// Bytes that it really takes in the store. **Blocks** (shortly).
+    pub fn held_bytes(&self) -> Result<u64, StoreError> {
+        self.media
+            .held_bytes()
+            .map_err(StoreError::io("stat device"))
+    }
+
+    /// Makes the bytes of a chunk present. **Blocks**.
+    ///
+    /// The caller has verified them against the strong digest; length and crc32 are checked here
+    /// once more, so that no mistake above can make wrong bytes visible.
+    ///
+    /// **Errors**: [`StoreError::Mismatch`] for other bytes; [`StoreError::Full`] when the disk is full
+    /// and nothing could be freed (reads of present chunks go on); those of a closed device.
+    pub fn commit(&self, chunk: u32, bytes: &[u8]) -> Result<Committed, StoreError> {
+        let admitted = self.admit()?;
+        let expect = self.chunk(chunk)?;
+        if self.is_present(chunk) {
+            return Ok(Committed::Already);
+        }
+        check(&expect, bytes)?;
+        self.write(&expect, bytes)?;
+        let stored = self.reveal(&expect);
+        drop(admitted);
+        Ok(if stored {
+            Committed::Stored
+        } else {
+            Committed::Already
+        })
+    }
+
+    fn write(&self, chunk: &Chunk, bytes: &[u8]) -> Result<(), StoreError> {
+        let write = || self.media.write_at(chunk.device.start(), bytes);
+        let full = |error: &std::io::Error| {
+            matches!(
+                error.kind(),
+                std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
+            )
+        };
+        let mut result = write();
+        if result.as_ref().is_err_and(full) && self.shared.reclaim(chunk.device.len()) {
+            result = write();
+        }
+        result.map_err(|error| {
+            if full(&error) {
+                StoreError::Full {
+                    needed_bytes: chunk.device.len(),
+                }
+            } else {
+                StoreError::io("write chunk")(error)
+            }
+        })
+    }
+
+    fn reveal(&self, chunk: &Chunk) -> bool {
+        let presence = self.media.presence();
+        let new = presence.set(chunk.ordinal);
+        presence.clear_suspect(chunk.ordinal);
+        if new {
+            self.present_bytes
+                .fetch_add(chunk.device.len(), Ordering::Relaxed);
+        }
+        new
+    }
+
+    /// Compares a chunk that waits for it with its crc32, and trusts or drops it. **Blocks**.
+    pub fn recheck(&self, chunk: u32) -> Result<Rechecked, StoreError> {
+        let admitted = self.admit()?;
+        if !self.is_suspect(chunk) {
+            return Ok(Rechecked::NotSuspect);
+        }
+        let expect = self.chunk(chunk)?;
+        let mut bytes = vec![0; length(&expect)];
+        let read = self.media.read_at(expect.device.start(), &mut bytes);
+        read.map_err(StoreError::io("read chunk"))?;
+        if check(&expect, &bytes).is_ok() {
+            self.reveal(&expect);
+            drop(admitted);
+            return Ok(Rechecked::Trusted);
+        }
+        self.media.presence().clear_suspect(chunk);
+        drop(admitted);
+        Ok(Rechecked::Dropped)
+    }
+
+    /// Reads device bytes, all of which must be present. **Blocks**.
+    ///
+    /// **Errors**: [`StoreError::NotPresent`] (fill first, then come again),
+    /// [`StoreError::Failed`], [`StoreError::OutOfRange`].
+    pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), StoreError> {
+        if let Some(failure) = self.failure() {
+            return Err(StoreError::Failed(failure));
+        }
+        let extent = u64::try_from(buffer.len())
+            .ok()
+            .and_then(|bytes| Extent::from_length(offset, bytes))
+            .filter(|extent| extent.end() <= self.device_bytes())
+            .ok_or(StoreError::OutOfRange {
+                offset,
+                device_bytes: self.device_bytes(),
+            })?;
+        if let Some(chunk) = self.missing(extent).next() {
+            return Err(StoreError::NotPresent { chunk });
+        }
+        self.media
+            .read_at(offset, buffer)
+            .map_err(StoreError::io("read device"))
+    }
+
+    /// Hashes the complete device, and records that it is what its diff ID says. **Blocks** for long:
+    /// give it a thread of its own; `step` is asked before each [`SEAL_STEP_BYTES`].
+    ///
+    /// Fine when it is sealed already. One seal of a device runs at a time.
+    ///
+    /// **Errors**: [`StoreError::Incomplete`]; [`StoreError::Cancelled`];
+    /// [`StoreError::Failed`] when the digest differs: from then on nothing of it can be read.
+    pub fn seal(&self, step: &mut dyn FnMut() -> SealStep) -> Result<(), StoreError> {
+        if self.is_sealed() {
+            return Ok(());
+        }
+        drop(self.admit()?);
+        if self.sealing.swap(true, Ordering::AcqRel) {
+            return Err(StoreError::Cancelled);
+        }
+        let result = self.digest(step).and_then(|actual| self.conclude(actual));
+        self.sealing.store(false, Ordering::Release);
+        result
+    }
+
+    fn digest(&self, step: &mut dyn FnMut() -> SealStep) -> Result<DiffId, StoreError> {
+        let total = self.chunks.count();
+        let present = self.media.presence().present_chunks();
+        if present != total {
+            return Err(StoreError::Incomplete {
+                missing_chunks: total.saturating_sub(present),
+            });
+        }
+        let mut hasher = Sha256Hasher::new();
+        let mut buffer = vec![0; SEAL_STEP_BYTES];
+        let mut at = 0;
+        while at < self.device_bytes() {
+            if step() == SealStep::Cancel {
+                return Err(StoreError::Cancelled);
+            }
+            let left = usize::try_from(self.device_bytes() - at).unwrap_or(usize::MAX);
+            let part = &mut buffer[..left.min(SEAL_STEP_BYTES)];
+            self.media
+                .read_at(at, part)
+                .map_err(StoreError::io("read device"))?;
+            hasher.update(part);
+            at += u64::try_from(part.len()).unwrap_or(u64::MAX);
+        }
+        Ok(DiffId::from_bytes(hasher.finish()))
+    }
+
+    fn conclude(&self, actual: DiffId) -> Result<(), StoreError> {
+        let at_unix_seconds = clock::unix_seconds();
+        if actual != self.key.diff_id {
+            let failure = FailureRecord {
+                at_unix_seconds,
+                actual,
+            };
+            tracing::error!(
+                device = %self.key, %actual,
+                "layer does not have its diff ID; it is not readable any more"
+            );
+            return Err(self.fail(failure));
+        }
+        let admitted = self.admit()?;
+        if let Err(error) = self.media.sync() {
+            drop(admitted);
+            self.close(Closed::PreviousIo);
+            return Err(StoreError::io("sync device")(error));
+        }
+        self.record(|meta| meta.sealed = Some(SealRecord { at_unix_seconds }))?;
+        self.media.presence().set_state(DeviceState::Sealed);
+        drop(admitted);
+        self.shared.add_sealed(self.key);
+        Ok(())
+    }
+
+    /// Makes the device unreadable at once, and then durably.
+    fn fail(&self, failure: FailureRecord) -> StoreError {
+        let failure = *self.failure.get_or_init(|| failure);
+        self.close(Closed::Failed(failure));
+        let presence = self.media.presence();
+        presence.set_state(DeviceState::Failed);
+        presence.clear_all();
+        self.present_bytes.store(0, Ordering::Relaxed);
+        // A crash before the record is durable leaves an empty device, which will fail again.
+        if let Err(error) = self.record(|meta| meta.failed = Some(failure)) {
+            tracing::error!(device = %self.key, %error, "failed to record the failed seal");
+        }
+        StoreError::Failed(failure)
+    }
+
+    /// Changes the record, durably and then in memory.
+    fn record(&self, change: impl FnOnce(&mut Meta)) -> Result<(), StoreError> {
+        let mut meta = lock(&self.meta);
+        let mut next = *meta;
+        change(&mut next);
+        let written = self.media.replace_meta(&next.encode());
+        if written.is_ok() {
+            *meta = next;
+        }
+        written.map_err(StoreError::io("write record of device"))
+    }
+
+    /// Takes no more chunks, because the daemon stops.
+    pub(crate) fn stop(&self) {
+        self.close(Closed::Stopped);
+    }
+
+    /// Takes no more chunks, because it is being removed.
+    pub(crate) fn mark_removed(&self) {
+        self.close(Closed::Removed);
+    }
+
+    /// Records, after the store was flushed, that every bit can be trusted under any kernel.
+    pub(crate) fn mark_clean(&self) -> Result<(), StoreError> {
+        let lost = matches!(
+            *self.admission_read(),
+            Some(Closed::PreviousIo | Closed::Removed)
+        );
+        if lost || self.is_sealed() || self.failure().is_some() {
+            return Ok(());
+        }
+        self.record(|meta| meta.clean = true)
+    }
+
+    /// Waits for running writes and lets no more begin. The first reason stays, except that a
+    /// removal outranks all.
+    fn close(&self, reason: Closed) {
+        let mut admission = self.admission_write();
+        if admission.is_none() || reason == Closed::Removed {
+            *admission = Some(reason);
+        }
+    }
+
+    fn admit(&self) -> Result<RwLockReadGuard<'_, Option<Closed>>, StoreError> {
+        let admission = self.admission_read();
+        match *admission {
+            None => Ok(admission),
+            Some(closed) => Err(closed.into()),
+        }
+    }
+
+    fn admission_read(&self) -> RwLockReadGuard<'_, Option<Closed>> {
+        self.admission
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn admission_write(&self) -> RwLockWriteGuard<'_, Option<Closed>> {
+        self.admission
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn chunk(&self, ordinal: u32) -> Result<Chunk, StoreError> {
+        self.chunks
+            .chunk(ordinal)
+            .ok_or(StoreError::NoSuchChunk { chunk: ordinal })
+    }
+}
+
+fn length(chunk: &Chunk) -> usize {
+    // Chunks are at most CHUNK_MAX_BYTES long; the map was validated.
+    usize::try_from(chunk.device.len()).unwrap_or(0)
+}
+
+fn check(expect: &Chunk, bytes: &[u8]) -> Result<(), StoreError> {
+    if bytes.len() == length(expect) && crc32fast::hash(bytes) == expect.crc32 {
+        Ok(())
+    } else {
+        Err(StoreError::Mismatch {
+            chunk: expect.ordinal,
+        })
+    }
+}
