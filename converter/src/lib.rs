@@ -1,2 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Skeleton.
+//! Image in, image out, and the command line `sluice`.
+//!
+//! [`plan`] decides, `pack` changes the compression of layers, [`verify`] checks what passes, [`push`]
+//! moves blobs, `convert` runs them all, [`image`] reads and writes images wherever they are, and
+//! [`cli`] is the only part that talks to a user.
+
+pub mod cli;
+pub mod image;
+pub mod plan;
+pub mod pool;
+pub mod push;
+pub mod report;
+pub mod setup;
+pub mod spool;
+pub mod verify;

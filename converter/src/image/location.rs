@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+//! How users name images on the command line: `docker://host/repo:tag`, `oci:PATH[:TAG]`, or a bare
+//! reference, which means `docker://`.
+
+use std::fmt;
+use std::path::PathBuf;
+
+/// Where an image is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Location {
+    /// A registry reference, without its scheme.
+    Registry(String),
+    /// An OCI layout directory and the name within it.
+    Layout {
+        /// The directory.
+        path: PathBuf,
+        /// `org.opencontainers.image.ref.name` in its index, if given.
+        tag: Option<String>,
+    },
+}
+
+impl Location {
+    /// Reads what a user wrote. **Errors**: a message that names the text.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        if let Some(rest) = text.strip_prefix("oci:") {
+            // The tag is what follows the last colon, unless that colon is part of the path.
+            let (path, tag) = match rest.rsplit_once(':') {
+                Some((path, tag)) if !tag.contains('/') => (path, Some(tag)),
+                _ => (rest, None),
+            };
+            if path.is_empty() || tag == Some("") {
+                return Err(format!("{text:?}: write oci:PATH or oci:PATH:TAG"));
+            }
+            return Ok(Self::Layout {
+                path: path.into(),
+                tag: tag.map(str::to_owned),
+            });
+        }
+        let rest = text.strip_prefix("docker://").unwrap_or(text);
+        if let Some((scheme, _)) = rest.split_once("://") {
+            return Err(format!(
+                "{text:?}: unknown scheme {scheme}; docker:// and oci: are known"
+            ));
+        }
+        for known in [
+            "docker-archive:",
+            "oci-archive:",
+            "dir:",
+            "docker-daemon:",
+            "containers-storage:",
+        ] {
+            if rest.starts_with(known) {
+                return Err(format!(
+                    "{text:?}: {known} is not supported; docker:// and oci: are"
+                ));
+            }
+        }
+        if rest.is_empty() {
+            return Err(format!("{text:?}: empty reference"));
+        }
+        Ok(Self::Registry(rest.to_owned()))
+    }
+}
+
+impl fmt::Display for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Registry(reference) => write!(f, "docker://{reference}"),
+            Self::Layout { path, tag: None } => write!(f, "oci:{}", path.display()),
+            Self::Layout {
+                path,
+                tag: Some(tag),
+            } => write!(f, "oci:{}:{tag}", path.display()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn locations_read_as_users_write_them() {
+        let layout = |path: &str, tag: Option<&str>| Location::Layout {
+            path: path.into(),
+            tag: tag.map(str::to_owned),
+        };
+        let registry = |text: &str| Location::Registry(text.into());
+        let cases = [
+            (
+                "docker://localhost:5000/a/b:1",
+                registry("localhost:5000/a/b:1"),
+            ),
+            ("debian", registry("debian")),
+            ("localhost:5000/a", registry("localhost:5000/a")),
+            ("oci:/tmp/x", layout("/tmp/x", None)),
+            ("oci:/tmp/x:v1", layout("/tmp/x", Some("v1"))),
+            ("oci:a:b/c", layout("a:b/c", None)),
+            ("oci:rel:latest", layout("rel", Some("latest"))),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(Location::parse(text), Ok(expected), "{text}");
+        }
+        for bad in [
+            "",
+            "oci:",
+            "oci::x",
+            "oci:a:",
+            "http://x/y",
+            "docker-archive:/x",
+            "docker://",
+        ] {
+            assert!(Location::parse(bad).is_err(), "{bad}");
+        }
+    }
+}

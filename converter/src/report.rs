@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a conversion or a pull says while it works: events, and who shows them.
+
+use std::fmt::Debug;
+
+use serde::Serialize;
+
+/// How a blob came to be where it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transfer {
+    /// Its bytes were sent.
+    Uploaded,
+    /// It was there.
+    Present,
+    /// Taken from another repository of the same registry.
+    Mounted,
+    /// Not ours to copy.
+    Foreign,
+}
+
+/// One step, as it is done.
+#[derive(Debug, Clone, Serialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Event {
+    /// A layer is being read.
+    LayerStarted {
+        /// Blob at the source.
+        source: String,
+        /// Its size.
+        bytes: u64,
+    },
+    /// A layer is at the destination.
+    LayerDone {
+        /// Blob at the source.
+        source: String,
+        /// Size at the source.
+        source_bytes: u64,
+        /// Blob at the destination.
+        blob: String,
+        /// Size at the destination.
+        blob_bytes: u64,
+        /// Whether it has an index.
+        lazy: bool,
+        /// Why not.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        reason: Option<String>,
+        /// Whether its compression was changed in this run.
+        converted: bool,
+        /// How the blob got there.
+        transfer: Transfer,
+    },
+    /// An image's manifest is made.
+    ManifestDone {
+        /// For which platform.
+        platform: String,
+        /// Digest at the source.
+        source: String,
+        /// Digest now.
+        digest: String,
+    },
+    /// The last event.
+    Summary(Summary),
+}
+
+/// What a conversion did, all in all.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct Summary {
+    /// Where it was read.
+    pub source: String,
+    /// Where it was written.
+    pub destination: String,
+    /// Digest of the manifest or index at the destination.
+    pub digest: String,
+    /// Images (platforms) in it.
+    pub images: u64,
+    /// Layers, each once.
+    pub layers: u64,
+    /// Layers whose compression was changed in this run.
+    pub layers_converted: u64,
+    /// Layers known to be at the destination by their annotations.
+    pub layers_reused: u64,
+    /// Layers without an index.
+    pub layers_not_lazy: u64,
+    /// Bytes of the layers at the source.
+    pub source_bytes: u64,
+    /// Bytes of the layers at the destination.
+    pub blob_bytes: u64,
+    /// Blobs and manifests sent.
+    pub uploads: u64,
+    /// Bytes sent.
+    pub uploaded_bytes: u64,
+    /// Wall time.
+    pub seconds: f64,
+}
+
+/// Shows events. Called from several tasks at once; must not block for long.
+pub trait Reporter: Send + Sync + Debug {
+    /// A step was done.
+    fn event(&self, event: &Event);
+    /// `bytes` more bytes of the layer with this source blob were read.
+    fn progress(&self, source: &str, bytes: u64);
+}
+
+/// Shows nothing.
+#[derive(Debug)]
+pub struct Silent;
+
+impl Reporter for Silent {
+    fn event(&self, _: &Event) {}
+    fn progress(&self, _: &str, _: u64) {}
+}
