@@ -3,6 +3,9 @@
 //! their mounts, the shim that serves them, and the daemon `sluiced` that holds it all together.
 
 pub mod labels;
+pub mod mount;
 pub mod resolve;
+pub mod shim;
 pub mod snapshots;
 pub mod store;
+pub mod sys;

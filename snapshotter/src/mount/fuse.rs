@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The `fuse` back-end: mounts are made and served by the shim's worker.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+use super::{ImageMount, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome};
+use crate::shim::client::ShimClient;
+
+/// Mounts through the shim.
+#[derive(Debug, Clone)]
+pub struct FuseMount(Arc<ShimClient>);
+
+impl FuseMount {
+    /// Over a client that is attached or will be.
+    pub fn new(client: Arc<ShimClient>) -> FuseMount {
+        FuseMount(client)
+    }
+}
+
+#[async_trait]
+impl ImageMount for FuseMount {
+    async fn mount(&self, spec: &MountSpec) -> Result<(), MountError> {
+        self.0.mount(spec).await
+    }
+
+    async fn check(&self, key: &str) -> Result<MountState, MountError> {
+        let served = self.0.mounts().await?;
+        Ok(match served.iter().any(|spec| spec.key == key) {
+            true => MountState::Serving,
+            false => MountState::Absent,
+        })
+    }
+
+    async fn unmount(&self, key: &str, mode: UnmountMode) -> Result<UnmountOutcome, MountError> {
+        self.0.unmount(key, mode).await
+    }
+}

@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The shim: the processes that serve mounts and outlive the daemon.
+//!
+//! ```text
+//!   sluiced ── starts, detached ──> holder ── starts, reaps, restarts ──> worker
+//!      ^                              │  SEQPACKET pair: fds and records    │ ^
+//!      │                              └────────────────────────────────────>│ │ /dev/fuse
+//!      └───────────── <run>/shim.sock: Mount, Unmount, Fill ────────────────┘ kernel
+//! ```
+//!
+//! - The **holder** ([`holder`]) keeps descriptors under names and knows nothing of what they are.
+//! - The **worker** ([`worker`]) serves; all that it needs to go on after a death is, for each
+//!   mount, the `/dev/fuse` descriptor and a mount record ([`record`]), both with the holder.
+//! - The **client** ([`client`]) is `sluiced`'s side.
+//!
+//! What a death costs: of the daemon, a delay for reads of missing data; of the worker, a delay for
+//! all reads of its mounts; of the holder, nothing until the worker dies too. Inode numbers are
+//! EROFS nids, so a new worker has no table to restore.
+//!
+//! Files below the run directory: `shim.sock` (the daemon listens, 0600), `shim.lock` (an `flock`
+//! held as long as a holder or worker lives), `shim.log`. The protocols and the record are described
+//! in docs/formats/shim.md.
+
+pub mod client;
+pub mod protocol;
+
+/// Newest version of the shim protocol that we speak.
+pub const PROTOCOL_VERSION: u32 = 1;
+/// Oldest version of the shim protocol that we speak.
+pub const OLDEST_PROTOCOL_VERSION: u32 = 1;
+
+/// Name of the socket below the run directory on which the daemon waits for the worker.
+pub const SOCKET_NAME: &str = "shim.sock";
+/// Name of the lock below the run directory that a living shim holds.
+pub const LOCK_NAME: &str = "shim.lock";
+/// Name of the shim's log below the run directory.
+pub const LOG_NAME: &str = "shim.log";

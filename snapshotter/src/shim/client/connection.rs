@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: Apache-2.0
+//! One connection of a worker: Hello, answers to our calls, fills.
+
+use std::sync::Arc;
+
+use sluice_proto::shim as wire;
+use sluice_proto::shim::envelope::Body;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use super::{FillRequest, Presence, Shared, ShimPeer};
+use crate::mount::MountSpec;
+use crate::mount::errno::FillErrno;
+use crate::shim::protocol::{self, ProtocolError, Unframer};
+use crate::shim::{OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION};
+
+/// Takes connections for as long as the client lives. Each runs in a task of its own; a newer Hello
+/// replaces an older connection.
+pub(super) async fn accept(listener: UnixListener, shared: Arc<Shared>) {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => {
+                    connections.spawn(serve(stream, shared.clone()));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "accept a shim connection");
+                    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                }
+            },
+            Some(_ended) = connections.join_next() => {}
+        }
+    }
+}
+
+async fn serve(stream: UnixStream, shared: Arc<Shared>) {
+    match stream.peer_cred() {
+        Ok(peer) if peer.uid() == 0 || peer.uid() == nix::unistd::geteuid().as_raw() => {}
+        other => {
+            tracing::warn!(?other, "refuse a shim connection of another user");
+            return;
+        }
+    }
+    let (reader, writer) = stream.into_split();
+    let (outgoing, queue) = mpsc::unbounded_channel();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(write_all(writer, queue));
+    let mut connection = Connection {
+        shared: shared.clone(),
+        outgoing,
+        unframer: Unframer::default(),
+        tasks,
+    };
+    if let Err(error) = connection.run(reader).await {
+        tracing::warn!(%error, "shim connection ends");
+    }
+    connection.detach();
+}
+
+/// Writes what is queued. The queue is unbounded in form; its length is bounded by our own calls and
+/// by the fills that the worker waits for, each of which gets one short answer.
+async fn write_all(mut writer: OwnedWriteHalf, mut queue: mpsc::UnboundedReceiver<Vec<u8>>) {
+    while let Some(bytes) = queue.recv().await {
+        if let Err(error) = writer.write_all(&bytes).await {
+            tracing::debug!(%error, "write to the shim");
+            return;
+        }
+    }
+}
+
+struct Connection {
+    shared: Arc<Shared>,
+    outgoing: mpsc::UnboundedSender<Vec<u8>>,
+    unframer: Unframer,
+    /// Writer and fills of this connection; they end with it.
+    tasks: JoinSet<()>,
+}
+
+impl Connection {
+    async fn run(&mut self, mut reader: OwnedReadHalf) -> Result<(), ProtocolError> {
+        let mut buffer = vec![0u8; 64 * 1024];
+        loop {
+            let count = match reader.read(&mut buffer).await {
+                Ok(0) => return Ok(()),
+                Ok(count) => count,
+                Err(error) => {
+                    tracing::debug!(%error, "read from the shim");
+                    return Ok(());
+                }
+            };
+            self.unframer.push(&buffer[..count]);
+            while let Some(envelope) = self.unframer.take()? {
+                self.take(envelope)?;
+            }
+            while self.tasks.try_join_next().is_some() {}
+        }
+    }
+
+    fn take(&mut self, envelope: wire::Envelope) -> Result<(), ProtocolError> {
+        let id = envelope.id;
+        match envelope.body {
+            Some(Body::Hello(hello)) => self.greet(id, hello),
+            Some(Body::Fill(fill)) => self.fill(id, fill)?,
+            Some(
+                answer @ (Body::MountReply(_)
+                | Body::UnmountReply(_)
+                | Body::ListReply(_)
+                | Body::ShutdownReply(_)),
+            ) => {
+                // A call that gave up has taken its waiter away.
+                if let Some(waiter) = self.shared.state().waiting.remove(&id) {
+                    let _gone = waiter.send(answer);
+                }
+            }
+            // What a newer worker may add. Requests that only we send are as meaningless.
+            None
+            | Some(
+                Body::HelloReply(_)
+                | Body::FillReply(_)
+                | Body::Mount(_)
+                | Body::Unmount(_)
+                | Body::List(_)
+                | Body::Shutdown(_),
+            ) => tracing::debug!(id, "ignore a message that is not for us"),
+        }
+        Ok(())
+    }
+
+    /// Makes this the current connection.
+    fn greet(&mut self, id: u64, hello: wire::Hello) {
+        let theirs = (hello.oldest_version, hello.version);
+        let common = protocol::common_version(
+            OLDEST_PROTOCOL_VERSION..=PROTOCOL_VERSION,
+            theirs.0..=theirs.1,
+        );
+        let Some(version) = common else {
+            tracing::error!(?theirs, "the running shim speaks another protocol version");
+            let error = format!(
+                "this daemon speaks versions {OLDEST_PROTOCOL_VERSION} to {PROTOCOL_VERSION}"
+            );
+            self.answer(id, Body::HelloReply(wire::HelloReply { version: 0, error }));
+            self.shared
+                .current
+                .send_replace(Presence::WrongVersion(theirs.0, theirs.1));
+            return;
+        };
+        self.answer(
+            id,
+            Body::HelloReply(wire::HelloReply {
+                version,
+                error: String::new(),
+            }),
+        );
+        let peer = ShimPeer {
+            build: hello.build,
+            worker_pid: hello.worker_pid,
+            holder_pid: hello.holder_pid,
+            mounts: specs(hello.mounts),
+        };
+        tracing::info!(
+            worker = peer.worker_pid,
+            holder = peer.holder_pid,
+            mounts = peer.mounts.len(),
+            "shim attached"
+        );
+        {
+            let mut state = self.shared.state();
+            state.waiting.clear(); // their calls send again, to us
+            state.outgoing = Some(self.outgoing.clone());
+        }
+        self.shared.current.send_replace(Presence::Attached(peer));
+    }
+
+    fn fill(&mut self, id: u64, fill: wire::Fill) -> Result<(), ProtocolError> {
+        let bad = |field| ProtocolError::BadField { field };
+        let request = FillRequest {
+            diff_id: fill.diff_id.parse().map_err(|_| bad("diff_id"))?,
+            index_digest: fill.index_digest.parse().map_err(|_| bad("index_digest"))?,
+            extent: protocol::fill_extent(&fill)?,
+            deadline: protocol::deadline_from_wire(fill.deadline_ms),
+        };
+        let shared = self.shared.clone();
+        let outgoing = self.outgoing.clone();
+        self.tasks.spawn(async move {
+            let reply = match run_fill(&shared, request).await {
+                Ok(()) => wire::FillReply {
+                    errno: 0,
+                    error: String::new(),
+                },
+                Err(failure) => wire::FillReply {
+                    errno: failure.number().unsigned_abs(),
+                    error: format!("{failure:?}"),
+                },
+            };
+            let _gone = outgoing.send(protocol::frame(id, Body::FillReply(reply)));
+        });
+        Ok(())
+    }
+
+    fn answer(&self, id: u64, body: Body) {
+        // Fails only when the writer is gone, and then the reader sees the end too.
+        let _gone = self.outgoing.send(protocol::frame(id, body));
+    }
+
+    /// Gives the place up, unless a newer connection has it.
+    fn detach(&self) {
+        let mut state = self.shared.state();
+        let ours = state
+            .outgoing
+            .as_ref()
+            .is_some_and(|o| o.same_channel(&self.outgoing));
+        if ours {
+            state.outgoing = None;
+            state.waiting.clear();
+            self.shared.current.send_replace(Presence::Absent);
+        } else if matches!(*self.shared.current.borrow(), Presence::WrongVersion(..)) {
+            drop(state);
+            self.shared.current.send_replace(Presence::Absent);
+        }
+    }
+}
+
+async fn run_fill(shared: &Shared, request: FillRequest) -> Result<(), FillErrno> {
+    // Closed never: the semaphore lives as long as the client.
+    let _permit = shared.permits.acquire().await.map_err(|_| FillErrno::Io)?;
+    let deadline = request.deadline;
+    let filled = shared.fills.fill(request);
+    match deadline {
+        Some(deadline) => tokio::time::timeout(deadline, filled)
+            .await
+            .unwrap_or(Err(FillErrno::Deadline)),
+        None => filled.await,
+    }
+}
+
+/// Mounts as the wire has them; one that we cannot read is left out and logged.
+pub(super) fn specs(mounts: Vec<wire::Mount>) -> Vec<MountSpec> {
+    let mut specs = Vec::with_capacity(mounts.len());
+    for mount in mounts {
+        let key = mount.key.clone();
+        match MountSpec::try_from(mount) {
+            Ok(spec) => specs.push(spec),
+            Err(error) => {
+                tracing::error!(%key, %error, "the shim names a mount that we cannot read");
+            }
+        }
+    }
+    specs
+}

@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Starting the shim, and the socket it connects to.
+
+use std::fs::{File, OpenOptions, Permissions};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::fcntl::{Flock, FlockArg};
+use tokio::net::UnixListener;
+use tokio::process::Command;
+
+use super::{Presence, Shared, ShimError};
+use crate::shim::{LOCK_NAME, LOG_NAME, SOCKET_NAME};
+
+/// How often the supervisor looks when no worker is attached. A worker's restart takes a fraction
+/// of it; a whole shim's start is rare.
+const LOOK_INTERVAL: Duration = Duration::from_millis(200);
+
+/// Size at which the log is put aside when a holder starts.
+const LOG_BYTES: u64 = 8 << 20;
+
+/// Listens on the socket, mode 0600, taking over the name from a daemon that has died.
+pub(super) fn listen(run_dir: &Path) -> Result<UnixListener, ShimError> {
+    let path = run_dir.join(SOCKET_NAME);
+    let fresh = run_dir.join(format!("{SOCKET_NAME}.new"));
+    let io = |what, source| ShimError::Io {
+        what,
+        path: path.clone(),
+        source,
+    };
+    match std::fs::remove_file(&fresh) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(io("remove a stale socket beside", error));
+        }
+        _ => {}
+    }
+    let listener = UnixListener::bind(&fresh).map_err(|e| io("bind", e))?;
+    std::fs::set_permissions(&fresh, Permissions::from_mode(0o600))
+        .map_err(|e| io("set the mode of", e))?;
+    // Renaming takes the place at once: a worker never finds the name missing.
+    std::fs::rename(&fresh, &path).map_err(|e| io("take over", e))?;
+    Ok(listener)
+}
+
+/// Starts a holder whenever there is neither a connection nor a living shim.
+pub(super) async fn supervise(shared: Arc<Shared>) {
+    let mut current = shared.current.subscribe();
+    // Looks between a start and the next: the lock shows a holder soon, but not at once.
+    let mut pause = 0u32;
+    let mut children = Vec::new();
+    loop {
+        if current
+            .wait_for(|presence| *presence == Presence::Absent)
+            .await
+            .is_err()
+        {
+            return;
+        }
+        children.retain_mut(|child: &mut tokio::process::Child| {
+            child.try_wait().ok().flatten().is_none()
+        });
+        if pause > 0 {
+            pause -= 1;
+        } else {
+            match is_locked(&shared.options.run_dir) {
+                Ok(true) => {}
+                Ok(false) => match start_holder(&shared.options.run_dir, &shared.options.binary) {
+                    Ok(child) => {
+                        tracing::info!(pid = child.id(), "shim holder started");
+                        children.push(child);
+                        pause = 10;
+                    }
+                    Err(error) => {
+                        tracing::error!(error = %error, "start the shim holder");
+                        pause = 10;
+                    }
+                },
+                Err(error) => tracing::error!(%error, "look at the shim's lock"),
+            }
+        }
+        tokio::time::sleep(LOOK_INTERVAL).await;
+    }
+}
+
+/// Whether a shim lives below `run_dir`.
+fn is_locked(run_dir: &Path) -> Result<bool, ShimError> {
+    let path = run_dir.join(LOCK_NAME);
+    let opened = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(&path);
+    let file = opened.map_err(|source| ShimError::Io {
+        what: "open",
+        path: path.clone(),
+        source,
+    })?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        // Dropped, it is free again: the holder takes it for itself, and loses against another.
+        Ok(_lock) => Ok(false),
+        Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(true),
+        Err((_, error)) => Err(ShimError::Io {
+            what: "lock",
+            path,
+            source: error.into(),
+        }),
+    }
+}
+
+/// Starts `sluice-shim holder`, which detaches itself.
+fn start_holder(run_dir: &Path, binary: &Path) -> Result<tokio::process::Child, ShimError> {
+    let io = |what, path: &Path, source| ShimError::Io {
+        what,
+        path: path.to_owned(),
+        source,
+    };
+    let path = run_dir.join(LOG_NAME);
+    let log = open_log(&path).map_err(|e| io("open the log", &path, e))?;
+    let second = log.try_clone().map_err(|e| io("open the log", &path, e))?;
+    Command::new(binary)
+        .arg("holder")
+        .arg("--run-dir")
+        .arg(run_dir)
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(log)
+        .stderr(second)
+        .kill_on_drop(false)
+        .spawn()
+        .map_err(|e| io("start", binary, e))
+}
+
+/// A file of its own, not our standard error: a pipe whose reader has died or sleeps would stop the
+/// shim, and with it every mount.
+fn open_log(path: &Path) -> std::io::Result<File> {
+    if std::fs::metadata(path).is_ok_and(|log| log.len() > LOG_BYTES) {
+        std::fs::rename(path, path.with_extension("log.old"))?;
+    }
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(path)
+}

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What the kernel offers and the standard library does not: the only place with `unsafe`.
+//!
+//! Each child wraps one ability behind a safe function; no policy lives here. Every descriptor that
+//! leaves this module is close-on-exec.
+#![allow(unsafe_code, reason = "system calls; each block says why it is sound")]
+
+pub mod fdpass;
+pub mod fusefd;
+pub mod map;
+pub mod mountpoint;
+pub mod process;

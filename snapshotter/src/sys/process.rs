@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Processes: watching one that is no child of ours, and memory settings of our own.
+
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+/// A descriptor that polls readable once the process `pid` has ended, every thread of it.
+///
+/// **Errors** `ESRCH` when there is no such process, `ENOSYS` before Linux 5.3.
+pub fn pidfd(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open takes two integers and touches no memory of ours.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::c_long::from(pid), 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just installed this number for us, close-on-exec.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Keeps the allocator small in a process with many threads and few, large, short-lived buffers.
+///
+/// fuser takes a buffer of 16 MiB for each thread, of which it touches a page or two. glibc would
+/// learn from the first one freed that such sizes belong on the heap, and clear them whole from then
+/// on. A fixed threshold keeps each a mapping of its own; two arenas are enough for our rare
+/// allocations.
+pub fn keep_allocator_small() {
+    // SAFETY: mallopt sets two numbers; it is called before any other thread starts.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 * 1024);
+        libc::mallopt(libc::M_ARENA_MAX, 2);
+    }
+}
+
+/// Raises the limit of open files to what the hard limit allows.
+pub fn raise_open_files() -> io::Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    Ok(())
+}
+
+/// Asks the kernel to choose this process last when memory runs out. Says whether it was permitted.
+pub fn spare_from_oom() -> bool {
+    // -999, not -1000: a node that is really out of memory must still be able to kill it.
+    std::fs::write("/proc/self/oom_score_adj", "-999").is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::process::Command;
+
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+    use super::*;
+
+    #[test]
+    fn pidfd_tells_the_end_of_a_process() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let fd = pidfd(child.id()).unwrap();
+        let mut polls = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut polls, PollTimeout::ZERO).unwrap(), 0);
+        child.kill().unwrap();
+        assert_eq!(poll(&mut polls, PollTimeout::from(10_000u16)).unwrap(), 1);
+        child.wait().unwrap();
+    }
+}
