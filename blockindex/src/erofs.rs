@@ -6,11 +6,20 @@
 //! [`to_tree`] brings one back into memory. `docs/formats/erofs-tree.md` is the byte-level
 //! description.
 
+mod error;
 pub mod format;
+mod load;
 mod reader;
+mod validate;
+mod writer;
 
+pub use error::TreeError;
 pub use format::{FileType, MAX_DEPTH, MAX_DEVICES, MAX_SYMLINK_BYTES};
-pub use reader::{DirEntry, InodeView, Nid, ReadDir, TreeError, TreeReader, XattrName, Xattrs};
+pub use load::to_tree;
+pub(crate) use load::{NameBudget, load_inode};
+pub use reader::{DirEntry, InodeView, Nid, ReadDir, TreeReader, XattrName, Xattrs};
+pub use validate::{TreeLimits, TreeSummary, ValidTree, validate};
+pub use writer::{InodeFault, WriteError, write_tree};
 
 pub use crate::units::BLOCK_BYTES;
 

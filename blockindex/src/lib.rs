@@ -8,6 +8,7 @@
 pub mod annotations;
 pub mod chunkmap;
 pub mod digest;
+pub mod dump;
 pub mod erofs;
 pub mod extent;
 pub mod frames;

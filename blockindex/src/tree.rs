@@ -26,8 +26,8 @@ use std::fmt;
 pub const OPAQUE_XATTR: &[u8] = b"trusted.overlay.opaque";
 /// The xattr by which a layer tree on disk says that the tar implies a directory without containing it.
 pub const IMPLICIT_XATTR: &[u8] = b"trusted.sluice.implicit";
-/// Xattr names that begin so are ours; no file of an image may have one.
-pub const RESERVED_XATTR_PREFIX: &[u8] = b"trusted.sluice.";
+/// Xattr names that begin so are overlayfs's and ours: no file may have one, except for the two marks.
+pub const RESERVED_XATTR_PREFIXES: [&[u8]; 2] = [b"trusted.overlay.", b"trusted.sluice."];
 /// The value of both marks, as overlayfs writes it.
 pub const MARK_VALUE: &[u8] = b"y";
 /// Longest name of a directory entry, in bytes: the limit of Linux and of EROFS.

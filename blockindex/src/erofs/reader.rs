@@ -13,129 +13,22 @@ mod xattrs;
 
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
-use crate::erofs::DeviceSlot;
 use crate::erofs::format::{
     BLOCK_BITS, BLOCK_BYTES, CHUNK_FORMAT_BITS_MASK, CHUNK_FORMAT_INDEXES, CHUNK_INDEX_BYTES,
     COMPAT_FEATURES, ChunkIndex, DEVICE_SLOT_BYTES, DataLayout, DeviceTableSlot, DiskInode,
     FileType, INCOMPAT_FEATURES, INODE_BYTES, MAGIC, MODE_PERMISSIONS_MASK, NULL_BLOCK, SLOT_BYTES,
     SUPERBLOCK_OFFSET, Superblock, XATTR_HEADER_BYTES, superblock_checksum,
 };
+use crate::erofs::{DeviceSlot, TreeError};
 use crate::tree::{DeviceNumber, FileRun, Timestamp};
 
+pub(crate) use directory::DirectoryData;
 pub use directory::{DirEntry, ReadDir};
 pub use xattrs::{XattrName, Xattrs};
 
 /// Names an inode: its offset in the image in units of 32 bytes. Never 0 or 1, so that FUSE, where 1 is the root, can use it as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Nid(pub u64);
-
-/// What is wrong with the bytes of a tree. All of these mean corruption or malice; a retry on the same bytes is pointless.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum TreeError {
-    /// Something lies outside the image.
-    #[error("{what} at {offset}+{bytes} lies outside the image of {image_bytes} bytes")]
-    OutOfBounds {
-        /// What should be there.
-        what: &'static str,
-        /// Where it begins.
-        offset: u64,
-        /// Its length.
-        bytes: u64,
-        /// The image's length.
-        image_bytes: u64,
-    },
-    /// A field of the superblock or of a device slot has a value that we never write and cannot serve.
-    #[error("{field} is {actual:#x}, not {expected:#x}")]
-    Field {
-        /// Which field.
-        field: &'static str,
-        /// What it should be.
-        expected: u64,
-        /// What it is.
-        actual: u64,
-    },
-    /// A field of an inode has a value that cannot be.
-    #[error("inode {}: {field} is {value:#x}", nid.0)]
-    Inode {
-        /// Which inode.
-        nid: Nid,
-        /// Which field.
-        field: &'static str,
-        /// Its value.
-        value: u64,
-    },
-    /// An operation met an inode of another type than it is for.
-    #[error("inode {} is a {actual:?}, not a {expected:?}", nid.0)]
-    Type {
-        /// Which inode.
-        nid: Nid,
-        /// The type needed.
-        expected: FileType,
-        /// The type found.
-        actual: FileType,
-    },
-    /// A directory block is malformed.
-    #[error("directory {}, block {block}: {fault}", nid.0)]
-    Directory {
-        /// The directory.
-        nid: Nid,
-        /// Which of its blocks.
-        block: u64,
-        /// What is wrong.
-        fault: &'static str,
-    },
-    /// The xattrs of an inode are malformed.
-    #[error("xattrs of inode {}, byte {at}: {fault}", nid.0)]
-    Xattr {
-        /// The inode.
-        nid: Nid,
-        /// Where, counted from the first entry.
-        at: u64,
-        /// What is wrong.
-        fault: &'static str,
-    },
-    /// A file's content lies outside its device.
-    #[error("file {}: {blocks} blocks from block {start_block} of device {device} lie outside it", nid.0)]
-    Run {
-        /// The file.
-        nid: Nid,
-        /// The device.
-        device: u16,
-        /// First block.
-        start_block: u64,
-        /// Number of blocks.
-        blocks: u64,
-    },
-    /// Two things claim the same bytes, or a directory is reached twice.
-    #[error("{what} at byte {offset} overlaps something else or is reached twice")]
-    Overlap {
-        /// What was met second.
-        what: &'static str,
-        /// Where.
-        offset: u64,
-    },
-    /// An inode has another number of names than it says.
-    #[error("inode {} has {actual} names but says {stated}", nid.0)]
-    Links {
-        /// The inode.
-        nid: Nid,
-        /// What it says.
-        stated: u64,
-        /// What was found, at least.
-        actual: u64,
-    },
-    /// A limit is exceeded.
-    #[error("{what}: {actual} is more than the limit of {limit}")]
-    Limit {
-        /// What is limited.
-        what: &'static str,
-        /// What was found, at least.
-        actual: u64,
-        /// The limit.
-        limit: u64,
-    },
-}
 
 /// An inode as it stands on disk, decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

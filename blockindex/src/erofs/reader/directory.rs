@@ -11,7 +11,8 @@
 
 use zerocopy::FromBytes;
 
-use super::{InodeView, Nid, TreeError, TreeReader, expect_type, slice};
+use super::{InodeView, Nid, TreeReader, expect_type, slice};
+use crate::erofs::TreeError;
 use crate::erofs::format::{BLOCK_BYTES, DIRENT_BYTES, Dirent, FileType};
 
 /// One entry of a directory.

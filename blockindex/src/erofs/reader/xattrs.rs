@@ -4,7 +4,8 @@
 //! They follow the inode: a header, then entries at multiples of four bytes, each with its name
 //! (without a prefix that a number stands for) and its value.
 
-use super::{InodeView, Nid, TreeError, TreeReader, record, slice};
+use super::{InodeView, Nid, TreeReader, record, slice};
+use crate::erofs::TreeError;
 use crate::erofs::format::{
     INODE_BYTES, XATTR_ALIGN, XATTR_ENTRY_BYTES, XATTR_HEADER_BYTES, XATTR_PREFIXES, XattrEntry,
     XattrHeader,
@@ -28,6 +29,14 @@ impl XattrName<'_> {
     /// Whether this is the name.
     pub fn is(&self, name: &[u8]) -> bool {
         name.strip_prefix(self.prefix) == Some(self.suffix)
+    }
+
+    /// Whether the full name begins so.
+    pub fn begins_with(&self, beginning: &[u8]) -> bool {
+        match beginning.strip_prefix(self.prefix) {
+            Some(rest) => self.suffix.starts_with(rest),
+            None => self.prefix.starts_with(beginning),
+        }
     }
 
     /// The full name; allocates.
