@@ -2,8 +2,12 @@
 //! containerd's side of Sluice: the snapshots service, the metadata store, chains of merged trees,
 //! their mounts, the shim that serves them, and the daemon `sluiced` that holds it all together.
 
+pub mod chain;
+pub mod control;
+pub mod durable;
 pub mod labels;
 pub mod mount;
+pub mod mounts;
 pub mod resolve;
 pub mod shim;
 pub mod snapshots;

@@ -37,6 +37,8 @@ use sha2::{Digest as _, Sha256};
 use sluice_blockindex::annotations;
 use sluice_blockindex::digest::{ChainId, ConfigDigest, DiffId, ManifestDigest};
 
+use crate::snapshots::BlobOrigin;
+
 /// Label of a manifest in containerd's content store: the digest of its config.
 pub const CONFIG_LABEL: &str = "containerd.io/gc.ref.content.config";
 /// Labels of contents: `<prefix><host>` = the repositories they came from, separated by commas.
@@ -157,16 +159,7 @@ pub trait ContentReader: Send + Sync + fmt::Debug {
     ) -> Result<Option<Bytes>, ContentError>;
 }
 
-/// A place that has an image: a registry host and a repository on it.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Repository {
-    /// Host, with a port where it has one, as image references name it (`docker.io`).
-    pub host: String,
-    /// Path of the repository on that host.
-    pub repository: String,
-}
-
-impl fmt::Display for Repository {
+impl fmt::Display for BlobOrigin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.host, self.repository)
     }
@@ -193,12 +186,12 @@ pub struct ResolvedImage {
     /// The manifests of that config with as many layers as the config, the most lazy one first.
     pub manifests: Vec<ResolvedManifest>,
     /// Where the image was seen, each once.
-    pub repositories: Vec<Repository>,
+    pub repositories: Vec<BlobOrigin>,
 }
 
 /// The repositories that content labels name.
 #[must_use]
-pub fn repositories_of(labels: &BTreeMap<String, String>) -> BTreeSet<Repository> {
+pub fn repositories_of(labels: &BTreeMap<String, String>) -> BTreeSet<BlobOrigin> {
     labels
         .iter()
         .filter_map(|(key, value)| Some((key.strip_prefix(SOURCE_LABEL_PREFIX)?, value)))
@@ -208,7 +201,7 @@ pub fn repositories_of(labels: &BTreeMap<String, String>) -> BTreeSet<Repository
                 .split(',')
                 .map(str::trim)
                 .filter(|r| !r.is_empty())
-                .map(move |repository| Repository {
+                .map(move |repository| BlobOrigin {
                     host: host.to_owned(),
                     repository: repository.to_owned(),
                 })

@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The one way in which the daemon makes a file appear: wholly, durably, or not at all.
+//!
+//! Write under a temporary name in the same directory, fsync, rename, fsync the directory. A crash
+//! leaves a temporary file at most, which [`sweep_temporary`] removes at the next start. Files made
+//! here are never changed afterwards, so mapping them is sound. All calls block.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Begins the names of files that are not complete.
+const TEMPORARY_PREFIX: &str = ".tmp-";
+
+static NEXT: AtomicU64 = AtomicU64::new(0);
+
+/// Makes `directory/name` hold these bytes.
+///
+/// **Errors** of the file system; the name then is as before.
+pub fn write(directory: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let temporary = directory.join(format!("{TEMPORARY_PREFIX}{}-{number}", std::process::id()));
+    let result = write_through(directory, &temporary, &directory.join(name), bytes);
+    if result.is_err() {
+        // After a failed rename or fsync the file is of no use; a leftover is swept at start.
+        let _ = fs::remove_file(&temporary);
+    }
+    result
+}
+
+fn write_through(directory: &Path, temporary: &Path, path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(temporary)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    drop(file);
+    fs::rename(temporary, path)?;
+    File::open(directory)?.sync_all()
+}
+
+/// Makes a directory that only root may enter, and its parents.
+pub fn create_private_directory(path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+}
+
+/// Removes what an earlier process did not complete. Only before anything writes there.
+pub fn sweep_temporary(directory: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry
+            .file_name()
+            .to_string_lossy()
+            .starts_with(TEMPORARY_PREFIX)
+        {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_appear_whole_and_replace_earlier_ones() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "a", b"one").unwrap();
+        write(dir.path(), "a", b"three").unwrap();
+        assert_eq!(fs::read(dir.path().join("a")).unwrap(), b"three");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_failure_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("taken")).unwrap();
+        fs::write(dir.path().join("taken/x"), b"").unwrap();
+        assert!(write(dir.path(), "taken", b"bytes").is_err());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn leftovers_are_swept() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(".tmp-1-1"), b"half").unwrap();
+        fs::write(dir.path().join("whole"), b"").unwrap();
+        sweep_temporary(dir.path()).unwrap();
+        assert!(dir.path().join("whole").exists() && !dir.path().join(".tmp-1-1").exists());
+    }
+}

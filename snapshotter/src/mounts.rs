@@ -1,0 +1,332 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Which merged runs are mounted, so that all containers of an image share one mount.
+//!
+//! ```text
+//! absent --ensure--> Mounting --ok--> Mounted --reap--> Retiring --done--> absent
+//!    ^                  |failed          ^                  |busy
+//!    +------------------+                +------------------+
+//! ```
+//! The one rule that settles races: who moves a key out of `absent` or `Mounted` owns it until the
+//! next move, and everybody else waits for that move. So two containers that start together mount
+//! once, and nobody is handed a mount that is being taken away. Whether a mount is *used* is not
+//! counted here: the reaper derives it from the snapshots in the metadata store, which cannot drift;
+//! `last_used` protects the moment between that look and the unmount.
+//!
+//! **Locks** the table's lock is held for map operations only, never across an await.
+//! **Crash** leaves mounts with the shim; [`Mounts::adopt`] finds them again at start.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::chain::RunKey;
+use crate::mount::{ImageMount, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome};
+
+/// How long a caller waits for another's mount or unmount of the same run. Above the shim client's
+/// own bound of a call, so that the owner's error is what is reported.
+const TURN_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Why a run is not mounted.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EnsureError<E> {
+    /// Its inputs could not be made ready.
+    #[error("{0}")]
+    Prepare(E),
+    /// The back-end could not mount it.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// Another caller's mount or unmount of it does not end.
+    #[error("run {0} is being mounted or unmounted by another caller, who does not end")]
+    Stuck(RunKey),
+    /// The mount point could not be made.
+    #[error("create mount point {path}: {source}")]
+    Mountpoint {
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Mounting,
+    Mounted,
+    Retiring,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    phase: Phase,
+    layers: u32,
+    last_used: Instant,
+}
+
+/// A mount, for `sluice status`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MountedRun {
+    /// Names it.
+    pub key: RunKey,
+    /// Where it is.
+    pub mountpoint: PathBuf,
+    /// How many layers it merges.
+    pub layers: u32,
+}
+
+/// The table of mounts below one directory.
+#[derive(Debug)]
+pub struct Mounts {
+    backend: Arc<dyn ImageMount>,
+    directory: PathBuf,
+    table: Mutex<BTreeMap<RunKey, Entry>>,
+    moved: watch::Sender<()>,
+}
+
+/// Owns a key between two phases; dropped, it puts the key where `fallback` says.
+struct Turn<'a> {
+    mounts: &'a Mounts,
+    key: RunKey,
+    fallback: Option<Phase>,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut table = self.mounts.table();
+        match self.fallback {
+            None => {
+                table.remove(&self.key);
+            }
+            Some(phase) => {
+                if let Some(entry) = table.get_mut(&self.key) {
+                    entry.phase = phase;
+                }
+            }
+        }
+        drop(table);
+        self.mounts.moved.send_replace(());
+    }
+}
+
+impl Mounts {
+    /// An empty table for mounts at `directory/<run key>`.
+    #[must_use]
+    pub fn new(backend: Arc<dyn ImageMount>, directory: &Path) -> Self {
+        Self {
+            backend,
+            directory: directory.to_owned(),
+            table: Mutex::default(),
+            moved: watch::Sender::new(()),
+        }
+    }
+
+    fn table(&self) -> MutexGuard<'_, BTreeMap<RunKey, Entry>> {
+        // Every critical section leaves the map whole.
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where a run is mounted.
+    #[must_use]
+    pub fn mountpoint(&self, key: RunKey) -> PathBuf {
+        self.directory.join(key.to_string())
+    }
+
+    /// Takes over mounts that the shim already serves.
+    pub fn adopt(&self, served: &[MountSpec]) {
+        let mut table = self.table();
+        for spec in served {
+            let Some(key) = RunKey::from_hex(&spec.key) else {
+                continue;
+            };
+            let layers = u32::try_from(spec.devices.len()).unwrap_or(u32::MAX);
+            let entry = Entry {
+                phase: Phase::Mounted,
+                layers,
+                last_used: Instant::now(),
+            };
+            table.entry(key).or_insert(entry);
+        }
+    }
+
+    /// What is mounted.
+    #[must_use]
+    pub fn mounted(&self) -> Vec<MountedRun> {
+        let table = self.table();
+        table
+            .iter()
+            .filter(|(_, entry)| entry.phase == Phase::Mounted)
+            .map(|(key, entry)| MountedRun {
+                key: *key,
+                mountpoint: self.mountpoint(*key),
+                layers: entry.layers,
+            })
+            .collect()
+    }
+
+    /// Mounts the run unless it is mounted and served, and says where.
+    ///
+    /// `prepare` makes tree and devices ready; it runs at most once, in the call that mounts.
+    /// **Cancel** safe: the key is given up, and a mount that is made all the same is found by the
+    /// next call.
+    pub async fn ensure<E>(
+        &self,
+        key: RunKey,
+        prepare: impl Future<Output = Result<MountSpec, E>>,
+    ) -> Result<PathBuf, EnsureError<E>> {
+        let deadline = Instant::now() + TURN_DEADLINE;
+        let turn = loop {
+            let mut moved = self.moved.subscribe();
+            match self.begin(key) {
+                Begin::Mine(turn) => break turn,
+                Begin::There => match self.backend.check(&key.to_string()).await? {
+                    MountState::Serving => return Ok(self.mountpoint(key)),
+                    // The shim died with its mounts; the next round mounts again.
+                    MountState::Absent => self.forget(key),
+                },
+                Begin::Wait => {
+                    let move_ = moved.changed();
+                    if tokio::time::timeout_at(deadline, move_).await.is_err() {
+                        return Err(EnsureError::Stuck(key));
+                    }
+                }
+            }
+        };
+        self.mount(turn, prepare).await
+    }
+
+    async fn mount<E>(
+        &self,
+        mut turn: Turn<'_>,
+        prepare: impl Future<Output = Result<MountSpec, E>>,
+    ) -> Result<PathBuf, EnsureError<E>> {
+        let spec = prepare.await.map_err(EnsureError::Prepare)?;
+        let path = &spec.mountpoint;
+        match tokio::fs::create_dir_all(path).await {
+            Ok(()) => {}
+            Err(source) => {
+                return Err(EnsureError::Mountpoint {
+                    path: path.clone(),
+                    source,
+                });
+            }
+        }
+        self.backend.mount(&spec).await?;
+        if let Some(entry) = self.table().get_mut(&turn.key) {
+            entry.layers = u32::try_from(spec.devices.len()).unwrap_or(u32::MAX);
+            entry.last_used = Instant::now();
+        }
+        turn.fallback = Some(Phase::Mounted);
+        Ok(spec.mountpoint)
+    }
+
+    fn begin(&self, key: RunKey) -> Begin<'_> {
+        let now = Instant::now();
+        let mut table = self.table();
+        match table.get_mut(&key) {
+            None => {
+                let entry = Entry {
+                    phase: Phase::Mounting,
+                    layers: 0,
+                    last_used: now,
+                };
+                table.insert(key, entry);
+                Begin::Mine(Turn {
+                    mounts: self,
+                    key,
+                    fallback: None,
+                })
+            }
+            Some(entry) if entry.phase == Phase::Mounted => {
+                entry.last_used = now;
+                Begin::There
+            }
+            Some(_) => Begin::Wait,
+        }
+    }
+
+    fn forget(&self, key: RunKey) {
+        let mut table = self.table();
+        if table
+            .get(&key)
+            .is_some_and(|entry| entry.phase == Phase::Mounted)
+        {
+            table.remove(&key);
+        }
+    }
+
+    /// Takes the key of a run that is neither mounted nor about to be, so that its tree may be
+    /// deleted; `None` when it is in use. The key is free again when `work` has returned.
+    pub fn while_absent<T>(&self, key: RunKey, work: impl FnOnce() -> T) -> Option<T> {
+        let turn = match self.begin(key) {
+            Begin::Mine(turn) => turn,
+            Begin::There | Begin::Wait => return None,
+        };
+        let result = work();
+        drop(turn);
+        Some(result)
+    }
+
+    /// Unmounts what is not in `used` and was not asked for within `grace`.
+    ///
+    /// **Errors** are logged; such a mount stays and is tried again at the next call.
+    pub async fn reap(&self, used: &BTreeSet<RunKey>, grace: Duration) {
+        for key in self.idle(used, grace) {
+            let Some(mut turn) = self.retire(key, grace) else {
+                continue;
+            };
+            match self
+                .backend
+                .unmount(&key.to_string(), UnmountMode::IfUnused)
+                .await
+            {
+                Ok(UnmountOutcome::Done) => {
+                    turn.fallback = None;
+                    let path = self.mountpoint(key);
+                    if let Err(error) = tokio::fs::remove_dir(&path).await {
+                        tracing::debug!(path = %path.display(), "keep mount point: {error}");
+                    }
+                    tracing::info!(run = %key, "unmounted a run that nobody uses");
+                }
+                Ok(UnmountOutcome::Busy) => tracing::debug!(run = %key, "run is still busy"),
+                Err(error) => tracing::warn!(run = %key, "unmount a run: {error}"),
+            }
+        }
+    }
+
+    fn idle(&self, used: &BTreeSet<RunKey>, grace: Duration) -> Vec<RunKey> {
+        let table = self.table();
+        let idle = table.iter().filter(|(key, entry)| {
+            entry.phase == Phase::Mounted
+                && !used.contains(key)
+                && entry.last_used.elapsed() >= grace
+        });
+        idle.map(|(key, _)| *key).collect()
+    }
+
+    fn retire(&self, key: RunKey, grace: Duration) -> Option<Turn<'_>> {
+        let mut table = self.table();
+        let entry = table.get_mut(&key)?;
+        if entry.phase != Phase::Mounted || entry.last_used.elapsed() < grace {
+            return None;
+        }
+        entry.phase = Phase::Retiring;
+        Some(Turn {
+            mounts: self,
+            key,
+            fallback: Some(Phase::Mounted),
+        })
+    }
+}
+
+enum Begin<'a> {
+    Mine(Turn<'a>),
+    There,
+    Wait,
+}
+
+#[cfg(test)]
+mod tests;
