@@ -559,3 +559,6 @@ impl fmt::Display for Scanner {
         write!(f, "tar scanner at {}", self.offset)
     }
 }
+
+#[cfg(test)]
+mod tests;
