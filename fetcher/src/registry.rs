@@ -19,16 +19,30 @@
 use std::fmt;
 use std::sync::Arc;
 
+use url::Url;
+
+use crate::source::{Attempts, ReadContext};
+
+mod auth;
 mod blobs;
+mod challenge;
 mod credentials;
 mod error;
 mod manifests;
 mod media;
 mod options;
 mod reference;
+mod remembered;
+mod transport;
 mod upload;
 
-pub use credentials::{Credential, CredentialProvider, DockerConfig, NoCredentials, Secret};
+use auth::{Authorizer, Entry};
+use remembered::{RangeMemory, Redirects};
+use transport::{Answer, Call, Transport};
+
+pub use credentials::{
+    Credential, CredentialProvider, DockerConfig, NoCredentials, Secret, StaticCredentials,
+};
 pub use error::RegistryError;
 pub use manifests::{FetchedManifest, ManifestBody, Resolved};
 pub use media::{MANIFEST_TYPES, is_image_index, is_image_manifest};
@@ -49,8 +63,11 @@ pub struct RegistryClient {
 }
 
 struct Inner {
-    options: RegistryOptions,
-    credentials: Arc<dyn CredentialProvider>,
+    options: Arc<RegistryOptions>,
+    transport: Arc<Transport>,
+    authorizer: Authorizer,
+    redirects: Redirects,
+    ranges: RangeMemory,
 }
 
 impl fmt::Debug for RegistryClient {
@@ -62,26 +79,131 @@ impl fmt::Debug for RegistryClient {
 impl RegistryClient {
     /// A client with these options, asking `credentials` for what each host needs.
     ///
-    /// **Errors** [`RegistryError::Configuration`] when a CA file cannot be read or an option makes no sense.
+    /// Reads CA files at once; call it from outside the asynchronous runtime's hot paths.
+    ///
+    /// **Errors** [`RegistryError::Configuration`] when a CA file cannot be read.
     pub fn new(
         options: RegistryOptions,
         credentials: Arc<dyn CredentialProvider>,
     ) -> Result<Self, RegistryError> {
+        let options = Arc::new(options);
+        let transport = Arc::new(Transport::new(Arc::clone(&options))?);
+        let authorizer = Authorizer::new(Arc::clone(&options), Arc::clone(&transport), credentials);
+        let redirects = Redirects::new(options.redirect_ttl);
+        let ranges = RangeMemory::new(options.range_memory);
+        let inner = Inner {
+            options,
+            transport,
+            authorizer,
+            redirects,
+            ranges,
+        };
         Ok(RegistryClient {
-            inner: Arc::new(Inner {
-                options,
-                credentials,
-            }),
+            inner: Arc::new(inner),
         })
+    }
+
+    /// The options it was made with.
+    pub fn options(&self) -> &RegistryOptions {
+        &self.inner.options
     }
 }
 
 impl Inner {
-    fn unfinished(&self, host: &str) -> RegistryError {
-        let _ = (&self.options, &self.credentials);
-        RegistryError::Configuration {
-            host: host.to_owned(),
-            problem: "not supported yet".into(),
+    /// The URL of `rest` (`blobs/…`, `manifests/…`) in the API of `place`.
+    fn url(&self, place: &Repository, rest: &str) -> Result<Url, RegistryError> {
+        let scheme = if self.options.is_plain(place.host()) {
+            "http"
+        } else {
+            "https"
+        };
+        let text = format!(
+            "{scheme}://{}/v2/{}/{rest}",
+            api_host(place.host()),
+            place.name()
+        );
+        Url::parse(&text).map_err(|error| RegistryError::Configuration {
+            host: place.host().to_owned(),
+            problem: format!("no URL: {error}"),
+        })
+    }
+
+    /// The registry's own endpoint, the only one that its `Authorization` goes to.
+    fn home(&self, place: &Repository) -> Result<Url, RegistryError> {
+        self.url(place, "")
+    }
+
+    /// Sends `call` once, being let in along the way. The answer may have any status but 401 and
+    /// 403 of the registry itself, which become [`RegistryError::Denied`].
+    async fn exchange(
+        &self,
+        context: &ReadContext,
+        call: &Call,
+        place: &Repository,
+        scope: &str,
+    ) -> Result<Answer, RegistryError> {
+        let home = self.home(place)?;
+        let mut entry = Entry::new(place.host(), scope);
+        let mut header = self.authorizer.first(context, &mut entry).await?;
+        loop {
+            let answer = self
+                .transport
+                .send(context, call, &home, header.as_ref())
+                .await?;
+            let status = answer.status().as_u16();
+            if answer.redirected.is_some() || !matches!(status, 401 | 403) {
+                self.authorizer.accepted(&entry);
+                return Ok(answer);
+            }
+            let endpoint = answer.endpoint.clone();
+            let headers = answer.response.headers().clone();
+            // The place in the queue is free again before a token is waited for.
+            drop(answer);
+            header = self.authorizer.again(context, &mut entry, &headers).await?;
+            if header.is_none() {
+                return Err(RegistryError::Denied {
+                    endpoint,
+                    what: call.what.clone(),
+                    status,
+                    credentials: entry.summary(),
+                });
+            }
         }
     }
+
+    /// [`Inner::exchange`], repeated while it fails in passing, until its status is among `accepted`.
+    async fn ask(
+        &self,
+        context: &ReadContext,
+        call: &Call,
+        place: &Repository,
+        scope: &str,
+        accepted: &[u16],
+    ) -> Result<Answer, RegistryError> {
+        let mut attempts = Attempts::new(&self.options.retry);
+        loop {
+            let outcome = match self.exchange(context, call, place, scope).await {
+                Ok(answer) => {
+                    self.transport
+                        .accept(context, answer, accepted, &call.what)
+                        .await
+                }
+                Err(error) => Err(error),
+            };
+            match outcome {
+                Ok(answer) => return Ok(answer),
+                Err(error) => attempts.wait_after(context, error).await?,
+            }
+        }
+    }
+}
+
+/// The scope for reading from `place`.
+fn pull_scope(place: &Repository) -> String {
+    format!("repository:{}:pull", place.name())
+}
+
+/// The scope for writing to `place`.
+fn push_scope(place: &Repository) -> String {
+    format!("repository:{}:pull,push", place.name())
 }

@@ -49,6 +49,7 @@ mod tiered;
 
 pub use file::FileSource;
 pub use registry::{OriginSet, RegistryBlobSource};
+pub(crate) use retry::Attempts;
 pub use retry::{RetryPolicy, RetrySource};
 pub use tiered::TieredSource;
 

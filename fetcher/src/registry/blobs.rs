@@ -2,59 +2,279 @@
 //! Blobs: look for, read whole, read a range.
 
 use bytes::Bytes;
+use reqwest::Method;
+use reqwest::header::{HeaderValue, RANGE};
 use sluice_blockindex::digest::BlobDigest;
 use sluice_blockindex::extent::{BlobSpace, Extent};
 
-use super::{RegistryClient, RegistryError, Repository};
-use crate::source::{BlobStream, ReadContext, SourceError};
+use super::transport::{Answer, Call};
+use super::{RegistryClient, RegistryError, Repository, pull_scope};
+use crate::source::{
+    Attempts, BlobSource, BlobStream, OriginSet, ReadContext, RegistryBlobSource, SourceError,
+};
 
 impl RegistryClient {
     /// The size of `blob` in `place`, `None` where it is not there (HEAD).
+    ///
+    /// **Errors** transient failures are repeated before.
     pub async fn blob_size(
         &self,
-        _context: &ReadContext,
+        context: &ReadContext,
         place: &Repository,
-        _blob: BlobDigest,
+        blob: BlobDigest,
     ) -> Result<Option<u64>, RegistryError> {
-        Err(self.inner.unfinished(place.host()))
+        let url = self.inner.url(place, &format!("blobs/{blob}"))?;
+        let call = Call::new(Method::HEAD, url, format!("blob {blob} of {place}"));
+        match self
+            .inner
+            .ask(context, &call, place, &pull_scope(place), &[200])
+            .await
+        {
+            Ok(answer) => match answer
+                .header("content-length")
+                .and_then(|text| text.parse().ok())
+            {
+                Some(size_bytes) => Ok(Some(size_bytes)),
+                None => Err(RegistryError::Protocol {
+                    endpoint: answer.endpoint,
+                    what: call.what,
+                    problem: "no Content-Length".into(),
+                }),
+            },
+            Err(RegistryError::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Streams a whole blob, resuming where a body breaks off. The reader verifies the digest.
     pub async fn blob(
         &self,
-        _context: &ReadContext,
+        context: &ReadContext,
         place: &Repository,
-        _blob: BlobDigest,
-        _size_bytes: u64,
+        blob: BlobDigest,
+        size_bytes: u64,
     ) -> Result<BlobStream, SourceError> {
-        Err(self.inner.unfinished(place.host()).into())
+        let source = RegistryBlobSource::new(
+            self.clone(),
+            blob,
+            size_bytes,
+            OriginSet::new([place.clone()]),
+            self.inner.options.retry.clone(),
+        );
+        let whole = Extent::from_length(0, size_bytes).unwrap_or_else(Extent::empty);
+        source.open(context, whole).await
     }
 
     /// Reads a small blob (such as a config) whole, at most `cap_bytes`, verified against its digest.
+    ///
+    /// **Errors** [`RegistryError::TooLarge`], [`RegistryError::DigestMismatch`].
     pub async fn blob_bytes(
         &self,
-        _context: &ReadContext,
+        context: &ReadContext,
         place: &Repository,
-        _blob: BlobDigest,
-        _cap_bytes: u64,
+        blob: BlobDigest,
+        cap_bytes: u64,
     ) -> Result<Bytes, RegistryError> {
-        Err(self.inner.unfinished(place.host()))
+        let url = self.inner.url(place, &format!("blobs/{blob}"))?;
+        let call = Call::new(Method::GET, url, format!("blob {blob} of {place}"));
+        let mut attempts = Attempts::new(&self.inner.options.retry);
+        let bytes = loop {
+            let answer = self
+                .inner
+                .ask(context, &call, place, &pull_scope(place), &[200])
+                .await?;
+            match self
+                .inner
+                .transport
+                .read_body(context, answer, cap_bytes, &call.what)
+                .await
+            {
+                Ok(bytes) => break bytes,
+                Err(error) => attempts.wait_after(context, error).await?,
+            }
+        };
+        let actual = BlobDigest::of(&bytes);
+        if actual != blob {
+            return Err(RegistryError::DigestMismatch {
+                what: call.what,
+                expected: blob.to_string(),
+                actual: actual.to_string(),
+            });
+        }
+        Ok(bytes)
     }
 
     /// Whether `place` is known to answer ranges with whole blobs.
-    pub fn ignores_ranges(&self, _place: &Repository) -> bool {
-        false
+    pub fn ignores_ranges(&self, place: &Repository) -> bool {
+        self.inner.ranges.ignores(place)
     }
 
     /// One attempt to open a part of `blob`, which has `size_bytes` in all.
+    ///
+    /// The target of a redirect is tried directly while it is fresh. A 400, 401 or 403 of such a
+    /// target means that it has expired: the registry is asked once more for another.
     pub(crate) async fn open_blob(
         &self,
-        _context: &ReadContext,
+        context: &ReadContext,
         place: &Repository,
-        _blob: BlobDigest,
-        _size_bytes: u64,
-        _extent: Extent<BlobSpace>,
+        blob: BlobDigest,
+        size_bytes: u64,
+        extent: Extent<BlobSpace>,
     ) -> Result<BlobStream, RegistryError> {
-        Err(self.inner.unfinished(place.host()))
+        let inner = &self.inner;
+        let url = inner.url(place, &format!("blobs/{blob}"))?;
+        let mut call = Call::new(Method::GET, url, format!("blob {blob} of {place}"));
+        let whole = extent.start() == 0 && extent.end() == size_bytes;
+        let ranged = !whole && !inner.ranges.ignores(place);
+        if ranged {
+            // The one place where a range becomes inclusive.
+            let range = format!(
+                "bytes={}-{}",
+                extent.start(),
+                extent.end().saturating_sub(1)
+            );
+            let value =
+                HeaderValue::from_str(&range).map_err(|_| RegistryError::Configuration {
+                    host: place.host().to_owned(),
+                    problem: "range is no header".into(),
+                })?;
+            call.headers.insert(RANGE, value);
+        }
+        let mut refreshed = false;
+        let answer = loop {
+            let remembered = if refreshed {
+                None
+            } else {
+                inner.redirects.get(place, blob)
+            };
+            let from_memory = remembered.is_some();
+            let answer = match remembered {
+                Some(target) => {
+                    let direct = Call {
+                        url: target,
+                        ..call.clone()
+                    };
+                    let home = inner.home(place)?;
+                    inner.transport.send(context, &direct, &home, None).await
+                }
+                None => {
+                    inner
+                        .exchange(context, &call, place, &pull_scope(place))
+                        .await
+                }
+            };
+            let answer = match answer {
+                Ok(answer) => answer,
+                Err(error) => {
+                    inner.redirects.forget(place, blob);
+                    return Err(error);
+                }
+            };
+            let status = answer.status().as_u16();
+            let expired = matches!(status, 400 | 401 | 403) || (from_memory && status == 404);
+            if answer.redirected.is_some() && expired && !refreshed {
+                inner.redirects.forget(place, blob);
+                refreshed = true;
+                continue;
+            }
+            break answer;
+        };
+        if let Some(target) = &answer.redirected
+            && answer.status().is_success()
+        {
+            inner.redirects.put(place, blob, target.clone());
+        }
+        if answer.status().as_u16() == 416 {
+            return Err(SourceError::BeyondEnd { asked: extent }.into());
+        }
+        let answer = inner
+            .transport
+            .accept(context, answer, &[200, 206], &call.what)
+            .await?;
+        let comes = judge_extent(&answer, extent, size_bytes, ranged)?;
+        if ranged && comes != extent {
+            tracing::info!(%place, "registry ignores ranges: whole blobs are streamed");
+            inner.ranges.note(place);
+        }
+        let body = inner
+            .transport
+            .body(context, answer, comes.start(), comes.end());
+        Ok(BlobStream::new(comes, body))
+    }
+}
+
+/// What the head of an answer says that comes, if that can be right.
+///
+/// **Errors** [`SourceError::WrongExtent`].
+fn judge_extent(
+    answer: &Answer,
+    asked: Extent<BlobSpace>,
+    size_bytes: u64,
+    ranged: bool,
+) -> Result<Extent<BlobSpace>, SourceError> {
+    let status = answer.status().as_u16();
+    let wrong = |answered: String| SourceError::WrongExtent { asked, answered };
+    let comes = if status == 206 {
+        let header = answer.header("content-range").unwrap_or_default();
+        let described = || format!("206 with Content-Range {header:?}");
+        if !ranged {
+            return Err(wrong(described()));
+        }
+        let (extent, total) = parse_content_range(header).ok_or_else(|| wrong(described()))?;
+        if extent != asked || total.is_some_and(|total| total != size_bytes) {
+            return Err(wrong(described()));
+        }
+        extent
+    } else {
+        Extent::from_length(0, size_bytes).unwrap_or(asked)
+    };
+    match answer.header("content-length").map(str::parse::<u64>) {
+        Some(Ok(length)) if length != comes.len() => Err(wrong(format!(
+            "{status} with {length} bytes instead of {}",
+            comes.len()
+        ))),
+        _ => Ok(comes),
+    }
+}
+
+/// `bytes FIRST-LAST/TOTAL` (RFC 9110, section 14.4) as a half-open extent; the total may be `*`.
+fn parse_content_range(header: &str) -> Option<(Extent<BlobSpace>, Option<u64>)> {
+    let (unit, rest) = header.trim().split_once(' ')?;
+    if !unit.eq_ignore_ascii_case("bytes") {
+        return None;
+    }
+    let (range, total) = rest.trim().split_once('/')?;
+    let (first, last) = range.split_once('-')?;
+    let extent = Extent::new(
+        first.trim().parse().ok()?,
+        last.trim().parse::<u64>().ok()?.checked_add(1)?,
+    )?;
+    match total.trim() {
+        "*" => Some((extent, None)),
+        total => Some((extent, Some(total.parse().ok()?))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn content_ranges_parse_to_half_open_extents() {
+        let extent = |start, end| Extent::new(start, end).unwrap();
+        let cases = [
+            ("bytes 0-0/1", Some((extent(0, 1), Some(1)))),
+            ("bytes 5-9/*", Some((extent(5, 10), None))),
+            ("Bytes 5-9/100", Some((extent(5, 10), Some(100)))),
+            ("bytes 9-5/100", None),
+            ("bytes */100", None),
+            ("items 0-1/2", None),
+            ("bytes 0-18446744073709551615/2", None),
+            ("bytes -1-2/3", None),
+            ("", None),
+        ];
+        for (header, expected) in cases {
+            assert_eq!(parse_content_range(header), expected, "{header}");
+        }
     }
 }

@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Who we are at a registry.
 
+use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
 
 use async_trait::async_trait;
+
+mod docker;
+
+pub use docker::DockerConfig;
 
 /// A secret text. Never shown.
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -66,23 +70,27 @@ impl CredentialProvider for NoCredentials {
     }
 }
 
-/// Docker's `config.json` and the credential helpers that it names.
-#[derive(Debug)]
-pub struct DockerConfig {
-    path: Option<PathBuf>,
+/// Credentials that were given beforehand.
+#[derive(Clone, Debug, Default)]
+pub struct StaticCredentials {
+    hosts: BTreeMap<String, Vec<Credential>>,
 }
 
-impl DockerConfig {
-    /// Reads `path`, or where none is given `$DOCKER_CONFIG/config.json`, or `~/.docker/config.json`.
-    pub fn new(path: Option<PathBuf>) -> Self {
-        DockerConfig { path }
+impl StaticCredentials {
+    /// Adds a credential for `host`, behind those added before.
+    #[must_use]
+    pub fn with(mut self, host: &str, credential: Credential) -> Self {
+        self.hosts
+            .entry(host.to_owned())
+            .or_default()
+            .push(credential);
+        self
     }
 }
 
 #[async_trait]
-impl CredentialProvider for DockerConfig {
-    async fn credentials(&self, _host: &str, _refresh: bool) -> Vec<Credential> {
-        let _ = &self.path;
-        Vec::new()
+impl CredentialProvider for StaticCredentials {
+    async fn credentials(&self, host: &str, _refresh: bool) -> Vec<Credential> {
+        self.hosts.get(host).cloned().unwrap_or_default()
     }
 }

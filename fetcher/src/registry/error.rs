@@ -24,6 +24,14 @@ pub enum RegistryError {
         /// What the transport said.
         reason: String,
     },
+    /// The TLS certificate of the endpoint is not trusted.
+    #[error("certificate of {endpoint}: {reason}")]
+    Certificate {
+        /// Whose.
+        endpoint: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The head of the answer did not come in time, or an upload made no progress.
     #[error("{endpoint} did not answer {what} within {after:?}")]
     NoAnswer {
@@ -153,6 +161,7 @@ impl RegistryError {
             | RegistryError::Throttled { .. }
             | RegistryError::Unavailable { .. } => Class::Transient,
             RegistryError::Denied { .. }
+            | RegistryError::Certificate { .. }
             | RegistryError::NotFound { .. }
             | RegistryError::Refused { .. }
             | RegistryError::Redirect { .. }

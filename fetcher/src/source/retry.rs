@@ -82,6 +82,11 @@ impl Attempts {
         }
     }
 
+    /// Whether any attempt has failed so far.
+    pub(crate) fn happened(&self) -> bool {
+        self.failed > 0
+    }
+
     /// Forgets earlier failures, because things went well in between.
     fn renew(&mut self) {
         self.failed = 0;

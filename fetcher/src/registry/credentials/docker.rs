@@ -1,0 +1,310 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Docker's `config.json` and the credential helpers that it names.
+//!
+//! The file is read anew for each look-up, so a change counts at once; it is small, and look-ups
+//! happen when a token is missing, not per request of a blob. For a host these are tried, the most
+//! specific first: its entry in `credHelpers`, its entry in `auths` (an identity token, or name and
+//! password), `credsStore`. The entries of `auths` are read by the `docker_credential` crate; helpers
+//! are run here, because a helper that hangs must be killed with all its children.
+//!
+//! A helper's answer is kept for [`HELPER_LIFE`]; a refresh runs it again unless its answer is
+//! younger than [`HELPER_MIN_AGE`], so that a burst of refusals runs it once.
+
+use std::collections::HashMap;
+use std::io::Read;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use docker_credential::{CredentialRetrievalError, DockerCredential};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use serde::Deserialize;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::Instant;
+
+use super::{Credential, CredentialProvider, Secret};
+use crate::registry::reference::DOCKER_HUB;
+
+/// Under which name Docker keeps the credentials of Docker Hub.
+const DOCKER_HUB_KEY: &str = "https://index.docker.io/v1/";
+/// Longest run of a helper; cloud helpers make a request or two.
+const HELPER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a helper's answer is used. Tokens of cloud helpers live for an hour or more.
+const HELPER_LIFE: Duration = Duration::from_secs(300);
+/// Youngest answer that a refresh replaces.
+const HELPER_MIN_AGE: Duration = Duration::from_secs(1);
+/// Largest answer of a helper that is read; tokens are some kilobytes.
+const HELPER_ANSWER_BYTES: u64 = 64 * 1024;
+/// Largest configuration that is read.
+const CONFIG_BYTES: u64 = 1024 * 1024;
+/// Longest wait for the file; it may lie on a network file system.
+const FILE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Helper and server.
+type HelperKey = (String, String);
+
+/// Docker's `config.json` and the credential helpers that it names.
+#[derive(Debug)]
+pub struct DockerConfig {
+    path: Option<PathBuf>,
+    helper_timeout: Duration,
+    answers: Mutex<HashMap<HelperKey, (Option<Credential>, Instant)>>,
+}
+
+impl DockerConfig {
+    /// Reads `path`, or where none is given `$DOCKER_CONFIG/config.json`, or `~/.docker/config.json`.
+    pub fn new(path: Option<PathBuf>) -> Self {
+        DockerConfig {
+            path,
+            helper_timeout: HELPER_TIMEOUT,
+            answers: Mutex::new(HashMap::new()),
+        }
+    }
+
+    /// The same with another limit on the run of a helper.
+    #[must_use]
+    pub fn with_helper_timeout(mut self, timeout: Duration) -> Self {
+        self.helper_timeout = timeout;
+        self
+    }
+
+    /// The file that is read.
+    pub fn path(&self) -> Option<PathBuf> {
+        let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".docker"));
+        self.path.clone().or_else(|| {
+            let folder = std::env::var_os("DOCKER_CONFIG")
+                .map(PathBuf::from)
+                .or_else(home)?;
+            Some(folder.join("config.json"))
+        })
+    }
+
+    async fn read(&self) -> Option<Vec<u8>> {
+        let path = self.path()?;
+        let shown = path.display().to_string();
+        let read = tokio::task::spawn_blocking(move || {
+            let mut bytes = Vec::new();
+            std::fs::File::open(path)?
+                .take(CONFIG_BYTES)
+                .read_to_end(&mut bytes)?;
+            Ok::<_, std::io::Error>(bytes)
+        });
+        match tokio::time::timeout(FILE_TIMEOUT, read).await {
+            Ok(Ok(Ok(bytes))) => Some(bytes),
+            Ok(Ok(Err(error))) if error.kind() == std::io::ErrorKind::NotFound => None,
+            Ok(Ok(Err(error))) => {
+                tracing::warn!(path = shown, %error, "failed to read Docker's configuration");
+                None
+            }
+            Ok(Err(_)) | Err(_) => {
+                tracing::warn!(
+                    path = shown,
+                    "failed to read Docker's configuration in time"
+                );
+                None
+            }
+        }
+    }
+
+    async fn helper_answer(&self, helper: &str, server: &str, refresh: bool) -> Option<Credential> {
+        let key = (helper.to_owned(), server.to_owned());
+        let lock = || self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        let life = if refresh { HELPER_MIN_AGE } else { HELPER_LIFE };
+        if let Some((answer, since)) = lock().get(&key).cloned()
+            && since.elapsed() < life
+        {
+            return answer;
+        }
+        let answer = match run_helper(helper, server, self.helper_timeout).await {
+            Ok(answer) => answer,
+            Err(problem) => {
+                tracing::warn!(helper, server, problem, "failed to ask a credential helper");
+                None
+            }
+        };
+        lock().insert(key, (answer.clone(), Instant::now()));
+        answer
+    }
+}
+
+#[async_trait]
+impl CredentialProvider for DockerConfig {
+    async fn credentials(&self, host: &str, refresh: bool) -> Vec<Credential> {
+        let Some(bytes) = self.read().await else {
+            return Vec::new();
+        };
+        let Ok(mut config) = serde_json::from_slice::<serde_json::Value>(&bytes) else {
+            tracing::warn!(path = ?self.path(), "Docker's configuration is no JSON");
+            return Vec::new();
+        };
+        let server = if host == DOCKER_HUB {
+            DOCKER_HUB_KEY
+        } else {
+            host
+        };
+        let own_helper = [server, host]
+            .iter()
+            .find_map(|name| config["credHelpers"][*name].as_str())
+            .filter(|helper| !helper.is_empty())
+            .map(str::to_owned);
+        let common_helper = config["credsStore"]
+            .as_str()
+            .filter(|helper| !helper.is_empty())
+            .map(str::to_owned);
+        // What is left is read without running anything.
+        if let Some(fields) = config.as_object_mut() {
+            fields.remove("credHelpers");
+            fields.remove("credsStore");
+        }
+        let mut known = Vec::new();
+        if let Some(helper) = own_helper {
+            known.extend(self.helper_answer(&helper, server, refresh).await);
+        }
+        known.extend(from_auths(&config, server));
+        if let Some(helper) = common_helper {
+            known.extend(self.helper_answer(&helper, server, refresh).await);
+        }
+        known.dedup();
+        known
+    }
+}
+
+/// The entry for `server` in `auths`.
+fn from_auths(config: &serde_json::Value, server: &str) -> Option<Credential> {
+    let text = serde_json::to_vec(config).ok()?;
+    match docker_credential::get_credential_from_reader(text.as_slice(), server) {
+        Ok(DockerCredential::IdentityToken(token)) if !token.is_empty() => {
+            Some(Credential::IdentityToken(Secret::new(token)))
+        }
+        Ok(DockerCredential::UsernamePassword(username, password)) if !username.is_empty() => {
+            Some(Credential::Password {
+                username,
+                password: Secret::new(password),
+            })
+        }
+        Ok(_) | Err(CredentialRetrievalError::NoCredentialConfigured) => None,
+        Err(error) => {
+            // None of the errors that can happen without helpers quotes a secret.
+            tracing::warn!(server, %error, "an entry of Docker's configuration is unusable");
+            None
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct HelperAnswer {
+    #[serde(rename = "Username")]
+    username: String,
+    #[serde(rename = "Secret")]
+    secret: String,
+}
+
+/// Kills a helper and all that it started, when dropped.
+struct Group(Option<Pid>);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Some(group) = self.0 {
+            // It may have ended already; then there is nobody to kill.
+            let _ = killpg(group, Signal::SIGKILL);
+        }
+    }
+}
+
+/// Asks `docker-credential-<helper> get`; `None` when it knows nothing of the server.
+async fn run_helper(
+    helper: &str,
+    server: &str,
+    timeout: Duration,
+) -> Result<Option<Credential>, String> {
+    if helper.contains('/') {
+        return Err("a helper is named without a path".into());
+    }
+    ask(
+        Command::new(format!("docker-credential-{helper}")),
+        server,
+        timeout,
+    )
+    .await
+}
+
+async fn ask(
+    mut command: Command,
+    server: &str,
+    timeout: Duration,
+) -> Result<Option<Credential>, String> {
+    command
+        .arg("get")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null());
+    command.process_group(0);
+    // Starting a process blocks for a moment, more when this one is large.
+    let spawned = tokio::task::spawn_blocking({
+        let handle = tokio::runtime::Handle::current();
+        move || {
+            let _entered = handle.enter();
+            tokio::process::Command::from(command)
+                .kill_on_drop(true)
+                .spawn()
+        }
+    });
+    let talk = async {
+        let mut child = match spawned.await {
+            Ok(Ok(child)) => child,
+            Ok(Err(error)) => return Err(format!("start: {error}")),
+            Err(_) => return Err("shutting down".to_owned()),
+        };
+        let group = Group(
+            child
+                .id()
+                .and_then(|id| i32::try_from(id).ok())
+                .map(Pid::from_raw),
+        );
+        let mut answer = Vec::new();
+        if let Some(mut stdin) = child.stdin.take() {
+            // A helper may answer without reading; its answer tells.
+            let _ = stdin.write_all(server.as_bytes()).await;
+            let _ = stdin.shutdown().await;
+        }
+        if let Some(stdout) = child.stdout.take() {
+            let read = stdout
+                .take(HELPER_ANSWER_BYTES)
+                .read_to_end(&mut answer)
+                .await;
+            read.map_err(|error| format!("read its answer: {error}"))?;
+        }
+        let status = child
+            .wait()
+            .await
+            .map_err(|error| format!("wait for it: {error}"))?;
+        drop(group);
+        Ok((status.success(), answer))
+    };
+    let (success, answer) = tokio::time::timeout(timeout, talk)
+        .await
+        .map_err(|_| format!("no answer within {timeout:?}"))??;
+    if !success {
+        // Helpers say "credentials not found in native keychain" and fail; so do those that are broken.
+        return Ok(None);
+    }
+    let answer: HelperAnswer =
+        serde_json::from_slice(&answer).map_err(|_| "malformed answer".to_owned())?;
+    if answer.secret.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(match answer.username.as_str() {
+        "<token>" => Credential::IdentityToken(Secret::new(answer.secret)),
+        _ => Credential::Password {
+            username: answer.username,
+            password: Secret::new(answer.secret),
+        },
+    }))
+}
+
+#[cfg(test)]
+mod tests;

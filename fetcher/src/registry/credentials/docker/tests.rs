@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use super::*;
+
+fn password(username: &str, password: &str) -> Credential {
+    Credential::Password {
+        username: username.into(),
+        password: Secret::new(password),
+    }
+}
+
+fn write(folder: &Path, config: &str) -> DockerConfig {
+    let path = folder.join("config.json");
+    std::fs::write(&path, config).unwrap();
+    DockerConfig::new(Some(path))
+}
+
+/// A helper is found by name on the search path, so tests name it by a link in a folder on it.
+fn helper(folder: &Path, script: &str) -> String {
+    let name = format!("sluice-test-{}", rand::random::<u64>());
+    let path = folder.join(format!("docker-credential-{name}"));
+    std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    name
+}
+
+async fn run(folder: &Path, name: &str, timeout: Duration) -> Result<Option<Credential>, String> {
+    let program = folder.join(format!("docker-credential-{name}"));
+    ask(Command::new(program), "registry.example", timeout).await
+}
+
+#[tokio::test]
+async fn entries_of_auths_are_found_by_host() {
+    let folder = tempfile::tempdir().unwrap();
+    // u:p, hub:secret
+    let config = write(
+        folder.path(),
+        r#"{"auths":{
+            "registry.example":{"auth":"dTpw"},
+            "localhost:5000":{"username":"a","password":"b"},
+            "https://index.docker.io/v1/":{"auth":"aHViOnNlY3JldA=="},
+            "token.example":{"auth":"eDp5","identitytoken":"it"},
+            "broken.example":{"auth":"%%%"},
+            "empty.example":{}
+        }}"#,
+    );
+    let cases = [
+        ("registry.example", vec![password("u", "p")]),
+        ("localhost:5000", vec![password("a", "b")]),
+        ("docker.io", vec![password("hub", "secret")]),
+        (
+            "token.example",
+            vec![Credential::IdentityToken(Secret::new("it"))],
+        ),
+        ("broken.example", vec![]),
+        ("empty.example", vec![]),
+        ("other.example", vec![]),
+        ("localhost:5001", vec![]),
+    ];
+    for (host, expected) in cases {
+        assert_eq!(config.credentials(host, false).await, expected, "{host}");
+    }
+}
+
+#[tokio::test]
+async fn a_changed_file_counts_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = write(
+        folder.path(),
+        r#"{"auths":{"r.example":{"username":"a","password":"1"}}}"#,
+    );
+    assert_eq!(
+        config.credentials("r.example", false).await,
+        [password("a", "1")]
+    );
+    write(
+        folder.path(),
+        r#"{"auths":{"r.example":{"username":"a","password":"2"}}}"#,
+    );
+    assert_eq!(
+        config.credentials("r.example", false).await,
+        [password("a", "2")]
+    );
+    write(folder.path(), "not json");
+    assert_eq!(config.credentials("r.example", false).await, []);
+    std::fs::remove_file(folder.path().join("config.json")).unwrap();
+    assert_eq!(config.credentials("r.example", false).await, []);
+}
+
+#[tokio::test]
+async fn helpers_answer_fail_or_are_stopped() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    let long = Duration::from_secs(10);
+    let echo = helper(
+        path,
+        r#"read server; printf '{"ServerURL":"x","Username":"%s","Secret":"s"}' "$server$1""#,
+    );
+    assert_eq!(
+        run(path, &echo, long).await,
+        Ok(Some(password("registry.exampleget", "s")))
+    );
+    let token = helper(path, r#"printf '{"Username":"<token>","Secret":"t"}'"#);
+    let identity = Credential::IdentityToken(Secret::new("t"));
+    assert_eq!(run(path, &token, long).await, Ok(Some(identity)));
+    let unknown = helper(path, "echo credentials not found; exit 1");
+    assert_eq!(run(path, &unknown, long).await, Ok(None));
+    let garbage = helper(path, "echo hello");
+    assert_eq!(
+        run(path, &garbage, long).await,
+        Err("malformed answer".into())
+    );
+    let flood = helper(path, "yes");
+    assert!(run(path, &flood, long).await.is_err() || run(path, &flood, long).await == Ok(None));
+    assert!(
+        run(path, "missing", long)
+            .await
+            .unwrap_err()
+            .starts_with("start:")
+    );
+    assert!(run_helper("../evil", "x", long).await.is_err());
+
+    // Its child keeps the pipe open, so only killing the whole group ends it.
+    let mark = path.join("child");
+    let hang = helper(
+        path,
+        &format!("sleep 600 & echo $! > {}; wait", mark.display()),
+    );
+    let before = std::time::Instant::now();
+    let stopped = run(path, &hang, Duration::from_millis(700)).await;
+    assert!(stopped.unwrap_err().contains("no answer within"));
+    assert!(before.elapsed() < Duration::from_secs(5));
+    let child = std::fs::read_to_string(mark).unwrap();
+    let process = format!("/proc/{}/stat", child.trim());
+    for _ in 0..100 {
+        // Gone, or a zombie that its new parent has not reaped yet.
+        match std::fs::read_to_string(&process) {
+            Ok(stat) if !stat.contains(") Z ") => {}
+            _ => return,
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("the helper's child still runs");
+}
+
+#[tokio::test]
+async fn secrets_are_not_shown() {
+    let shown = format!(
+        "{:?}",
+        [
+            password("u", "hunter2"),
+            Credential::IdentityToken(Secret::new("hunter2"))
+        ]
+    );
+    assert!(!shown.contains("hunter2"), "{shown}");
+    assert!(shown.contains("[redacted]"), "{shown}");
+}

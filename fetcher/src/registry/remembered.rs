@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What is remembered of earlier answers: where a blob was redirected to, and who ignores ranges.
+
+use std::num::NonZeroUsize;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use lru::LruCache;
+use sluice_blockindex::digest::BlobDigest;
+use tokio::time::Instant;
+use url::Url;
+
+use super::Repository;
+
+/// Entries kept: more than the layers that a node fetches at one time; an entry is about 2 kB.
+const REMEMBERED: NonZeroUsize = NonZeroUsize::new(1024).expect("not zero");
+
+/// The targets of redirects, used again for a short while. They may hold signatures: never logged.
+pub(super) struct Redirects {
+    life: Duration,
+    targets: Mutex<LruCache<(Repository, BlobDigest), (Url, Instant)>>,
+}
+
+impl Redirects {
+    pub(super) fn new(life: Duration) -> Self {
+        Redirects {
+            life,
+            targets: Mutex::new(LruCache::new(REMEMBERED)),
+        }
+    }
+
+    pub(super) fn get(&self, place: &Repository, blob: BlobDigest) -> Option<Url> {
+        let key = (place.clone(), blob);
+        let mut targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
+        let (url, since) = targets.get(&key).cloned()?;
+        if since.elapsed() < self.life {
+            return Some(url);
+        }
+        targets.pop(&key);
+        None
+    }
+
+    pub(super) fn put(&self, place: &Repository, blob: BlobDigest, target: Url) {
+        if self.life.is_zero() {
+            return;
+        }
+        let mut targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
+        targets.put((place.clone(), blob), (target, Instant::now()));
+    }
+
+    pub(super) fn forget(&self, place: &Repository, blob: BlobDigest) {
+        let mut targets = self.targets.lock().unwrap_or_else(PoisonError::into_inner);
+        targets.pop(&(place.clone(), blob));
+    }
+}
+
+/// Repositories that answered a range with the whole blob. Forgotten after a while: a proxy that
+/// does so for a cold blob serves ranges of a warm one.
+pub(super) struct RangeMemory {
+    life: Duration,
+    ignoring: Mutex<LruCache<Repository, Instant>>,
+}
+
+impl RangeMemory {
+    pub(super) fn new(life: Duration) -> Self {
+        RangeMemory {
+            life,
+            ignoring: Mutex::new(LruCache::new(REMEMBERED)),
+        }
+    }
+
+    pub(super) fn ignores(&self, place: &Repository) -> bool {
+        let mut ignoring = self.ignoring.lock().unwrap_or_else(PoisonError::into_inner);
+        match ignoring.get(place).map(Instant::elapsed) {
+            Some(age) if age < self.life => true,
+            Some(_) => {
+                ignoring.pop(place);
+                false
+            }
+            None => false,
+        }
+    }
+
+    pub(super) fn note(&self, place: &Repository) {
+        let mut ignoring = self.ignoring.lock().unwrap_or_else(PoisonError::into_inner);
+        ignoring.put(place.clone(), Instant::now());
+    }
+}
