@@ -5,10 +5,12 @@
 pub mod chain;
 pub mod control;
 pub mod durable;
+pub mod filters;
 pub mod labels;
 pub mod mount;
 pub mod mounts;
 pub mod resolve;
+pub mod service;
 pub mod shim;
 pub mod snapshots;
 pub mod store;
