@@ -2,16 +2,21 @@
 //! containerd's side of Sluice: the snapshots service, the metadata store, chains of merged trees,
 //! their mounts, the shim that serves them, and the daemon `sluiced` that holds it all together.
 
+pub mod below;
 pub mod chain;
 pub mod control;
 pub mod durable;
 pub mod filters;
+pub mod indexes;
 pub mod labels;
 pub mod mount;
 pub mod mounts;
+pub mod plan;
 pub mod resolve;
 pub mod service;
 pub mod shim;
 pub mod snapshots;
 pub mod store;
 pub mod sys;
+pub mod trees;
+pub mod unpack;

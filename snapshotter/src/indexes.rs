@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Layer index files on disk: `indexes/<hex of the index digest>.idx`, decompressed, mapped.
+//!
+//! A file is named by the digest of the compressed payload that the manifest pins. It gets its name
+//! only after payload, sections and tree have been checked ([`accept`]), so what has a name here was
+//! valid when it was written; opening it again checks its crc32 sums against rot.
+//! Opened indexes are shared: one mapping per index as long as anybody holds it.
+//! A crash leaves a whole file or none. All calls block.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use memmap2::Mmap;
+use sha2::{Digest as _, Sha256};
+use sluice_blockindex::annotations::LayerAnnotations;
+use sluice_blockindex::digest::IndexDigest;
+use sluice_blockindex::index::{
+    INDEX_FILE_MAX_BYTES, Index, IndexError, UncheckedIndex, decompress_index,
+};
+
+use crate::{durable, sys};
+
+/// A validated index over a mapped file.
+pub type LayerIndex = Index<Mmap>;
+
+/// Ends the name of an index file.
+const SUFFIX: &str = ".idx";
+
+/// Why a layer's index cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LayerIndexError {
+    /// The payload is not what the manifest pins.
+    #[error("index has digest {actual}, want {expected}")]
+    Digest {
+        /// In the manifest.
+        expected: IndexDigest,
+        /// Of the bytes that came.
+        actual: IndexDigest,
+    },
+    /// The index breaks a rule of the format.
+    #[error(transparent)]
+    Index(#[from] IndexError),
+    /// The index is of another layer than the manifest says.
+    #[error("index says {what} {actual}, the manifest {expected}")]
+    Disagrees {
+        /// On what.
+        what: &'static str,
+        /// In the manifest.
+        expected: String,
+        /// In the index.
+        actual: String,
+    },
+    /// The file system failed.
+    #[error("{what} {path}: {source}")]
+    Io {
+        /// In the present tense.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// How it failed.
+        source: io::Error,
+    },
+}
+
+/// Checks a fetched payload against all that the manifest says of it, and gives the bytes of the
+/// index file.
+pub fn accept(payload: &[u8], annotations: &LayerAnnotations) -> Result<Bytes, LayerIndexError> {
+    let actual = IndexDigest::from_bytes(Sha256::digest(payload).into());
+    let expected = annotations.index_digest;
+    if actual != expected {
+        return Err(LayerIndexError::Digest { expected, actual });
+    }
+    let bytes = Bytes::from(decompress_index(payload, INDEX_FILE_MAX_BYTES)?);
+    let index = UncheckedIndex::parse(bytes.clone())?.validate()?;
+    agrees(&index, annotations)?;
+    Ok(bytes)
+}
+
+fn agrees<B: AsRef<[u8]> + Send + Sync + 'static>(
+    index: &Index<B>,
+    annotations: &LayerAnnotations,
+) -> Result<(), LayerIndexError> {
+    let (expected, actual) = (annotations.diff_id, index.diff_id());
+    if expected != actual {
+        return Err(LayerIndexError::Disagrees {
+            what: "diff ID",
+            expected: expected.to_string(),
+            actual: actual.to_string(),
+        });
+    }
+    if !index.fits_blob(annotations.blob_bytes) {
+        return Err(LayerIndexError::Disagrees {
+            what: "frames up to byte",
+            expected: format!("{} at most", annotations.blob_bytes),
+            actual: index.metadata().skeleton.extent.end().to_string(),
+        });
+    }
+    Ok(())
+}
+
+/// The directory of index files.
+#[derive(Debug)]
+pub struct IndexFiles {
+    directory: PathBuf,
+    open: Mutex<HashMap<IndexDigest, Weak<LayerIndex>>>,
+    /// When an index was last handed out. A layer is in no metadata yet while its `Prepare` is being
+    /// decided; this keeps its file from being swept meanwhile.
+    touched: Mutex<HashMap<IndexDigest, Instant>>,
+}
+
+impl IndexFiles {
+    /// Opens the directory, which is created if need be, and sweeps leftovers.
+    pub fn open(directory: &Path) -> io::Result<Self> {
+        durable::create_private_directory(directory)?;
+        durable::sweep_temporary(directory)?;
+        Ok(Self {
+            directory: directory.to_owned(),
+            open: Mutex::default(),
+            touched: Mutex::default(),
+        })
+    }
+
+    /// Where the index with this digest is or would be.
+    #[must_use]
+    pub fn path(&self, digest: IndexDigest) -> PathBuf {
+        self.directory.join(format!("{}{SUFFIX}", digest.hex()))
+    }
+
+    /// Opens an index that is on disk; `None` when it is not. A file that is damaged is removed and
+    /// reported as an error, so that it is fetched again.
+    pub fn get(&self, digest: IndexDigest) -> Result<Option<Arc<LayerIndex>>, LayerIndexError> {
+        self.touch(digest);
+        if let Some(index) = self.opened().get(&digest).and_then(Weak::upgrade) {
+            return Ok(Some(index));
+        }
+        let path = self.path(digest);
+        let map = match sys::map::read_only(&path) {
+            Ok(map) => map,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => {
+                return Err(LayerIndexError::Io {
+                    what: "map index file",
+                    path,
+                    source,
+                });
+            }
+        };
+        let index = match UncheckedIndex::parse(map).and_then(UncheckedIndex::reopen) {
+            Ok(index) => Arc::new(index),
+            Err(error) => {
+                tracing::error!(path = %path.display(), "index file is damaged: {error}");
+                let _ = std::fs::remove_file(&path);
+                return Err(error.into());
+            }
+        };
+        let mut opened = self.opened();
+        if let Some(earlier) = opened.get(&digest).and_then(Weak::upgrade) {
+            return Ok(Some(earlier));
+        }
+        opened.retain(|_, index| index.strong_count() > 0);
+        opened.insert(digest, Arc::downgrade(&index));
+        Ok(Some(index))
+    }
+
+    /// Checks a payload, stores the index durably and opens it.
+    pub fn put(
+        &self,
+        payload: &[u8],
+        annotations: &LayerAnnotations,
+    ) -> Result<Arc<LayerIndex>, LayerIndexError> {
+        let digest = annotations.index_digest;
+        self.touch(digest);
+        let bytes = accept(payload, annotations)?;
+        let path = self.path(digest);
+        let io = |what| move |source| LayerIndexError::Io { what, path, source };
+        durable::write(
+            &self.directory,
+            &format!("{}{SUFFIX}", digest.hex()),
+            &bytes,
+        )
+        .map_err(io("write index file"))?;
+        self.get(digest)?.ok_or_else(|| LayerIndexError::Io {
+            what: "find index file",
+            path: self.path(digest),
+            source: io::ErrorKind::NotFound.into(),
+        })
+    }
+
+    /// As [`IndexFiles::get`], and checks that the index is the one that the manifest describes.
+    pub fn get_checked(
+        &self,
+        annotations: &LayerAnnotations,
+    ) -> Result<Option<Arc<LayerIndex>>, LayerIndexError> {
+        let index = self.get(annotations.index_digest)?;
+        if let Some(index) = &index {
+            agrees(index, annotations)?;
+        }
+        Ok(index)
+    }
+
+    /// Removes the files that `keep` does not want and that nobody asked for within `grace`.
+    pub fn sweep(&self, keep: impl Fn(IndexDigest) -> bool, grace: Duration) -> io::Result<u64> {
+        let mut removed = 0;
+        for entry in std::fs::read_dir(&self.directory)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let digest = name.to_str().and_then(|name| name.strip_suffix(SUFFIX));
+            let Some(digest) = digest.and_then(|hex| IndexDigest::from_hex(hex).ok()) else {
+                continue;
+            };
+            let young = self
+                .touched()
+                .get(&digest)
+                .is_some_and(|at| at.elapsed() < grace);
+            if !young && !keep(digest) {
+                std::fs::remove_file(entry.path())?;
+                removed += 1;
+            }
+        }
+        self.touched().retain(|_, at| at.elapsed() < grace);
+        Ok(removed)
+    }
+
+    fn touch(&self, digest: IndexDigest) {
+        self.touched().insert(digest, Instant::now());
+    }
+
+    fn opened(&self) -> std::sync::MutexGuard<'_, HashMap<IndexDigest, Weak<LayerIndex>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn touched(&self) -> std::sync::MutexGuard<'_, HashMap<IndexDigest, Instant>> {
+        self.touched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
