@@ -7,9 +7,15 @@
 use std::io::Write;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
 
+mod control;
+mod convert;
+mod open;
+mod pull;
 mod setup;
+mod show;
 
 /// Sluice: containers start before their images are here.
 #[derive(Debug, Parser)]
@@ -22,6 +28,17 @@ pub struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Convert an image so that it can start before its layers are downloaded.
+    Convert(convert::Convert),
+    /// Pull an image into containerd without the bytes of its lazy layers.
+    Pull(pull::Pull),
+    /// Show what the daemon holds.
+    Status(control::Status),
+    /// Say whether an image is lazy, and if not, why.
+    Why(control::Why),
+    /// Work on containerd's content store.
+    #[command(subcommand)]
+    Content(control::Content),
     /// Prepare other software for Sluice.
     #[command(subcommand)]
     Setup(setup::Setup),
@@ -41,9 +58,35 @@ pub fn run(arguments: Arguments) -> ExitCode {
 }
 
 fn dispatch(arguments: Arguments) -> anyhow::Result<()> {
+    // Warnings of the libraries below; results and progress have their own ways.
+    let filter = tracing_subscriber::EnvFilter::try_from_env("SLUICE_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .try_init();
     match arguments.command {
         Command::Setup(setup) => setup::run(&setup),
+        Command::Convert(convert) => wait_for(convert::run(convert)),
+        Command::Pull(pull) => wait_for(pull::run(pull)),
+        Command::Status(status) => wait_for(control::status(status)),
+        Command::Why(why) => wait_for(control::why(why)),
+        Command::Content(content) => wait_for(control::content(content)),
     }
+}
+
+/// Runs `work` until it ends or the user interrupts, which drops it and so ends all that it started.
+fn wait_for(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Runtime::new().context("start runtime")?;
+    runtime.block_on(async {
+        tokio::select! {
+            result = work => result,
+            signal = tokio::signal::ctrl_c() => {
+                signal.context("listen for interrupts")?;
+                anyhow::bail!("interrupted")
+            }
+        }
+    })
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {

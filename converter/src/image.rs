@@ -28,7 +28,10 @@ pub mod registry;
 #[cfg(test)]
 mod contract;
 #[cfg(test)]
-#[allow(dead_code, reason = "the conversion tests that use the rest land with the encoder")]
+#[allow(
+    dead_code,
+    reason = "the conversion tests that use the rest land with the encoder"
+)]
 pub(crate) mod memory;
 
 pub use document::{Descriptor, Document, DocumentKind, Platform};

@@ -1,14 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Image in, image out, and the command line `sluice`.
 //!
-//! [`plan`] decides, `pack` changes the compression of layers, [`verify`] checks what passes, [`push`]
-//! moves blobs, `convert` runs them all, [`image`] reads and writes images wherever they are, and
+//! [`plan`] decides, [`pack`] changes the compression of layers, [`verify`] checks what passes, [`push`]
+//! moves blobs, [`convert`] runs them all, [`image`] reads and writes images wherever they are, and
 //! [`cli`] is the only part that talks to a user.
 
 pub mod cli;
+pub mod convert;
+pub mod grpc;
 pub mod image;
+pub mod pack;
 pub mod plan;
 pub mod pool;
+pub mod pull;
 pub mod push;
 pub mod report;
 pub mod setup;

@@ -59,8 +59,46 @@ pub enum Event {
         /// Digest now.
         digest: String,
     },
-    /// The last event.
+    /// The last event of a conversion.
     Summary(Summary),
+    /// A layer is in containerd.
+    LayerPulled {
+        /// Its diff ID.
+        diff_id: String,
+        /// Its blob.
+        blob: String,
+        /// What was done for it.
+        how: Pulled,
+        /// Bytes downloaded by this client; a lazy layer's index is fetched by the daemon.
+        bytes: u64,
+    },
+    /// The last event of a pull.
+    PullSummary {
+        /// The image's name in containerd.
+        image: String,
+        /// Digest of what the name stands for.
+        digest: String,
+        /// Layers in all.
+        layers: u64,
+        /// Layers whose bytes come when they are read.
+        lazy: u64,
+        /// Bytes downloaded by this client.
+        bytes: u64,
+        /// Wall time.
+        seconds: f64,
+    },
+}
+
+/// What was done for a layer of a pulled image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pulled {
+    /// The snapshotter had a snapshot of it before.
+    Present,
+    /// The snapshotter took it without its bytes.
+    Lazy,
+    /// Downloaded and unpacked.
+    Unpacked,
 }
 
 /// What a conversion did, all in all.

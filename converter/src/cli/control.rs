@@ -1,0 +1,402 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `sluice status`, `sluice why` and `sluice content complete`: questions to the daemon.
+
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+use sluice_proto::control::control_client::ControlClient;
+use sluice_proto::control::{
+    CompleteContentRequest, Image, StatusRequest, StatusResponse, WhyRequest, WhyResponse,
+};
+use tonic::transport::Channel;
+
+use super::show::{Table, bytes, short};
+use crate::grpc;
+
+/// Where the daemon is.
+#[derive(Debug, Clone, Args)]
+pub(super) struct DaemonArguments {
+    /// Control socket of sluiced.
+    #[arg(long, default_value = "/run/sluice/control.sock")]
+    socket: PathBuf,
+    /// One JSON object on standard output.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Arguments of `status`.
+#[derive(Debug, Args)]
+pub(super) struct Status {
+    /// Only images whose reference or digest contains this.
+    #[arg(default_value = "")]
+    image: String,
+    /// Show layers and mounts as well.
+    #[arg(long, short)]
+    verbose: bool,
+    #[command(flatten)]
+    daemon: DaemonArguments,
+}
+
+/// Arguments of `why`.
+#[derive(Debug, Args)]
+pub(super) struct Why {
+    /// Reference, manifest digest or config digest.
+    image: String,
+    /// containerd namespace. Default: all.
+    #[arg(long, short, default_value = "")]
+    namespace: String,
+    #[command(flatten)]
+    daemon: DaemonArguments,
+}
+
+/// What can be done with content.
+#[derive(Debug, Subcommand)]
+pub(super) enum Content {
+    /// Put the blobs of layers that were never downloaded into containerd's content store, for tools
+    /// that push, save or export.
+    Complete(Complete),
+}
+
+/// Arguments of `content complete`.
+#[derive(Debug, Args)]
+pub(super) struct Complete {
+    /// Reference, manifest digest or config digest.
+    image: String,
+    /// containerd namespace.
+    #[arg(long, short, default_value = "default")]
+    namespace: String,
+    #[command(flatten)]
+    daemon: DaemonArguments,
+}
+
+async fn connect(socket: &Path) -> anyhow::Result<ControlClient<Channel>> {
+    let channel = grpc::connect(socket).await.with_context(|| {
+        format!(
+            "connect to sluiced at {} (is it running?)",
+            socket.display()
+        )
+    })?;
+    Ok(ControlClient::new(channel))
+}
+
+/// The daemon's own words, without gRPC's.
+fn refused(status: tonic::Status) -> anyhow::Error {
+    anyhow::anyhow!("sluiced: {}", status.message())
+}
+
+pub(super) async fn status(arguments: Status) -> anyhow::Result<()> {
+    let mut client = connect(&arguments.daemon.socket).await?;
+    let request = StatusRequest {
+        r#match: arguments.image.clone(),
+    };
+    let status = client.status(request).await.map_err(refused)?.into_inner();
+    let mut out = io::stdout().lock();
+    if arguments.daemon.json {
+        writeln!(out, "{}", status_json(&status))?;
+        return Ok(());
+    }
+    write_status(&mut out, &status, arguments.verbose)?;
+    Ok(())
+}
+
+fn progress(present: u64, total: u64, sealed: bool) -> String {
+    // An image may be empty; that is complete.
+    let percent = present
+        .saturating_mul(100)
+        .checked_div(total)
+        .unwrap_or(100);
+    let sealed = if sealed { ", sealed" } else { "" };
+    format!(
+        "{} / {} ({percent} %{sealed})",
+        bytes(present),
+        bytes(total)
+    )
+}
+
+fn name(image: &Image) -> String {
+    match image.references.as_slice() {
+        [] => short(&image.manifest_digest).to_owned(),
+        references => references.join(" "),
+    }
+}
+
+fn write_status(out: &mut impl Write, status: &StatusResponse, verbose: bool) -> io::Result<()> {
+    writeln!(
+        out,
+        "sluiced {}, backend {}, root {}",
+        status.version, status.backend, status.root
+    )?;
+    writeln!(out, "store: {}", bytes(status.store_present_bytes))?;
+    let mut images = Table::new(&["NAMESPACE", "IMAGE", "LAYERS", "PRESENT"]);
+    for image in &status.images {
+        images.row([
+            image.namespace.clone(),
+            name(image),
+            image.diff_ids.len().to_string(),
+            progress(image.present_bytes, image.total_bytes, image.sealed),
+        ]);
+    }
+    writeln!(out)?;
+    images.write(out)?;
+    if !status.bytes_by_source.is_empty() {
+        let mut sources = Table::new(&["SOURCE", "PRIORITY", "FETCHED"]);
+        for source in &status.bytes_by_source {
+            sources.row([
+                source.source.clone(),
+                source.priority.clone(),
+                bytes(source.bytes),
+            ]);
+        }
+        writeln!(out)?;
+        sources.write(out)?;
+    }
+    if verbose {
+        let mut layers = Table::new(&["DIFF ID", "INDEX", "BLOB", "PRESENT", "FAILURE"]);
+        for layer in &status.layers {
+            layers.row([
+                short(&layer.diff_id).to_owned(),
+                short(&layer.index_digest).to_owned(),
+                short(&layer.blob_digest).to_owned(),
+                progress(layer.present_bytes, layer.device_bytes, layer.sealed),
+                layer.failure.clone(),
+            ]);
+        }
+        writeln!(out)?;
+        layers.write(out)?;
+        let mut mounts = Table::new(&["MOUNTPOINT", "BACKEND", "LAYERS", "USERS"]);
+        for mount in &status.mounts {
+            mounts.row([
+                mount.mountpoint.clone(),
+                mount.backend.clone(),
+                mount.layers.to_string(),
+                mount.users.to_string(),
+            ]);
+        }
+        writeln!(out)?;
+        mounts.write(out)?;
+    }
+    Ok(())
+}
+
+fn status_json(status: &StatusResponse) -> Value {
+    json!({
+        "version": status.version,
+        "backend": status.backend,
+        "root": status.root,
+        "store_present_bytes": status.store_present_bytes,
+        "images": status.images.iter().map(|image| json!({
+            "namespace": image.namespace,
+            "references": image.references,
+            "manifest_digest": image.manifest_digest,
+            "config_digest": image.config_digest,
+            "chain_ids": image.chain_ids,
+            "diff_ids": image.diff_ids,
+            "total_bytes": image.total_bytes,
+            "present_bytes": image.present_bytes,
+            "sealed": image.sealed,
+        })).collect::<Vec<_>>(),
+        "layers": status.layers.iter().map(|layer| json!({
+            "diff_id": layer.diff_id,
+            "index_digest": layer.index_digest,
+            "blob_digest": layer.blob_digest,
+            "device_bytes": layer.device_bytes,
+            "present_bytes": layer.present_bytes,
+            "blob_bytes": layer.blob_bytes,
+            "sealed": layer.sealed,
+            "failure": layer.failure,
+        })).collect::<Vec<_>>(),
+        "bytes_by_source": status.bytes_by_source.iter().map(|source| json!({
+            "source": source.source,
+            "priority": source.priority,
+            "bytes": source.bytes,
+        })).collect::<Vec<_>>(),
+        "mounts": status.mounts.iter().map(|mount| json!({
+            "key": mount.key,
+            "mountpoint": mount.mountpoint,
+            "backend": mount.backend,
+            "layers": mount.layers,
+            "users": mount.users,
+        })).collect::<Vec<_>>(),
+    })
+}
+
+pub(super) async fn why(arguments: Why) -> anyhow::Result<()> {
+    let mut client = connect(&arguments.daemon.socket).await?;
+    let Why {
+        image, namespace, ..
+    } = arguments;
+    let request = WhyRequest { image, namespace };
+    let answer = client.why(request).await.map_err(refused)?.into_inner();
+    let mut out = io::stdout().lock();
+    if arguments.daemon.json {
+        writeln!(out, "{}", why_json(&answer))?;
+        return Ok(());
+    }
+    let mut table = Table::new(&[
+        "NAMESPACE",
+        "CHAIN ID",
+        "DIFF ID",
+        "SNAPSHOT",
+        "LAZY",
+        "REASON",
+    ]);
+    for layer in &answer.layers {
+        table.row([
+            layer.namespace.clone(),
+            short(&layer.chain_id).to_owned(),
+            short(&layer.diff_id).to_owned(),
+            layer.snapshot.clone(),
+            if layer.lazy { "yes" } else { "no" }.to_owned(),
+            layer.reason.clone(),
+        ]);
+    }
+    writeln!(out, "{}", answer.summary)?;
+    table.write(&mut out)?;
+    Ok(())
+}
+
+fn why_json(answer: &WhyResponse) -> Value {
+    json!({
+        "lazy": answer.lazy,
+        "summary": answer.summary,
+        "layers": answer.layers.iter().map(|layer| json!({
+            "namespace": layer.namespace,
+            "chain_id": layer.chain_id,
+            "diff_id": layer.diff_id,
+            "snapshot": layer.snapshot,
+            "lazy": layer.lazy,
+            "reason": layer.reason,
+        })).collect::<Vec<_>>(),
+    })
+}
+
+pub(super) async fn content(content: Content) -> anyhow::Result<()> {
+    let Content::Complete(arguments) = content;
+    let mut client = connect(&arguments.daemon.socket).await?;
+    let Complete {
+        image,
+        namespace,
+        daemon,
+    } = arguments;
+    let request = CompleteContentRequest {
+        image: image.clone(),
+        namespace,
+    };
+    let mut progress = client
+        .complete_content(request)
+        .await
+        .map_err(refused)?
+        .into_inner();
+    let terminal = io::stderr().is_terminal() && !daemon.json;
+    let (mut blobs, mut total_bytes) = (0_u64, 0_u64);
+    while let Some(step) = progress.message().await.map_err(refused)? {
+        let blob = short(&step.blob_digest);
+        if daemon.json {
+            let line = json!({
+                "event": "blob",
+                "blob_digest": step.blob_digest,
+                "offset": step.offset,
+                "total": step.total,
+                "done": step.done,
+            });
+            writeln!(io::stdout().lock(), "{line}")?;
+        } else if step.done {
+            writeln!(
+                io::stderr().lock(),
+                "\rblob {blob}: {}      ",
+                bytes(step.total)
+            )?;
+        } else if terminal {
+            let (offset, total) = (bytes(step.offset), bytes(step.total));
+            write!(
+                io::stderr().lock(),
+                "\rblob {blob}: {offset} / {total}      "
+            )?;
+        }
+        if step.done {
+            blobs += 1;
+            total_bytes += step.total;
+            if step.offset != step.total {
+                bail!(
+                    "blob {blob} of {image} ended at {} of {} bytes",
+                    step.offset,
+                    step.total
+                );
+            }
+        }
+    }
+    let mut out = io::stdout().lock();
+    match daemon.json {
+        true => {
+            let line =
+                json!({"event": "summary", "image": image, "blobs": blobs, "bytes": total_bytes});
+            writeln!(out, "{line}")?;
+        }
+        false => writeln!(
+            out,
+            "{image}: {blobs} blobs completed, {}",
+            bytes(total_bytes)
+        )?,
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sluice_proto::control::{Layer, SourceBytes};
+
+    #[test]
+    fn status_reads_well() {
+        let status = StatusResponse {
+            version: "0.1.0".into(),
+            backend: "fuse".into(),
+            root: "/var/lib/sluice".into(),
+            store_present_bytes: 1024,
+            images: vec![Image {
+                namespace: "default".into(),
+                references: vec!["a.test/b:1".into()],
+                total_bytes: 2048,
+                present_bytes: 1024,
+                diff_ids: vec!["sha256:00".into()],
+                ..Image::default()
+            }],
+            layers: vec![Layer {
+                diff_id: "sha256:0123456789abcdef".into(),
+                ..Layer::default()
+            }],
+            bytes_by_source: vec![SourceBytes {
+                source: "origin".into(),
+                priority: "foreground".into(),
+                bytes: 7,
+            }],
+            mounts: Vec::new(),
+        };
+        let mut out = Vec::new();
+        write_status(&mut out, &status, true).unwrap();
+        let text = String::from_utf8(out).unwrap();
+        for expected in [
+            "sluiced 0.1.0, backend fuse, root /var/lib/sluice",
+            "default    a.test/b:1  1       1.00 KiB / 2.00 KiB (50 %)",
+            "origin  foreground  7 B",
+            "0123456789ab",
+        ] {
+            assert!(text.contains(expected), "{expected}\n{text}");
+        }
+        assert_eq!(status_json(&status)["images"][0]["present_bytes"], 1024);
+    }
+
+    #[tokio::test]
+    async fn a_daemon_that_is_not_there_is_named() {
+        let error = connect(Path::new("/nonexistent/control.sock"))
+            .await
+            .expect_err("no daemon");
+        assert!(
+            error.to_string().contains("/nonexistent/control.sock"),
+            "{error}"
+        );
+    }
+}

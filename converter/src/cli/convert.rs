@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `sluice convert`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::open::{RegistryArguments, location};
+use super::show::ShowArguments;
+use crate::convert::{Options, convert};
+use crate::image::{Location, Platform};
+use crate::pack::Caps;
+
+/// Arguments of `convert`.
+#[derive(Debug, Args)]
+pub(super) struct Convert {
+    /// Image to read: docker://HOST/REPOSITORY:TAG, a bare reference, or oci:PATH[:TAG].
+    #[arg(value_parser = location)]
+    source: Location,
+    /// Image to write, named in the same ways.
+    #[arg(value_parser = location)]
+    destination: Location,
+    /// Only this platform of an index (os/architecture[/variant]); repeatable. Default: all.
+    #[arg(long, value_parser = Platform::parse)]
+    platform: Vec<Platform>,
+    /// Threads that compress. Default: one per core.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+    /// Memory for chunks on their way, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(8..))]
+    memory: u32,
+    /// Refuse layers that decompress to more bytes than this.
+    #[arg(long, value_name = "BYTES", default_value_t = Caps::default().layer_bytes)]
+    max_layer_bytes: u64,
+    /// Refuse layers above 1 GiB that decompress to more than this many times their size.
+    #[arg(long, value_name = "N", default_value_t = Caps::default().ratio)]
+    max_ratio: u64,
+    /// Where unfinished layers are kept. Default: the layout written to, or /var/tmp.
+    #[arg(long, value_name = "DIRECTORY")]
+    work_dir: Option<PathBuf>,
+    /// Convert again what the destination already has.
+    #[arg(long)]
+    force: bool,
+    #[command(flatten)]
+    show: ShowArguments,
+    #[command(flatten)]
+    registry: RegistryArguments,
+}
+
+pub(super) async fn run(arguments: Convert) -> anyhow::Result<()> {
+    let defaults = Options::default();
+    let options = Options {
+        platforms: arguments.platform,
+        threads: arguments.threads.map_or(defaults.threads, usize::from),
+        memory_bytes: u64::from(arguments.memory) * 1024 * 1024,
+        caps: Caps {
+            layer_bytes: arguments.max_layer_bytes,
+            ratio: arguments.max_ratio,
+        },
+        work_directory: arguments.work_dir,
+        force: arguments.force,
+    };
+    let source = arguments.registry.reader(&arguments.source)?;
+    let destination = arguments.registry.writer(&arguments.destination)?;
+    convert(source, destination, options, arguments.show.reporter()).await?;
+    Ok(())
+}

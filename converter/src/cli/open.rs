@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+//! From what a user wrote to the image behind it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::Args;
+use sluice_fetcher::registry::{DockerConfig, ImageReference, RegistryClient, RegistryOptions};
+
+use crate::image::oci_layout::LayoutImage;
+use crate::image::registry::RegistryImage;
+use crate::image::{ImageReader, ImageWriter, Location};
+
+/// How registries are talked to.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Registry options")]
+pub(super) struct RegistryArguments {
+    /// Talk plain HTTP to this registry host (host[:port]); repeatable. Local hosts need no flag.
+    #[arg(long, value_name = "HOST")]
+    plain_http: Vec<String>,
+    /// Trust these certificate authorities for this host as well: HOST=FILE; repeatable.
+    #[arg(long, value_name = "HOST=FILE")]
+    ca_file: Vec<String>,
+    /// Docker's config.json with credentials. Default: $DOCKER_CONFIG or ~/.docker.
+    #[arg(long, value_name = "FILE")]
+    auth_file: Option<PathBuf>,
+}
+
+impl RegistryArguments {
+    /// A client with these options.
+    pub(super) fn client(&self) -> anyhow::Result<RegistryClient> {
+        let mut options = RegistryOptions::default();
+        for host in &self.plain_http {
+            options.host_mut(host).plain_http = Some(true);
+        }
+        for text in &self.ca_file {
+            let (host, file) = text
+                .split_once('=')
+                .with_context(|| format!("--ca-file {text}: want HOST=FILE"))?;
+            options.host_mut(host).ca_files.push(file.into());
+        }
+        let credentials = Arc::new(DockerConfig::new(self.auth_file.clone()));
+        RegistryClient::new(options, credentials).context("set up registry client")
+    }
+
+    /// An image that exists.
+    pub(super) fn reader(&self, location: &Location) -> anyhow::Result<Arc<dyn ImageReader>> {
+        Ok(match location {
+            Location::Registry(text) => Arc::new(self.registry(text)?),
+            Location::Layout { path, tag } => Arc::new(LayoutImage::open(path, tag.as_deref())?),
+        })
+    }
+
+    /// An image to write.
+    pub(super) fn writer(&self, location: &Location) -> anyhow::Result<Arc<dyn ImageWriter>> {
+        Ok(match location {
+            Location::Registry(text) => Arc::new(self.registry(text)?),
+            Location::Layout { path, tag } => Arc::new(LayoutImage::create(path, tag.as_deref())?),
+        })
+    }
+
+    /// An image in a registry.
+    pub(super) fn registry(&self, text: &str) -> anyhow::Result<RegistryImage> {
+        Ok(RegistryImage::new(self.client()?, reference(text)?))
+    }
+}
+
+/// A registry reference with Docker's defaults.
+pub(super) fn reference(text: &str) -> anyhow::Result<ImageReference> {
+    text.parse()
+        .with_context(|| format!("read reference {text:?}"))
+}
+
+/// For clap: a location, with its own messages.
+pub(super) fn location(text: &str) -> Result<Location, String> {
+    Location::parse(text)
+}

@@ -1,0 +1,310 @@
+// SPDX-License-Identifier: Apache-2.0
+//! How results and progress look: bars on a terminal, plain lines elsewhere, JSON for machines.
+//!
+//! Progress goes to standard error, so that standard output holds results only; with `--json` each
+//! event is one JSON object on a line of standard output, the last one the summary.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::io::{self, IsTerminal, Write};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use clap::Args;
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+
+use crate::report::{Event, Pulled, Reporter, Silent, Summary, Transfer};
+
+/// What is shown.
+#[derive(Debug, Clone, Copy, Args)]
+pub(super) struct ShowArguments {
+    /// One JSON object per line on standard output.
+    #[arg(long, conflicts_with = "quiet")]
+    pub(super) json: bool,
+    /// Errors only.
+    #[arg(long, short)]
+    pub(super) quiet: bool,
+}
+
+impl ShowArguments {
+    /// Who shows events.
+    pub(super) fn reporter(self) -> Arc<dyn Reporter> {
+        if self.json {
+            Arc::new(JsonLines)
+        } else if self.quiet {
+            Arc::new(Silent)
+        } else if io::stderr().is_terminal() {
+            Arc::new(Bars::default())
+        } else {
+            Arc::new(Lines)
+        }
+    }
+}
+
+/// One JSON object per event.
+#[derive(Debug)]
+struct JsonLines;
+
+impl Reporter for JsonLines {
+    fn event(&self, event: &Event) {
+        if let Ok(line) = serde_json::to_string(event) {
+            let _ = writeln!(io::stdout().lock(), "{line}");
+        }
+    }
+
+    fn progress(&self, _: &str, _: u64) {}
+}
+
+/// One line per event, for logs.
+#[derive(Debug)]
+struct Lines;
+
+impl Reporter for Lines {
+    fn event(&self, event: &Event) {
+        if let Some(line) = describe(event) {
+            let _ = writeln!(io::stderr().lock(), "{line}");
+        }
+    }
+
+    fn progress(&self, _: &str, _: u64) {}
+}
+
+/// A bar per layer that is being read.
+#[derive(Debug, Default)]
+struct Bars {
+    all: MultiProgress,
+    bars: Mutex<HashMap<String, ProgressBar>>,
+}
+
+impl Bars {
+    fn with<T>(&self, work: impl FnOnce(&mut HashMap<String, ProgressBar>) -> T) -> T {
+        work(&mut self.bars.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl Reporter for Bars {
+    fn event(&self, event: &Event) {
+        match event {
+            Event::LayerStarted { source, bytes } => {
+                let template = "{prefix} {bar:30} {binary_bytes:>11}/{binary_total_bytes:11} {binary_bytes_per_sec}";
+                let style = ProgressStyle::with_template(template)
+                    .unwrap_or_else(|_| ProgressStyle::default_bar());
+                let bar = self.all.add(ProgressBar::new(*bytes).with_style(style));
+                bar.set_prefix(short(source).to_owned());
+                self.with(|bars| bars.insert(source.clone(), bar));
+            }
+            Event::LayerDone { source, .. } => {
+                if let Some(bar) = self.with(|bars| bars.remove(source)) {
+                    bar.finish_and_clear();
+                    self.all.remove(&bar);
+                }
+            }
+            Event::LayerPulled { blob, .. } => {
+                if let Some(bar) = self.with(|bars| bars.remove(blob)) {
+                    bar.finish_and_clear();
+                    self.all.remove(&bar);
+                }
+            }
+            Event::ManifestDone { .. } | Event::Summary(_) | Event::PullSummary { .. } => {}
+        }
+        if let Some(line) = describe(event) {
+            let _ = self.all.println(line);
+        }
+    }
+
+    fn progress(&self, source: &str, bytes: u64) {
+        if let Some(bar) = self.with(|bars| bars.get(source).cloned()) {
+            bar.inc(bytes);
+        }
+    }
+}
+
+/// An event in words; nothing for those that only start something.
+fn describe(event: &Event) -> Option<String> {
+    let line = match event {
+        Event::LayerStarted { .. } => return None,
+        Event::LayerDone {
+            source,
+            source_bytes,
+            blob,
+            blob_bytes,
+            reason,
+            converted,
+            transfer,
+            ..
+        } => {
+            let mut line = format!("layer {}: ", short(source));
+            let _ = match converted {
+                true => write!(
+                    line,
+                    "{} -> {} {}",
+                    bytes(*source_bytes),
+                    short(blob),
+                    bytes(*blob_bytes)
+                ),
+                false => write!(line, "{}", bytes(*blob_bytes)),
+            };
+            line.push_str(match transfer {
+                Transfer::Uploaded => ", written",
+                Transfer::Present => ", already there",
+                Transfer::Mounted => ", mounted from another repository",
+                Transfer::Foreign => ", left where it is",
+            });
+            if let Some(reason) = reason {
+                let _ = write!(line, ", not lazy: {reason}");
+            }
+            line
+        }
+        Event::ManifestDone {
+            platform, digest, ..
+        } => format!("image {platform}: {digest}"),
+        Event::Summary(summary) => summarise(summary),
+        Event::LayerPulled {
+            diff_id,
+            how,
+            bytes: count,
+            ..
+        } => {
+            let how = match how {
+                Pulled::Present => "already there".to_owned(),
+                Pulled::Lazy => "lazy".to_owned(),
+                Pulled::Unpacked => format!("not lazy, {} unpacked", bytes(*count)),
+            };
+            format!("layer {}: {how}", short(diff_id))
+        }
+        Event::PullSummary {
+            image,
+            digest,
+            layers,
+            lazy,
+            bytes: count,
+            seconds,
+        } => {
+            let count = bytes(*count);
+            format!("{image} = {digest}: {layers} layers, {lazy} lazy; {count} in {seconds:.1} s")
+        }
+    };
+    Some(line)
+}
+
+fn summarise(summary: &Summary) -> String {
+    let mut text = format!("{} = {}", summary.destination, summary.digest);
+    let _ = match summary.uploads {
+        0 => write!(text, ": nothing to upload"),
+        uploads => write!(
+            text,
+            ": {uploads} uploads, {}",
+            bytes(summary.uploaded_bytes)
+        ),
+    };
+    let _ = write!(
+        text,
+        "; {} layers ({} converted, {} reused, {} not lazy), {} -> {} in {:.1} s",
+        summary.layers,
+        summary.layers_converted,
+        summary.layers_reused,
+        summary.layers_not_lazy,
+        bytes(summary.source_bytes),
+        bytes(summary.blob_bytes),
+        summary.seconds,
+    );
+    text
+}
+
+/// The first twelve hex digits, as docker shows digests.
+pub(super) fn short(digest: &str) -> &str {
+    let hex = digest.strip_prefix("sha256:").unwrap_or(digest);
+    hex.get(..12).unwrap_or(hex)
+}
+
+/// A size for people, in binary units.
+pub(super) fn bytes(count: u64) -> String {
+    indicatif::BinaryBytes(count).to_string()
+}
+
+/// Rows under a header, in columns as wide as they need.
+#[derive(Debug)]
+pub(super) struct Table {
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    /// A table with this header.
+    pub(super) fn new(header: &[&str]) -> Self {
+        Self {
+            rows: vec![header.iter().map(|cell| (*cell).to_owned()).collect()],
+        }
+    }
+
+    /// Adds a row.
+    pub(super) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
+        self.rows.push(cells.into_iter().collect());
+    }
+
+    /// Writes it. The last column is not padded.
+    pub(super) fn write(&self, out: &mut impl Write) -> io::Result<()> {
+        let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
+        let width = |column: usize| {
+            let cells = self.rows.iter().filter_map(|row| row.get(column));
+            cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+        };
+        let widths: Vec<usize> = (0..columns).map(width).collect();
+        for row in &self.rows {
+            let mut line = String::new();
+            for (cell, width) in row.iter().zip(&widths) {
+                let _ = write!(line, "{cell:width$}  ");
+            }
+            writeln!(out, "{}", line.trim_end())?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_line_up() {
+        let mut table = Table::new(&["A", "LONG"]);
+        table.row(["wide cell".to_owned(), "x".to_owned()]);
+        let mut out = Vec::new();
+        table.write(&mut out).unwrap();
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            "A          LONG\nwide cell  x\n"
+        );
+    }
+
+    #[test]
+    fn a_run_with_nothing_to_do_says_so() {
+        let summary = Summary {
+            destination: "oci:x".into(),
+            digest: "d".into(),
+            ..Summary::default()
+        };
+        assert!(summarise(&summary).starts_with("oci:x = d: nothing to upload; 0 layers"));
+    }
+
+    #[test]
+    fn every_event_is_one_line_of_json() {
+        let event = Event::LayerDone {
+            source: "sha256:aa".into(),
+            source_bytes: 1,
+            blob: "sha256:bb".into(),
+            blob_bytes: 2,
+            lazy: true,
+            reason: None,
+            converted: true,
+            transfer: Transfer::Uploaded,
+        };
+        assert_eq!(
+            serde_json::to_string(&event).unwrap(),
+            r#"{"event":"layer-done","source":"sha256:aa","source_bytes":1,"blob":"sha256:bb","blob_bytes":2,"lazy":true,"converted":true,"transfer":"uploaded"}"#
+        );
+        let summary = serde_json::to_value(Event::Summary(Summary::default())).unwrap();
+        assert_eq!(
+            (&summary["event"], &summary["uploads"]),
+            (&"summary".into(), &0.into())
+        );
+    }
+}

@@ -1,0 +1,492 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Pulls an image into containerd the way a modern client does: manifest and config first, then each
+//! layer is offered to the snapshotter, and only what it declines is downloaded.
+//!
+//! `ctr` of containerd 1.x downloads every layer before it asks the snapshotter. For hosts that have
+//! nothing else, this does what an unpacker does, through containerd's own services:
+//!
+//! ```text
+//!  lease ─▶ index, manifest, config into the content store ─▶ per layer, lowest first:
+//!     snapshot there?       ─▶ next
+//!     Prepare(snapshot.ref) ─▶ AlreadyExists, and Stat finds it: lazy, next
+//!                           ─▶ mounts: download, apply, compare diff ID, Commit
+//!  ─▶ gc.ref.snapshot label on the config ─▶ image record ─▶ end of lease
+//! ```
+//!
+//! The image record comes last: an interrupted pull leaves only what containerd collects.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use containerd_client::types::Descriptor as ContainerdDescriptor;
+use serde::Deserialize;
+use sluice_blockindex::digest::{ChainId, DiffId};
+
+use crate::image::document::{DOCKER_CONFIG, DOCKER_MANIFEST, OCI_CONFIG, OCI_MANIFEST};
+use crate::image::{
+    BlobBody, Descriptor, Document, DocumentKind, ImageError, ImageReader, Platform, read_small,
+};
+use crate::plan::{PlanError, select};
+use crate::report::{Event, Pulled, Reporter};
+
+mod containerd;
+
+use containerd::{Containerd, Prepared};
+
+/// The label by which a snapshotter learns which chain a Prepare is for.
+const SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
+/// Annotations with this prefix are handed to the snapshotter.
+const SNAPSHOT_PREFIX: &str = "containerd.io/snapshot/";
+/// containerd refuses labels whose key and value are longer together.
+const LABEL_MAX_BYTES: usize = 4096;
+
+/// Why a pull failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PullError {
+    /// The image could not be read.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The platform is not there.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// containerd refused.
+    #[error("{action} {what}: containerd: {reason}")]
+    Containerd {
+        /// What was asked.
+        action: &'static str,
+        /// Of what.
+        what: String,
+        /// containerd's words.
+        reason: String,
+    },
+    /// An unpacked layer is another than the config says.
+    #[error("layer {blob} unpacks to diff ID {actual}, the config says {expected}")]
+    DiffId {
+        /// The blob.
+        blob: String,
+        /// From the config.
+        expected: String,
+        /// From containerd.
+        actual: String,
+    },
+}
+
+/// Where and how to pull.
+#[derive(Debug, Clone)]
+pub struct Target<'a> {
+    /// containerd's socket.
+    pub address: &'a Path,
+    /// containerd namespace.
+    pub namespace: &'a str,
+    /// Name of the snapshotter in containerd.
+    pub snapshotter: &'a str,
+    /// Name of the image record.
+    pub name: &'a str,
+    /// Registry host and repository, for the labels by which the snapshotter finds them.
+    pub repository: (&'a str, &'a str),
+    /// Which image of an index.
+    pub platform: Platform,
+}
+
+#[derive(Debug, Deserialize)]
+struct Config {
+    rootfs: RootFs,
+}
+
+#[derive(Debug, Deserialize)]
+struct RootFs {
+    #[serde(default)]
+    diff_ids: Vec<String>,
+}
+
+/// Everything read and checked before containerd is changed.
+struct Selected {
+    root: Document,
+    /// Documents with their labels, children first.
+    documents: Vec<(Document, HashMap<String, String>)>,
+    config: (Descriptor, Bytes),
+    layers: Vec<(Descriptor, DiffId)>,
+}
+
+/// Pulls what `source` names.
+///
+/// **Cancel**: the lease expires within a day and takes what was made with it.
+pub async fn pull(
+    source: &dyn ImageReader,
+    target: &Target<'_>,
+    reporter: Arc<dyn Reporter>,
+) -> Result<(), PullError> {
+    let started = Instant::now();
+    let selected = read_image(source, &target.platform).await?;
+    let mut containerd =
+        Containerd::connect(target.address, target.namespace, target.snapshotter).await?;
+    containerd.lease(&lease_id()).await?;
+    let pulled = fill(&containerd, source, target, &selected, &*reporter).await;
+    // The lease goes whatever happened; a failure is more interesting than that.
+    let released = containerd.release().await;
+    let (lazy, bytes) = pulled?;
+    released?;
+    reporter.event(&Event::PullSummary {
+        image: target.name.to_owned(),
+        digest: selected.root.digest.to_string(),
+        layers: selected.layers.len() as u64,
+        lazy,
+        bytes,
+        seconds: started.elapsed().as_secs_f64(),
+    });
+    Ok(())
+}
+
+fn lease_id() -> String {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    format!("sluice-pull-{}-{}", std::process::id(), now.as_nanos())
+}
+
+/// Reads down to the config of the platform's image.
+async fn read_image(source: &dyn ImageReader, platform: &Platform) -> Result<Selected, PullError> {
+    let root = source.root().await?;
+    let mut documents = Vec::new();
+    let mut document = root.clone();
+    while document.kind == DocumentKind::Index {
+        let entries = document.list("manifests")?;
+        let wanted = std::slice::from_ref(platform);
+        let chosen = select(source.label(), &entries, wanted)?;
+        let entry = chosen.first().cloned().ok_or_else(|| ImageError::Invalid {
+            what: source.label().to_owned(),
+            reason: "the index is empty".to_owned(),
+        })?;
+        let child = source.document(&entry).await?;
+        documents.push((document.clone(), child_labels(&entries)));
+        document = child;
+    }
+    let config = document
+        .single("config")?
+        .ok_or_else(|| ImageError::Invalid {
+            what: format!("manifest {}", document.digest),
+            reason: "no config".to_owned(),
+        })?;
+    let descriptors = document.list("layers")?;
+    let bytes = read_small(source, &config).await?;
+    let invalid = |reason: String| ImageError::Invalid {
+        what: format!("config {} of {}", config.digest, source.label()),
+        reason,
+    };
+    let parsed: Config = serde_json::from_slice(&bytes).map_err(|e| invalid(e.to_string()))?;
+    let diff_ids = parsed
+        .rootfs
+        .diff_ids
+        .iter()
+        .map(|text| text.parse::<DiffId>());
+    let diff_ids: Vec<DiffId> = diff_ids
+        .collect::<Result<_, _>>()
+        .map_err(|e| invalid(e.to_string()))?;
+    if diff_ids.len() != descriptors.len() {
+        let (layers, ids) = (descriptors.len(), diff_ids.len());
+        return Err(invalid(format!("{ids} diff IDs for {layers} layers")).into());
+    }
+    let mut children = vec![config.clone()];
+    children.extend(descriptors.iter().cloned());
+    documents.push((document, child_labels(&children)));
+    documents.reverse();
+    let layers = descriptors.into_iter().zip(diff_ids).collect();
+    Ok(Selected {
+        root,
+        documents,
+        config: (config, bytes),
+        layers,
+    })
+}
+
+/// The labels by which containerd's garbage collection keeps what a document names.
+fn child_labels(children: &[Descriptor]) -> HashMap<String, String> {
+    let mut counts: HashMap<&str, usize> = HashMap::new();
+    let mut labels = HashMap::new();
+    for child in children {
+        let group = match child.media_type.as_str() {
+            OCI_CONFIG | DOCKER_CONFIG => "config",
+            OCI_MANIFEST | DOCKER_MANIFEST => "m.",
+            _ if child.is_layer() => "l.",
+            _ => "",
+        };
+        let count = counts.entry(group).or_default();
+        let name = match group {
+            "config" => group.to_owned(),
+            _ => format!("{group}{count}"),
+        };
+        *count += 1;
+        labels.insert(
+            format!("containerd.io/gc.ref.content.{name}"),
+            child.digest.to_string(),
+        );
+    }
+    labels
+}
+
+/// Does the work under the lease; returns the lazy layers and the bytes downloaded.
+async fn fill(
+    containerd: &Containerd,
+    source: &dyn ImageReader,
+    target: &Target<'_>,
+    selected: &Selected,
+    reporter: &dyn Reporter,
+) -> Result<(u64, u64), PullError> {
+    let mut origin = HashMap::new();
+    let (host, repository) = target.repository;
+    let name = format!("containerd.io/distribution.source.{host}");
+    if name.len() + repository.len() <= LABEL_MAX_BYTES {
+        origin.insert(name, repository.to_owned());
+    }
+    let config_digest = selected.config.0.digest.to_string();
+    write_small(
+        containerd,
+        &config_digest,
+        &selected.config.1,
+        origin.clone(),
+    )
+    .await?;
+    for (document, labels) in &selected.documents {
+        let mut labels = labels.clone();
+        labels.extend(origin.clone());
+        write_small(
+            containerd,
+            &document.digest.to_string(),
+            &document.bytes,
+            labels,
+        )
+        .await?;
+    }
+    let mut parent: Option<ChainId> = None;
+    let (mut lazy, mut downloaded) = (0, 0);
+    for (layer, diff_id) in &selected.layers {
+        let chain = ChainId::child(parent, *diff_id);
+        let unpack = Layer {
+            descriptor: layer,
+            diff_id: *diff_id,
+            parent,
+            chain,
+        };
+        let (how, bytes) = unpack.pull(containerd, source, &origin, reporter).await?;
+        reporter.event(&Event::LayerPulled {
+            diff_id: diff_id.to_string(),
+            blob: layer.digest.to_string(),
+            how,
+            bytes,
+        });
+        lazy += u64::from(how == Pulled::Lazy);
+        downloaded += bytes;
+        parent = Some(chain);
+    }
+    if let Some(chain) = parent {
+        let name = format!("containerd.io/gc.ref.snapshot.{}", target.snapshotter);
+        let labels = HashMap::from([(name, chain.to_string())]);
+        containerd.label_content(&config_digest, &labels).await?;
+    }
+    containerd
+        .put_image(target.name, to_containerd(&selected.root.descriptor()))
+        .await?;
+    Ok((lazy, downloaded))
+}
+
+async fn write_small(
+    containerd: &Containerd,
+    digest: &str,
+    bytes: &Bytes,
+    labels: HashMap<String, String>,
+) -> Result<(), PullError> {
+    if containerd.label_content(digest, &labels).await? {
+        return Ok(());
+    }
+    let body: BlobBody = Box::pin(futures::stream::iter([Ok(bytes.clone())]));
+    let total = bytes.len() as u64;
+    containerd
+        .write_content(digest, total, labels, body, &|_| {})
+        .await
+}
+
+fn to_containerd(descriptor: &Descriptor) -> ContainerdDescriptor {
+    ContainerdDescriptor {
+        media_type: descriptor.media_type.clone(),
+        digest: descriptor.digest.to_string(),
+        size: i64::try_from(descriptor.size).unwrap_or(i64::MAX),
+        annotations: descriptor.annotations.clone().into_iter().collect(),
+    }
+}
+
+/// One layer on its way.
+struct Layer<'a> {
+    descriptor: &'a Descriptor,
+    diff_id: DiffId,
+    parent: Option<ChainId>,
+    chain: ChainId,
+}
+
+impl Layer<'_> {
+    async fn pull(
+        &self,
+        containerd: &Containerd,
+        source: &dyn ImageReader,
+        origin: &HashMap<String, String>,
+        reporter: &dyn Reporter,
+    ) -> Result<(Pulled, u64), PullError> {
+        let chain = self.chain.to_string();
+        if containerd.has_snapshot(&chain).await? {
+            return Ok((Pulled::Present, 0));
+        }
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default()
+            .as_nanos();
+        let parent = self
+            .parent
+            .map(|parent| parent.to_string())
+            .unwrap_or_default();
+        let mut attempt = 0;
+        let (key, mounts) = loop {
+            let key = format!("extract-{now}-{attempt} {chain}");
+            match containerd.prepare(&key, &parent, self.labels()).await? {
+                Prepared::Active(mounts) => break (key, mounts),
+                Prepared::Exists if containerd.has_snapshot(&chain).await? => {
+                    return Ok((Pulled::Lazy, 0));
+                }
+                // Somebody removed it between the two calls: ask again, but not for ever.
+                Prepared::Exists if attempt < 3 => attempt += 1,
+                Prepared::Exists => {
+                    return Err(PullError::Containerd {
+                        action: "prepare snapshot",
+                        what: chain,
+                        reason: "it exists, and it does not".to_owned(),
+                    });
+                }
+            }
+        };
+        let unpacked = self
+            .unpack(containerd, source, origin, mounts, reporter)
+            .await;
+        match unpacked {
+            Ok(bytes) => {
+                containerd.commit(&chain, &key).await?;
+                Ok((Pulled::Unpacked, bytes))
+            }
+            Err(e) => {
+                containerd.remove(&key).await;
+                Err(e)
+            }
+        }
+    }
+
+    /// What an unpacker tells the snapshotter.
+    fn labels(&self) -> HashMap<String, String> {
+        let mut labels: HashMap<String, String> = self
+            .descriptor
+            .annotations
+            .iter()
+            .filter(|(name, value)| {
+                name.starts_with(SNAPSHOT_PREFIX) && name.len() + value.len() <= LABEL_MAX_BYTES
+            })
+            .map(|(name, value)| (name.clone(), value.clone()))
+            .collect();
+        labels.insert(SNAPSHOT_REF.to_owned(), self.chain.to_string());
+        labels
+    }
+
+    async fn unpack(
+        &self,
+        containerd: &Containerd,
+        source: &dyn ImageReader,
+        origin: &HashMap<String, String>,
+        mounts: Vec<containerd_client::types::Mount>,
+        reporter: &dyn Reporter,
+    ) -> Result<u64, PullError> {
+        let (digest, total) = (self.descriptor.digest, self.descriptor.size);
+        let name = digest.to_string();
+        let mut labels = origin.clone();
+        labels.insert(
+            "containerd.io/uncompressed".to_owned(),
+            self.diff_id.to_string(),
+        );
+        let mut downloaded = 0;
+        if !containerd.label_content(&name, &labels).await? {
+            reporter.event(&Event::LayerStarted {
+                source: name.clone(),
+                bytes: total,
+            });
+            let body = source.blob(digest, total).await?;
+            let progress = |bytes| reporter.progress(&name, bytes);
+            containerd
+                .write_content(&name, total, labels, body, &progress)
+                .await?;
+            downloaded = total;
+        }
+        let actual = containerd
+            .apply(to_containerd(self.descriptor), mounts)
+            .await?;
+        if actual != self.diff_id.to_string() {
+            let (blob, expected) = (name, self.diff_id.to_string());
+            return Err(PullError::DiffId {
+                blob,
+                expected,
+                actual,
+            });
+        }
+        Ok(downloaded)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sluice_blockindex::digest::BlobDigest;
+
+    #[test]
+    fn children_are_labelled_as_containerd_does() {
+        let descriptor = |media_type: &str, text: &str| {
+            Descriptor::new(media_type, BlobDigest::of(text.as_bytes()), 1)
+        };
+        let labels = child_labels(&[
+            descriptor(OCI_CONFIG, "c"),
+            descriptor("application/vnd.oci.image.layer.v1.tar+zstd", "l0"),
+            descriptor("application/vnd.docker.image.rootfs.diff.tar.gzip", "l1"),
+            descriptor(OCI_MANIFEST, "m0"),
+            descriptor("application/x", "x"),
+        ]);
+        let mut names: Vec<&str> = labels.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        let prefix = "containerd.io/gc.ref.content.";
+        let expected = ["0", "config", "l.0", "l.1", "m.0"].map(|name| format!("{prefix}{name}"));
+        assert_eq!(names, expected);
+        assert_eq!(
+            labels[&format!("{prefix}l.1")],
+            BlobDigest::of(b"l1").to_string()
+        );
+    }
+
+    #[test]
+    fn only_snapshot_annotations_that_fit_are_handed_over() {
+        let mut descriptor = Descriptor::new("x", BlobDigest::of(b"l"), 1);
+        for (name, value) in [
+            ("containerd.io/snapshot/sluice.index.size", "7".to_owned()),
+            ("containerd.io/snapshot/long", "x".repeat(LABEL_MAX_BYTES)),
+            ("sluice.source", "s".to_owned()),
+        ] {
+            descriptor.annotations.insert(name.to_owned(), value);
+        }
+        let diff_id = DiffId::of(b"tar");
+        let chain = ChainId::child(None, diff_id);
+        let labels = Layer {
+            descriptor: &descriptor,
+            diff_id,
+            parent: None,
+            chain,
+        }
+        .labels();
+        assert_eq!(labels.len(), 2);
+        assert_eq!(labels["containerd.io/snapshot/sluice.index.size"], "7");
+        assert_eq!(labels[SNAPSHOT_REF], chain.to_string());
+    }
+}
