@@ -28,6 +28,8 @@ mod blobs;
 mod challenge;
 mod credentials;
 mod error;
+#[cfg(any(test, feature = "test-support"))]
+pub mod fake;
 mod manifests;
 mod media;
 mod options;
@@ -207,3 +209,6 @@ fn pull_scope(place: &Repository) -> String {
 fn push_scope(place: &Repository) -> String {
     format!("repository:{}:pull,push", place.name())
 }
+
+#[cfg(test)]
+mod tests;

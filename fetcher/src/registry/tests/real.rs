@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The client against Debian's `docker-registry`. The program must be there; only
+//! `SLUICE_TEST_NO_REGISTRY=1` allows to go without, and then says so.
+
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::process::{Child, Command, Stdio};
+
+use bytes::Bytes;
+use futures::stream;
+
+use super::*;
+use crate::registry::media::OCI_MANIFEST;
+use crate::source::contract::{check_source, sample_blob};
+use crate::source::{OriginSet, RegistryBlobSource};
+
+const PROGRAM: &str = "/usr/bin/docker-registry";
+
+/// A registry process with its folder; both end with it.
+struct RealRegistry {
+    process: Child,
+    address: SocketAddr,
+    _root: tempfile::TempDir,
+}
+
+impl Drop for RealRegistry {
+    fn drop(&mut self) {
+        // It may have ended by itself; then there is nothing to do.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+impl RealRegistry {
+    fn start() -> Self {
+        for _ in 0..5 {
+            if let Some(registry) = Self::try_start() {
+                return registry;
+            }
+        }
+        panic!("{PROGRAM} does not start");
+    }
+
+    /// `None` when another process took the port in between.
+    fn try_start() -> Option<Self> {
+        let root = tempfile::Builder::new()
+            .prefix("registry-real-")
+            .tempdir_in("/tmp")
+            .unwrap();
+        let address = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap();
+        let config = format!(
+            "version: 0.1\nlog:\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: {}\nhttp:\n  addr: {address}\n",
+            root.path().join("data").display()
+        );
+        let path = root.path().join("config.yml");
+        std::fs::write(&path, config).unwrap();
+        let mut process = Command::new(PROGRAM)
+            .arg("serve")
+            .arg(&path)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap_or_else(|error| panic!("start {PROGRAM}: {error}; install docker-registry or set SLUICE_TEST_NO_REGISTRY=1"));
+        for _ in 0..200 {
+            if process.try_wait().unwrap().is_some() {
+                return None;
+            }
+            if TcpStream::connect(address).is_ok() {
+                return Some(RealRegistry {
+                    process,
+                    address,
+                    _root: root,
+                });
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let _ = process.kill();
+        let _ = process.wait();
+        None
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn real_registry_push_pull_range_mount() {
+    if std::env::var_os("SLUICE_TEST_NO_REGISTRY").is_some_and(|value| value == "1") {
+        println!("skipped: SLUICE_TEST_NO_REGISTRY=1");
+        return;
+    }
+    let registry = tokio::task::spawn_blocking(RealRegistry::start)
+        .await
+        .unwrap();
+    let options = RegistryOptions {
+        upload_piece_bytes: 100_000,
+        ..RegistryOptions::default()
+    };
+    let client = client(options);
+    let host = registry.address.to_string();
+    let place = Repository::new(&host, "team/app").unwrap();
+    let context = context();
+
+    // Push: in memory, and as a stream in pieces.
+    let bytes = sample_blob();
+    let blob = BlobDigest::of(&bytes);
+    assert_eq!(
+        client.blob_size(&context, &place, blob).await.unwrap(),
+        None
+    );
+    let pieces: Vec<_> = bytes
+        .chunks(77_777)
+        .map(|piece| Ok::<_, String>(Bytes::copy_from_slice(piece)))
+        .collect();
+    client
+        .push_stream(&context, &place, stream::iter(pieces), || blob)
+        .await
+        .unwrap();
+    assert_eq!(
+        client.blob_size(&context, &place, blob).await.unwrap(),
+        Some(length(&bytes))
+    );
+    let config = Bytes::from_static(br#"{"architecture":"amd64","os":"linux"}"#);
+    let config_blob = BlobDigest::of(&config);
+    client
+        .push_blob(&context, &place, config_blob, config.clone())
+        .await
+        .unwrap();
+    let refused = client
+        .push_blob(&context, &place, BlobDigest::of(b"no"), config.clone())
+        .await;
+    assert!(matches!(
+        refused.unwrap_err(),
+        RegistryError::Refused { status: 400, .. }
+    ));
+
+    // Manifest: put, resolve, get, tag.
+    let json = format!(
+        r#"{{"schemaVersion":2,"mediaType":"{OCI_MANIFEST}","config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{config_blob}","size":{}}},"layers":[{{"mediaType":"application/vnd.oci.image.layer.v1.tar","digest":"{blob}","size":{}}}]}}"#,
+        config.len(),
+        bytes.len()
+    );
+    let tagged = place.tagged("v1").unwrap();
+    let digest = client
+        .put_manifest(&context, &tagged, OCI_MANIFEST, Bytes::from(json))
+        .await
+        .unwrap();
+    assert_eq!(
+        client.resolve(&context, &tagged).await.unwrap().digest,
+        digest
+    );
+    let manifest = client
+        .manifest(&context, &place.with_digest(digest))
+        .await
+        .unwrap();
+    assert!(matches!(manifest.parse().unwrap(), ManifestBody::Image(_)));
+    assert_eq!(client.tag(&context, &tagged, "v2").await.unwrap(), digest);
+    let absent = client
+        .resolve(&context, &place.tagged("none").unwrap())
+        .await;
+    assert!(matches!(
+        absent.unwrap_err(),
+        RegistryError::NotFound { .. }
+    ));
+
+    // Pull: whole, verified, ranges by the contract.
+    let whole = client
+        .blob(&context, &place, blob, length(&bytes))
+        .await
+        .unwrap();
+    assert_eq!(whole.collect(u64::MAX).await.unwrap(), bytes);
+    assert_eq!(
+        client
+            .blob_bytes(&context, &place, config_blob, 4096)
+            .await
+            .unwrap(),
+        config
+    );
+    let policy = client.options().retry.clone();
+    let origins = OriginSet::new([place.clone()]);
+    let source = RegistryBlobSource::new(client.clone(), blob, length(&bytes), origins, policy);
+    check_source(Arc::new(source), &bytes).await;
+    assert!(!client.ignores_ranges(&place));
+
+    // Mount: from a repository that has it, and from one that has not.
+    let other = Repository::new(&host, "team/other").unwrap();
+    let outcome = client
+        .mount_blob(&context, &other, &place, blob)
+        .await
+        .unwrap();
+    assert!(matches!(outcome, MountOutcome::Mounted), "{outcome:?}");
+    assert_eq!(
+        client.blob_size(&context, &other, blob).await.unwrap(),
+        Some(length(&bytes))
+    );
+    let new = Bytes::from_static(b"known nowhere yet");
+    let new_blob = BlobDigest::of(&new);
+    let outcome = client
+        .mount_blob(&context, &other, &place, new_blob)
+        .await
+        .unwrap();
+    let MountOutcome::Upload(mut upload) = outcome else {
+        panic!("{outcome:?}")
+    };
+    upload.write(&context, new).await.unwrap();
+    upload.finish(&context, new_blob).await.unwrap();
+    assert!(
+        client
+            .blob_size(&context, &other, new_blob)
+            .await
+            .unwrap()
+            .is_some()
+    );
+}
