@@ -1,12 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A layer made for tests: its tar, its blob and its chunk map.
 
+pub(crate) mod line;
+
+use std::sync::Arc;
+
 use rand::rngs::StdRng;
 use rand::{RngCore as _, SeedableRng as _};
 use sluice_blockindex::chunkmap::{ChunkMap, write_chunk_map};
-use sluice_blockindex::digest::{DiffId, IndexDigest, StrongAlgorithm};
+use sluice_blockindex::digest::{BlobDigest, DiffId, IndexDigest, StrongAlgorithm};
 use sluice_blockindex::frames::encode_chunk;
 
+use crate::scheduler::LayerSpec;
+use crate::source::BlobSource;
 use crate::store::DeviceKey;
 
 /// A layer with everything that the store and the scheduler need to know of it.
@@ -51,6 +57,29 @@ impl TestLayer {
     /// A layer of `count` chunks of `length` bytes.
     pub(crate) fn even(seed: u64, count: usize, length: usize) -> Self {
         Self::new(seed, &vec![length; count])
+    }
+
+    /// The same bytes under an index of another digest.
+    pub(crate) fn under_another_index(&self) -> Self {
+        let key = DeviceKey {
+            index: IndexDigest::of(b"another index"),
+            ..self.key
+        };
+        Self {
+            key,
+            ..self.clone()
+        }
+    }
+
+    /// What the scheduler is told of it.
+    pub(crate) fn spec(&self, sources: Vec<Arc<dyn BlobSource>>) -> LayerSpec {
+        LayerSpec {
+            key: self.key,
+            chunks: self.chunks.clone(),
+            blob: BlobDigest::of(&self.blob),
+            blob_bytes: self.blob.len() as u64,
+            sources,
+        }
     }
 
     /// The device bytes of a chunk.

@@ -4,12 +4,20 @@
 //! - [`source`]: the trait `BlobSource` and its implementations.
 //! - [`registry`]: the client of OCI registries.
 //! - [`store`]: the chunk store, the node's cache of layer devices.
+//! - [`scheduler`]: brings missing chunks into the store, the most urgent first.
+//! - [`prefetch`]: completes images in the background.
+//! - [`block_source`]: reads a layer device through all of that.
+//! - [`metrics`]: what is counted.
 //! - [`clock`]: time, in one place.
 
+pub mod block_source;
 pub mod clock;
 #[cfg(test)]
 mod fixture;
+pub mod metrics;
+pub mod prefetch;
 pub mod registry;
+pub mod scheduler;
 pub mod source;
 pub mod store;
 mod sys;

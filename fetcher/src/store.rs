@@ -33,15 +33,17 @@ mod media;
 mod mem;
 mod meta;
 mod presence;
+mod twin;
 
 pub use device::{Committed, Device, Rechecked, SealStep};
 pub use dir::DevicePaths;
 pub use error::StoreError;
 pub use meta::{BootId, FailureRecord, SealRecord};
 pub use presence::{DeviceState, PresenceError, PresenceMap};
+pub(crate) use twin::Twin;
 
 use media::Media;
-use mem::lock;
+pub(crate) use mem::lock;
 use meta::Meta;
 
 /// Names a device in the store.
@@ -249,6 +251,14 @@ impl Store {
                 index: *index,
             })
             .collect()
+    }
+
+    /// Another device that is sealed as the same layer, to copy chunks from. **Blocks** (shortly).
+    pub(crate) fn open_twin(&self, key: &DeviceKey) -> Option<Twin> {
+        self.sealed_twins(key).into_iter().find_map(|twin| {
+            let opened = self.media.open_sealed(&twin);
+            opened.map(|bytes| Twin::new(twin, bytes)).ok()
+        })
     }
 
     /// Deletes a device, its record first. **Blocks**. Fine when there is none.

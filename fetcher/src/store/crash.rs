@@ -15,7 +15,7 @@ use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 
 use super::DeviceKey;
-use super::media::{DeviceMedia, Media, Opened};
+use super::media::{DeviceMedia, Media, Opened, SealedBytes};
 use super::mem::{lock, place};
 use super::meta::META_BYTES;
 use super::presence::{Presence, Words};
@@ -203,6 +203,10 @@ impl Media for CrashDisk {
             .devices
             .get(key)
             .and_then(|content| content.meta.clone()))
+    }
+
+    fn open_sealed(&self, _key: &DeviceKey) -> io::Result<Arc<dyn SealedBytes>> {
+        Err(io::ErrorKind::Unsupported.into())
     }
 
     fn remove_device(&self, key: &DeviceKey) -> io::Result<()> {

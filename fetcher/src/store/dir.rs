@@ -17,7 +17,7 @@ use std::sync::Arc;
 use sluice_blockindex::digest::{DiffId, IndexDigest};
 
 use super::DeviceKey;
-use super::media::{DeviceMedia, Media, Opened};
+use super::media::{DeviceMedia, Media, Opened, SealedBytes};
 use super::meta::META_BYTES;
 use super::presence::{Presence, Words};
 use crate::sys::SharedWords;
@@ -271,6 +271,10 @@ impl Media for DirMedia {
         read_if_there(&device_dir(&self.root, key).join(META))
     }
 
+    fn open_sealed(&self, key: &DeviceKey) -> io::Result<Arc<dyn SealedBytes>> {
+        Ok(Arc::new(File::open(device_paths(&self.root, key).data)?))
+    }
+
     fn remove_device(&self, key: &DeviceKey) -> io::Result<()> {
         let dir = device_dir(&self.root, key);
         match fs::remove_file(dir.join(META)) {
@@ -287,6 +291,12 @@ impl Media for DirMedia {
 
     fn held_bytes(&self, key: &DeviceKey) -> io::Result<u64> {
         held_in(&device_dir(&self.root, key))
+    }
+}
+
+impl SealedBytes for File {
+    fn read_sealed_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.read_exact_at(buffer, offset)
     }
 }
 

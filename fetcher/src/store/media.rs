@@ -39,6 +39,12 @@ pub(crate) trait DeviceMedia: Send + Sync + Debug {
     fn held_bytes(&self) -> io::Result<u64>;
 }
 
+/// The bytes of a device that is sealed, to copy from.
+pub(crate) trait SealedBytes: Send + Sync + Debug {
+    /// Reads exactly `buffer.len()` bytes at `offset`. Blocks.
+    fn read_sealed_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
+}
+
 /// What [`Media::open_device`] found.
 #[derive(Debug)]
 pub(crate) struct Opened {
@@ -59,6 +65,9 @@ pub(crate) trait Media: Send + Sync + Debug {
 
     /// The record of a device without opening it.
     fn peek_meta(&self, key: &DeviceKey) -> io::Result<Option<Vec<u8>>>;
+
+    /// Opens the bytes of a device that the caller knows to be sealed.
+    fn open_sealed(&self, key: &DeviceKey) -> io::Result<Arc<dyn SealedBytes>>;
 
     /// Deletes a device, its record first. Fine when there is none.
     fn remove_device(&self, key: &DeviceKey) -> io::Result<()>;

@@ -6,7 +6,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::DeviceKey;
-use super::media::{DeviceMedia, Media, Opened};
+use super::media::{DeviceMedia, Media, Opened, SealedBytes};
 use super::meta::META_BYTES;
 use super::presence::{Presence, Words};
 
@@ -66,6 +66,13 @@ impl Media for MemMedia {
             .and_then(|device| lock(&device.meta).clone()))
     }
 
+    fn open_sealed(&self, key: &DeviceKey) -> io::Result<Arc<dyn SealedBytes>> {
+        let device = lock(&self.devices).get(key).cloned();
+        device
+            .map(|device| device as Arc<dyn SealedBytes>)
+            .ok_or(io::ErrorKind::NotFound.into())
+    }
+
     fn remove_device(&self, key: &DeviceKey) -> io::Result<()> {
         lock(&self.devices).remove(key);
         Ok(())
@@ -79,6 +86,12 @@ impl Media for MemMedia {
         lock(&self.devices)
             .get(key)
             .map_or(Ok(0), |device| device.held_bytes())
+    }
+}
+
+impl SealedBytes for MemDevice {
+    fn read_sealed_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.read_at(offset, buffer)
     }
 }
 

@@ -1,0 +1,426 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Completing an image in the background.
+//!
+//! A job walks the missing chunks of its layers: first the boot lists, at boot priority, then all the
+//! rest, layer by layer in the order given, in range requests of its own. It is the least
+//! urgent: while a reader's transfer is receiving, its bodies are not read and no request is opened;
+//! while a reader was about a moment ago it keeps to one small request at a time; and a reader that
+//! wants a chunk of its makes that transfer urgent. A layer that is complete is sealed.
+//!
+//! A layer whose sources all back off is passed over until one may be asked again; the job has no
+//! deadline. It ends when every layer is sealed or has failed its seal, or when it is cancelled or
+//! dropped; transfers that a reader waits for then go on.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+use sluice_blockindex::chunkmap::Chunk;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::clock;
+use crate::scheduler::{Choice, FetchFailure, Fetcher, LayerHandle, Limits, Transfer, coalesce};
+use crate::source::Priority;
+use crate::store::StoreError;
+
+/// How long a job waits when all it could do is done by others or cannot be done now.
+const IDLE: Duration = Duration::from_millis(200);
+/// After a seal that could not be done for reasons of the disk.
+const SEAL_PAUSE: Duration = Duration::from_secs(60);
+
+/// A layer to complete.
+#[derive(Clone)]
+pub struct PrefetchLayer {
+    /// The layer.
+    pub layer: Arc<LayerHandle>,
+    /// Chunks that a container reads while it starts, in that order.
+    pub boot: Vec<u32>,
+}
+
+impl fmt::Debug for PrefetchLayer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { layer, boot } = self;
+        let mut debug = f.debug_struct("PrefetchLayer");
+        debug
+            .field("layer", &layer.key())
+            .field("boot_chunks", &boot.len())
+            .finish()
+    }
+}
+
+impl From<Arc<LayerHandle>> for PrefetchLayer {
+    fn from(layer: Arc<LayerHandle>) -> Self {
+        Self {
+            layer,
+            boot: Vec::new(),
+        }
+    }
+}
+
+/// How far a job is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PrefetchProgress {
+    /// Layers of the job.
+    pub layers: usize,
+    /// Of these, sealed.
+    pub sealed_layers: usize,
+    /// Of these, given up: closed, or not what their diff ID says.
+    pub failed_layers: usize,
+    /// Device bytes of all layers.
+    pub total_bytes: u64,
+    /// Of these, present.
+    pub present_bytes: u64,
+}
+
+/// A running job. Dropping it cancels it.
+#[derive(Debug)]
+pub struct PrefetchJob {
+    progress: watch::Receiver<PrefetchProgress>,
+    cancel: CancellationToken,
+    task: JoinHandle<PrefetchProgress>,
+    _guard: DropGuard,
+}
+
+impl PrefetchJob {
+    /// How far it is; changes can be waited for.
+    pub fn progress(&self) -> watch::Receiver<PrefetchProgress> {
+        self.progress.clone()
+    }
+
+    /// Stops it soon; [`Self::join`] waits until it has.
+    pub fn cancel(&self) {
+        self.cancel.cancel();
+    }
+
+    /// Whether it has ended.
+    pub fn is_finished(&self) -> bool {
+        self.task.is_finished()
+    }
+
+    /// Waits for its end and returns how far it came. **Cancel** the job is cancelled with the wait.
+    pub async fn join(mut self) -> PrefetchProgress {
+        match (&mut self.task).await {
+            Ok(progress) => progress,
+            Err(_) => *self.progress.borrow(),
+        }
+    }
+}
+
+impl Fetcher {
+    /// Starts completing `layers`, in this order, in the background. See [`crate::prefetch`].
+    pub fn prefetch(&self, layers: Vec<PrefetchLayer>) -> PrefetchJob {
+        let cancel = self.core.cancel.child_token();
+        let (report, progress) = watch::channel(PrefetchProgress::default());
+        let job = Job {
+            fetcher: self.clone(),
+            cancel: cancel.clone(),
+            layers: layers.into_iter().map(Layer::new).collect(),
+            report,
+        };
+        let task = self.core.tasks.spawn(job.run());
+        let guard = cancel.clone().drop_guard();
+        PrefetchJob {
+            progress,
+            cancel,
+            task,
+            _guard: guard,
+        }
+    }
+}
+
+/// What remains to be done with a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Fetch,
+    Sealing,
+    Sealed,
+    Failed,
+}
+
+struct Layer {
+    handle: Arc<LayerHandle>,
+    boot: VecDeque<u32>,
+    /// All chunks below are present or in flight by this job, unless a transfer failed.
+    cursor: u32,
+    stage: Stage,
+    not_before: Option<Instant>,
+    running: usize,
+}
+
+impl Layer {
+    fn new(layer: PrefetchLayer) -> Self {
+        let stage = if layer.layer.device().is_sealed() {
+            Stage::Sealed
+        } else {
+            Stage::Fetch
+        };
+        Self {
+            handle: layer.layer,
+            boot: layer.boot.into(),
+            cursor: 0,
+            stage,
+            not_before: None,
+            running: 0,
+        }
+    }
+
+    fn is_free(&self, chunk: u32) -> bool {
+        !self.handle.device().is_present(chunk) && !self.handle.flights.is_in_flight(chunk)
+    }
+
+    /// The next chunks to fetch in one request, and at which priority.
+    fn next(&mut self, limits: &Limits) -> Option<(Vec<u32>, Priority)> {
+        while let Some(chunk) = self.boot.pop_front() {
+            if self.is_free(chunk) {
+                // Neighbours on the list that are neighbours in the blob come along.
+                let mut run = vec![chunk];
+                while let Some(next) = self.boot.front().copied() {
+                    let last = run.last().copied().unwrap_or(chunk);
+                    if last.checked_add(1) != Some(next) || run.len() >= BOOT_RUN_CHUNKS {
+                        break;
+                    }
+                    self.boot.pop_front();
+                    if !self.is_free(next) {
+                        break;
+                    }
+                    run.push(next);
+                }
+                return Some((run, Priority::Boot));
+            }
+        }
+        let count = self.handle.chunks().count();
+        let first = (self.cursor..count).find(|chunk| self.is_free(*chunk));
+        let Some(first) = first else {
+            self.cursor = count;
+            return None;
+        };
+        let mut bytes = 0;
+        let within = |chunk: &Chunk| {
+            bytes += chunk.blob.len();
+            bytes <= limits.piece_bytes || chunk.ordinal == first
+        };
+        let chunks = (first..count).map_while(|chunk| self.handle.chunks().chunk(chunk));
+        let free = chunks
+            .take_while(within)
+            .filter(|chunk| self.is_free(chunk.ordinal));
+        let piece = coalesce(free, limits).into_iter().next()?;
+        self.cursor = piece.chunks.last().map_or(count, |last| last + 1);
+        Some((piece.chunks, Priority::Background))
+    }
+}
+
+/// The most chunks of a boot list in one request: about 4 MiB of device.
+const BOOT_RUN_CHUNKS: usize = 32;
+
+/// Something that a job waits for.
+enum Event {
+    Fetched {
+        layer: usize,
+        result: Result<(), FetchFailure>,
+    },
+    Sealed {
+        layer: usize,
+        result: Result<(), StoreError>,
+    },
+}
+
+struct Job {
+    fetcher: Fetcher,
+    cancel: CancellationToken,
+    layers: Vec<Layer>,
+    report: watch::Sender<PrefetchProgress>,
+}
+
+impl Job {
+    async fn run(mut self) -> PrefetchProgress {
+        let mut events: FuturesUnordered<BoxFuture<'static, Event>> = FuturesUnordered::new();
+        loop {
+            self.seal_complete(&mut events);
+            let wake = self.fetch_more(&mut events);
+            let progress = self.progress();
+            if progress.sealed_layers + progress.failed_layers == progress.layers {
+                return progress;
+            }
+            tokio::select! {
+                biased;
+                () = self.cancel.cancelled() => break,
+                Some(event) = events.next() => self.note(event),
+                () = clock::sleep_until(wake) => {}
+            }
+        }
+        // Seals stop by being dropped; transfers stop themselves, and the fetcher joins them.
+        self.progress()
+    }
+
+    fn limits(&self) -> (usize, Limits) {
+        let core = &self.fetcher.core;
+        let limits = core.options.limits();
+        if core.gate.foreground_within(core.options.shy) {
+            let piece_bytes = core.options.shy_request_bytes;
+            (
+                1,
+                Limits {
+                    first_bytes: piece_bytes,
+                    piece_bytes,
+                    ..limits
+                },
+            )
+        } else {
+            let first_bytes = limits.piece_bytes;
+            (
+                core.options.prefetch_requests.max(1),
+                Limits {
+                    first_bytes,
+                    ..limits
+                },
+            )
+        }
+    }
+
+    /// Starts requests up to the present limit. Returns when to look again even if nothing happens.
+    fn fetch_more(
+        &mut self,
+        events: &mut FuturesUnordered<BoxFuture<'static, Event>>,
+    ) -> Option<Instant> {
+        let now = clock::now();
+        let (most, limits) = self.limits();
+        let mut running: usize = self.layers.iter().map(|layer| layer.running).sum();
+        let mut wake = clock::moment_after(IDLE);
+        for at in 0..self.layers.len() {
+            while running < most {
+                let layer = &mut self.layers[at];
+                if layer.stage != Stage::Fetch || layer.not_before.is_some_and(|at| at > now) {
+                    break;
+                }
+                layer.not_before = match layer.handle.sources.choose(layer.cursor, now) {
+                    Choice::Use(..) => None,
+                    Choice::Wait(until) => Some(until),
+                    Choice::Nobody => now.checked_add(self.fetcher.core.options.lookout),
+                };
+                // A sealed twin or chunks of before a reboot need no source.
+                let local = layer.handle.device().any_suspect()
+                    || !self
+                        .fetcher
+                        .store()
+                        .sealed_twins(&layer.handle.key())
+                        .is_empty();
+                if layer.not_before.is_some() && !local {
+                    break;
+                }
+                let Some((chunks, priority)) = layer.next(&limits) else {
+                    if layer.running == 0 {
+                        // What is missing still is in flight elsewhere, or failed: look again.
+                        layer.cursor = 0;
+                    }
+                    break;
+                };
+                let transfer = Transfer::new(priority);
+                if layer.handle.flights.claim(&transfer, chunks) == 0 {
+                    continue;
+                }
+                layer.running += 1;
+                running += 1;
+                let task = self
+                    .fetcher
+                    .start(&layer.handle, transfer, self.cancel.clone());
+                events.push(Box::pin(async move {
+                    let result = task.await.unwrap_or(Err(FetchFailure::Cancelled));
+                    Event::Fetched { layer: at, result }
+                }));
+            }
+            if let Some(until) = self.layers[at].not_before {
+                wake = wake.map(|wake| wake.min(until.max(now)));
+            }
+        }
+        wake
+    }
+
+    /// Starts the seals of layers that are complete.
+    fn seal_complete(&mut self, events: &mut FuturesUnordered<BoxFuture<'static, Event>>) {
+        for (at, layer) in self.layers.iter_mut().enumerate() {
+            if layer.stage != Stage::Fetch {
+                continue;
+            }
+            if layer.handle.check_open().is_err() {
+                layer.stage = Stage::Failed;
+            } else if layer.handle.device().is_sealed() {
+                layer.stage = Stage::Sealed;
+            } else if layer.handle.device().is_complete()
+                && layer.not_before.is_none_or(|at| at <= clock::now())
+            {
+                layer.stage = Stage::Sealing;
+                let (fetcher, handle) = (self.fetcher.clone(), Arc::clone(&layer.handle));
+                events.push(Box::pin(async move {
+                    Event::Sealed {
+                        layer: at,
+                        result: fetcher.seal(&handle).await,
+                    }
+                }));
+            }
+        }
+    }
+
+    fn note(&mut self, event: Event) {
+        match event {
+            Event::Fetched { layer: at, result } => {
+                let layer = &mut self.layers[at];
+                layer.running = layer.running.saturating_sub(1);
+                if let Err(failure) = result {
+                    // Its chunks are missing still: walk again, once the store or a source may mend it.
+                    layer.cursor = 0;
+                    if matches!(failure, FetchFailure::Store(_)) {
+                        layer.not_before = clock::moment_after(SEAL_PAUSE);
+                    }
+                    tracing::debug!(device = %layer.handle.key(), "prefetch paused: {failure}");
+                }
+            }
+            Event::Sealed { layer: at, result } => {
+                let layer = &mut self.layers[at];
+                layer.stage = match result {
+                    Ok(()) => Stage::Sealed,
+                    Err(StoreError::Failed(_)) => Stage::Failed,
+                    // Another seal of it runs, or the layer is being closed: look again.
+                    Err(StoreError::Cancelled) => {
+                        layer.not_before = clock::moment_after(IDLE);
+                        Stage::Fetch
+                    }
+                    Err(error) => {
+                        tracing::warn!(device = %layer.handle.key(), "failed to seal: {error}");
+                        layer.not_before = clock::moment_after(SEAL_PAUSE);
+                        Stage::Fetch
+                    }
+                };
+            }
+        }
+    }
+
+    fn progress(&self) -> PrefetchProgress {
+        let stage = |stage| {
+            self.layers
+                .iter()
+                .filter(|layer| layer.stage == stage)
+                .count()
+        };
+        let devices = || self.layers.iter().map(|layer| layer.handle.device());
+        let progress = PrefetchProgress {
+            layers: self.layers.len(),
+            sealed_layers: stage(Stage::Sealed),
+            failed_layers: stage(Stage::Failed),
+            total_bytes: devices().map(|device| device.device_bytes()).sum(),
+            present_bytes: devices().map(|device| device.present_bytes()).sum(),
+        };
+        self.report
+            .send_if_modified(|last| std::mem::replace(last, progress) != progress);
+        progress
+    }
+}
+
+#[cfg(test)]
+mod tests;

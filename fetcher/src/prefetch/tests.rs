@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Whole images in the background, in paused time.
+
+use super::*;
+use crate::fixture::TestLayer;
+use crate::fixture::line::{Line, Mishap};
+use crate::metrics::Metrics;
+use crate::scheduler::FetcherOptions;
+use crate::source::{BlobSource, SourceKind};
+use crate::store::{BootId, Store, StoreOptions};
+use sluice_blockindex::digest::DiffId;
+use sluice_blockindex::extent::Extent;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn fetcher() -> Fetcher {
+    let options = FetcherOptions {
+        request_bytes: 256 << 10,
+        shy_request_bytes: 64 << 10,
+        read_ahead_max_bytes: 0,
+        decodes: 2,
+        ..FetcherOptions::default()
+    };
+    let store = StoreOptions {
+        boot: Some(BootId([1; 16])),
+        reclaim: None,
+    };
+    Fetcher::new(
+        options,
+        Arc::new(Store::in_memory(store).unwrap()),
+        Metrics::new(),
+    )
+}
+
+async fn add(fetcher: &Fetcher, layer: &TestLayer, line: &Line) -> Arc<LayerHandle> {
+    let sources = vec![Arc::new(line.clone()) as Arc<dyn BlobSource>];
+    fetcher.add_layer(layer.spec(sources)).await.unwrap()
+}
+
+fn is_right(handle: &LayerHandle, layer: &TestLayer) -> bool {
+    let mut bytes = vec![0; layer.tar.len()];
+    handle.device().read_at(0, &mut bytes).unwrap();
+    bytes == layer.tar
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_image_is_completed_and_sealed() {
+    let fetcher = fetcher();
+    let layers = [
+        TestLayer::even(1, 64, 16 << 10),
+        TestLayer::new(2, &[]),
+        TestLayer::even(3, 32, 16 << 10),
+    ];
+    let lines = [0, 1, 2].map(|at| Line::new("a", &layers[at].blob));
+    let mut handles = Vec::new();
+    for (layer, line) in layers.iter().zip(&lines) {
+        handles.push(add(&fetcher, layer, line).await);
+    }
+    let job = fetcher.prefetch(handles.iter().cloned().map(PrefetchLayer::from).collect());
+    let progress = job.join().await;
+    let total_bytes = (96 * (16 << 10)) as u64;
+    let expected = PrefetchProgress {
+        layers: 3,
+        sealed_layers: 3,
+        failed_layers: 0,
+        total_bytes,
+        present_bytes: total_bytes,
+    };
+    assert_eq!(progress, expected);
+    for (handle, layer) in handles.iter().zip(&layers) {
+        assert!(handle.device().is_sealed() && is_right(handle, layer));
+    }
+    // 1 MiB and some in requests of a quarter, and half of that.
+    assert_eq!(
+        (
+            lines[0].asked().len(),
+            lines[1].asked().len(),
+            lines[2].asked().len()
+        ),
+        (5, 0, 3)
+    );
+    assert!(
+        lines[0]
+            .asked()
+            .iter()
+            .all(|asked| asked.priority == Priority::Background)
+    );
+    // Again: nothing to do.
+    let job = fetcher.prefetch(handles.into_iter().map(PrefetchLayer::from).collect());
+    assert_eq!(job.join().await, expected);
+    fetcher.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_boot_list_comes_first_and_in_its_order() {
+    let (fetcher, layer) = (fetcher(), TestLayer::even(4, 64, 16 << 10));
+    let line = Line::new("a", &layer.blob);
+    let handle = add(&fetcher, &layer, &line).await;
+    let boot = vec![40, 41, 42, 7, 63];
+    let job = fetcher.prefetch(vec![PrefetchLayer {
+        layer: Arc::clone(&handle),
+        boot,
+    }]);
+    job.join().await;
+    assert!(is_right(&handle, &layer));
+    let start = |chunk| layer.chunks.chunk(chunk).unwrap().blob.start();
+    let asked: Vec<_> = line
+        .asked()
+        .iter()
+        .take(3)
+        .map(|it| (it.extent.start(), it.priority))
+        .collect();
+    let boot = [40, 7, 63].map(|chunk| (start(chunk), Priority::Boot));
+    assert_eq!(asked, boot);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reader_makes_it_shy_and_is_not_slowed() {
+    let (fetcher, big, small) = (
+        fetcher(),
+        TestLayer::even(5, 400, 16 << 10),
+        TestLayer::even(6, 100, 16 << 10),
+    );
+    let (back, front) = (
+        Line::new("back", &big.blob),
+        Line::new("front", &small.blob),
+    );
+    let (one, two) = (
+        add(&fetcher, &big, &back).await,
+        add(&fetcher, &small, &front).await,
+    );
+    let job = fetcher.prefetch(vec![one.clone().into()]);
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let before = clock::now();
+    for chunk in 0..20 {
+        let extent = small.chunks.chunk(chunk * 5).unwrap().device;
+        fetcher
+            .fill(&two, extent, Priority::Foreground, Some(SECOND))
+            .await
+            .unwrap();
+    }
+    let took = clock::now() - before;
+    // 20 round trips of 20 ms and two pieces each: as if it were alone.
+    assert!(took <= Duration::from_millis(20 * 23), "{took:?}");
+    // The line was in use meanwhile all the same, in small requests.
+    let during = back
+        .sent()
+        .iter()
+        .filter(|(at, _)| *at > before && *at < before + took)
+        .count();
+    assert!(during > 100, "{during} pieces");
+    let shy = back
+        .asked()
+        .iter()
+        .filter(|asked| asked.extent.len() <= 64 << 10)
+        .count();
+    assert!(shy > 3, "{shy} small requests");
+    assert_eq!(job.join().await.sealed_layers, 1);
+    assert!(is_right(&one, &big));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_broken_source_delays_its_layer_and_no_other() {
+    let fetcher = fetcher();
+    let (first, second) = (
+        TestLayer::even(7, 32, 16 << 10),
+        TestLayer::even(8, 32, 16 << 10),
+    );
+    let (bad, good) = (
+        Line::new("bad", &first.blob),
+        Line::new("good", &second.blob),
+    );
+    bad.always(Some(Mishap::Refuse));
+    let (one, two) = (
+        add(&fetcher, &first, &bad).await,
+        add(&fetcher, &second, &good).await,
+    );
+    let job = fetcher.prefetch(vec![one.clone().into(), two.clone().into()]);
+    tokio::time::sleep(5 * SECOND).await;
+    assert!(two.device().is_sealed() && !one.device().is_complete());
+    assert!(bad.asked().len() < 60, "{} requests", bad.asked().len());
+    assert_eq!(job.progress().borrow().sealed_layers, 1);
+    bad.always(None);
+    assert_eq!(job.join().await.sealed_layers, 2);
+    assert!(is_right(&one, &first));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_layer_that_lies_about_its_diff_id_fails_and_the_rest_goes_on() {
+    let fetcher = fetcher();
+    let (mut liar, honest) = (
+        TestLayer::even(9, 8, 16 << 10),
+        TestLayer::even(10, 8, 16 << 10),
+    );
+    liar.key.diff_id = DiffId::of(b"claimed");
+    let lines = [Line::new("a", &liar.blob), Line::new("a", &honest.blob)];
+    let one = add(&fetcher, &liar, &lines[0]).await;
+    let two = add(&fetcher, &honest, &lines[1]).await;
+    let job = fetcher.prefetch(vec![one.clone().into(), two.clone().into()]);
+    let progress = job.join().await;
+    assert_eq!((progress.sealed_layers, progress.failed_layers), (1, 1));
+    let extent = Extent::new(0, 10).unwrap();
+    let error = fetcher
+        .fill(&one, extent, Priority::Foreground, None)
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(error, crate::scheduler::FillError::Failed(_)),
+        "{error}"
+    );
+    assert!(one.device().read_at(0, &mut [0]).is_err());
+    assert_eq!(fetcher.metrics().seals(), (1, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn cancelling_stops_requests_but_not_what_a_reader_waits_for() {
+    let (fetcher, layer) = (fetcher(), TestLayer::even(11, 400, 16 << 10));
+    let line = Line::new("a", &layer.blob);
+    let handle = add(&fetcher, &layer, &line).await;
+    let job = fetcher.prefetch(vec![handle.clone().into()]);
+    tokio::time::sleep(Duration::from_millis(25)).await;
+    let chunk = 8;
+    assert!(handle.flights.is_in_flight(chunk));
+    let extent = layer.chunks.chunk(chunk).unwrap().device;
+    let reader = fetcher.fill(&handle, extent, Priority::Foreground, Some(SECOND));
+    let cancel = async {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        job.cancel();
+    };
+    let (read, ()) = tokio::join!(reader, cancel);
+    read.unwrap();
+    let requests = line.asked().len();
+    let progress = job.join().await;
+    assert!(progress.present_bytes < progress.total_bytes);
+    tokio::time::sleep(SECOND).await;
+    assert_eq!(line.asked().len(), requests);
+    assert_eq!(handle.flights.len(), 0);
+    assert_eq!(
+        fetcher
+            .metrics()
+            .requests(SourceKind::Origin, Priority::Foreground),
+        0
+    );
+    fetcher.shutdown().await;
+}

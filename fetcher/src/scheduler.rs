@@ -1,0 +1,475 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The scheduler: brings missing chunks into the store, the most urgent first.
+//!
+//! [`Fetcher::fill`] makes a range of a layer device present. Missing chunks are claimed, one flight
+//! per chunk (`flight`), put into as few range requests as possible (`plan`), with some of what
+//! follows them (`window`), and brought by transfers (`transfer`), which outlive the callers that
+//! started them. A transfer is as urgent as its most urgent waiter (`gate`); foreground goes before
+//! boot before background, in slots of its own (`slots`). Sources back off and are tried again for as
+//! long as somebody waits (`sources`).
+//!
+//! # Rules
+//! - The store is the truth: a woken waiter looks again.
+//! - A caller that goes away does not end a transfer that others wait for.
+//! - A fill fails only at its deadline, or for what no source can mend: the store cannot be written,
+//!   the layer is not what it claims, the layer is closed.
+//! - Every task is tracked and joined by [`Fetcher::shutdown`].
+//!
+//! Planning is pure and apart from the I/O. No lock is held across an await.
+
+use std::collections::BTreeMap;
+use std::num::NonZero;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use sluice_blockindex::extent::{DeviceSpace, Extent};
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+mod error;
+mod flight;
+mod gate;
+mod layer;
+mod plan;
+mod slots;
+mod sources;
+mod transfer;
+mod window;
+
+pub use error::{FetchFailure, FillError};
+pub use layer::{LayerHandle, LayerSpec, LayerTraffic};
+
+pub(crate) use flight::Transfer;
+pub(crate) use plan::{Limits, coalesce};
+pub(crate) use sources::Choice;
+
+use crate::clock;
+use crate::metrics::{Metrics, priority_word};
+use crate::source::Priority;
+use crate::store::{DeviceKey, SealStep, Store, StoreError, lock};
+use flight::{Flights, Waiter};
+use gate::Gate;
+use slots::{OriginSlots, Slots};
+use window::{ReadAhead, WindowLimits};
+
+/// How the scheduler behaves. The defaults are meant for a registry 1 to 50 ms away.
+#[derive(Clone, Debug)]
+pub struct FetcherOptions {
+    /// The most bytes between two missing chunks that are fetched with them to save a request: what a
+    /// line of 100 Mbit/s carries in a round trip of 5 ms.
+    pub gap_bytes: u64,
+    /// The most compressed bytes of the first request of a fill; later ones run beside it.
+    pub first_request_bytes: u64,
+    /// The most compressed bytes of one request.
+    pub request_bytes: u64,
+    /// The most compressed bytes of a background request while readers are about: what a reader's
+    /// request may have to share the line with.
+    pub shy_request_bytes: u64,
+    /// Device bytes read ahead of a reader that nothing is known of.
+    pub read_ahead_initial_bytes: u64,
+    /// The most device bytes read ahead of a sequential reader at once; 0 turns reading ahead off.
+    pub read_ahead_max_bytes: u64,
+    /// A transfer on which no byte came for so long is given up, and another source asked.
+    pub stall: Duration,
+    /// A transfer on which no byte came for so long does not hold back those below it.
+    pub lull: Duration,
+    /// How often a transfer without any source looks for one.
+    pub lookout: Duration,
+    /// Requests of readers that run at once at one origin.
+    pub foreground_requests: usize,
+    /// Other requests that run at once at one origin.
+    pub other_requests: usize,
+    /// Requests that one prefetch runs at once while no reader is about; one otherwise.
+    pub prefetch_requests: usize,
+    /// How long after a reader's last transfer a prefetch stays shy.
+    pub shy: Duration,
+    /// Chunks decoded and verified at once; 0 means as many as there are processors.
+    pub decodes: usize,
+}
+
+impl Default for FetcherOptions {
+    fn default() -> Self {
+        Self {
+            gap_bytes: 64 << 10,
+            first_request_bytes: 1 << 20,
+            request_bytes: 4 << 20,
+            shy_request_bytes: 1 << 20,
+            read_ahead_initial_bytes: 256 << 10,
+            read_ahead_max_bytes: 8 << 20,
+            stall: Duration::from_secs(10),
+            lull: Duration::from_millis(100),
+            lookout: Duration::from_secs(1),
+            foreground_requests: 32,
+            other_requests: 6,
+            prefetch_requests: 4,
+            shy: Duration::from_secs(1),
+            decodes: 0,
+        }
+    }
+}
+
+impl FetcherOptions {
+    pub(crate) fn limits(&self) -> Limits {
+        Limits {
+            gap_bytes: self.gap_bytes,
+            first_bytes: self.first_request_bytes,
+            piece_bytes: self.request_bytes,
+        }
+    }
+}
+
+/// What all transfers of a fetcher share.
+#[derive(Debug)]
+pub(crate) struct Core {
+    pub(crate) options: FetcherOptions,
+    pub(crate) store: Arc<Store>,
+    pub(crate) metrics: Metrics,
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) origins: OriginSlots,
+    pub(crate) decodes: Slots,
+    pub(crate) tasks: TaskTracker,
+    pub(crate) cancel: CancellationToken,
+    /// One layer is hashed at a time: it is the least urgent work there is.
+    sealing: Semaphore,
+}
+
+/// The scheduler. Cheap to clone; clones are the same one.
+#[derive(Clone, Debug)]
+pub struct Fetcher {
+    pub(crate) core: Arc<Core>,
+    layers: Arc<Mutex<BTreeMap<DeviceKey, Arc<LayerHandle>>>>,
+}
+
+impl Fetcher {
+    /// A scheduler that fills `store`.
+    pub fn new(options: FetcherOptions, store: Arc<Store>, metrics: Metrics) -> Self {
+        let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let decodes = if options.decodes == 0 {
+            processors
+        } else {
+            options.decodes
+        };
+        let core = Core {
+            origins: OriginSlots::new(options.foreground_requests, options.other_requests),
+            // The rest leaves a processor to readers, where there are several.
+            decodes: Slots::new(decodes, decodes.saturating_sub(1)),
+            options,
+            store,
+            metrics,
+            gate: Arc::new(Gate::new()),
+            tasks: TaskTracker::new(),
+            cancel: CancellationToken::new(),
+            sealing: Semaphore::new(1),
+        };
+        Self {
+            core: Arc::new(core),
+            layers: Arc::default(),
+        }
+    }
+
+    /// The store that it fills.
+    pub fn store(&self) -> &Arc<Store> {
+        &self.core.store
+    }
+
+    /// What it counts.
+    pub fn metrics(&self) -> &Metrics {
+        &self.core.metrics
+    }
+
+    /// Opens a layer's device and makes it fillable. A layer that is open already gets the sources
+    /// that it does not have, and its handle is returned.
+    ///
+    /// Chunks from before an unclean reboot are checked in the background, or when they are wanted.
+    ///
+    /// **Errors** those of [`Store::device`]; [`StoreError::Stopped`] after a shutdown.
+    /// **Cancel** safe.
+    pub async fn add_layer(&self, spec: LayerSpec) -> Result<Arc<LayerHandle>, StoreError> {
+        if self.core.cancel.is_cancelled() {
+            return Err(StoreError::Stopped);
+        }
+        if let Some(known) = self.layer(&spec.key) {
+            spec.sources
+                .into_iter()
+                .for_each(|source| known.add_source(source));
+            return Ok(known);
+        }
+        let store = Arc::clone(&self.core.store);
+        let (key, chunks) = (spec.key, spec.chunks.clone());
+        let opening = tokio::task::spawn_blocking(move || store.device(key, &chunks));
+        let device = opening.await.map_err(|_| StoreError::Cancelled)??;
+        let mut layers = lock(&self.layers);
+        if let Some(known) = layers.get(&key) {
+            spec.sources
+                .into_iter()
+                .for_each(|source| known.add_source(source));
+            return Ok(Arc::clone(known));
+        }
+        let flights = Arc::new(Flights::new(Arc::clone(&self.core.gate)));
+        let limits = WindowLimits {
+            initial_bytes: self.core.options.read_ahead_initial_bytes,
+            max_bytes: self.core.options.read_ahead_max_bytes,
+        };
+        let ahead = ReadAhead::new(limits, device.device_bytes());
+        let cancel = self.core.cancel.child_token();
+        let layer = Arc::new(LayerHandle::new(spec, device, flights, ahead, cancel));
+        layers.insert(key, Arc::clone(&layer));
+        drop(layers);
+        if layer.device.any_suspect() {
+            self.core
+                .tasks
+                .spawn(recheck(Arc::clone(&self.core), Arc::clone(&layer)));
+        }
+        Ok(layer)
+    }
+
+    /// The layer of this name, if it is open.
+    pub fn layer(&self, key: &DeviceKey) -> Option<Arc<LayerHandle>> {
+        lock(&self.layers).get(key).cloned()
+    }
+
+    /// All open layers.
+    pub fn layers(&self) -> Vec<Arc<LayerHandle>> {
+        lock(&self.layers).values().cloned().collect()
+    }
+
+    /// Closes a layer: its transfers end, its fills fail with [`FillError::Closed`], its data stays.
+    pub fn close_layer(&self, key: &DeviceKey) {
+        if let Some(layer) = lock(&self.layers).remove(key) {
+            layer.cancel.cancel();
+        }
+    }
+
+    /// Closes a layer and deletes its device. Everything that reads its files is unmounted before.
+    ///
+    /// **Cancel** the deletion goes on.
+    pub async fn remove_layer(&self, key: &DeviceKey) -> Result<(), StoreError> {
+        self.close_layer(key);
+        let (store, key) = (Arc::clone(&self.core.store), *key);
+        let removal = tokio::task::spawn_blocking(move || store.remove_device(&key));
+        removal.await.map_err(|_| StoreError::Cancelled)?
+    }
+
+    /// Makes every byte of `extent` present. Returns at once when it is.
+    ///
+    /// **Units** `deadline` bounds the whole wait; `None` waits for as long as it takes.
+    /// **Errors** see [`FillError`]. **Cancel** safe: what was started goes on while others wait.
+    pub async fn fill(
+        &self,
+        layer: &Arc<LayerHandle>,
+        extent: Extent<DeviceSpace>,
+        priority: Priority,
+        deadline: Option<Duration>,
+    ) -> Result<(), FillError> {
+        layer.check_open()?;
+        if layer.device.missing(extent).next().is_none() {
+            return Ok(());
+        }
+        let started = clock::now();
+        let until = deadline.and_then(|deadline| started.checked_add(deadline));
+        let result = self
+            .fill_missing(layer, extent, priority, started, until)
+            .await;
+        match &result {
+            Ok(()) => self.core.metrics.filled(priority, clock::now() - started),
+            Err(FillError::Closed) => {}
+            Err(error) => {
+                self.core.metrics.fill_failed(error.word());
+                tracing::error!(
+                    device = %layer.key(), %extent, priority = priority_word(priority),
+                    "failed to fill: {error}"
+                );
+            }
+        }
+        result
+    }
+
+    async fn fill_missing(
+        &self,
+        layer: &Arc<LayerHandle>,
+        extent: Extent<DeviceSpace>,
+        priority: Priority,
+        started: Instant,
+        until: Option<Instant>,
+    ) -> Result<(), FillError> {
+        let mut ahead = match priority {
+            Priority::Foreground => lock(&layer.ahead).on_read(extent),
+            Priority::Boot | Priority::Background => None,
+        };
+        loop {
+            layer.check_open()?;
+            let missing: Vec<u32> = layer.device.missing(extent).collect();
+            if missing.is_empty() {
+                // A device that failed meanwhile has no present chunk.
+                return layer.check_open();
+            }
+            let mut waiters = self.launch(layer, &missing, ahead.take(), priority);
+            if waiters.is_empty() {
+                // All flights landed between two looks; never spin without letting others run.
+                tokio::task::yield_now().await;
+            }
+            for waiter in &mut waiters {
+                tokio::select! {
+                    biased;
+                    landed = waiter.landed() => if let Err(failure) = landed {
+                        return Err(FillError::final_of(&failure).unwrap_or(FillError::Closed));
+                    },
+                    () = layer.cancel.cancelled() => return Err(FillError::Closed),
+                    () = clock::sleep_until(until) => {
+                        let waited = clock::now() - started;
+                        return Err(FillError::Deadline { waited, last: waiter.last_failure() });
+                    }
+                }
+            }
+        }
+    }
+
+    /// Starts transfers for those chunks that nobody fetches, and for what is to be read ahead, and
+    /// joins the flights of `missing`.
+    fn launch(
+        &self,
+        layer: &Arc<LayerHandle>,
+        missing: &[u32],
+        ahead: Option<Extent<DeviceSpace>>,
+        priority: Priority,
+    ) -> Vec<Waiter> {
+        let further = ahead
+            .into_iter()
+            .flat_map(|ahead| layer.device.missing(ahead));
+        let mut wanted: Vec<u32> = missing.iter().copied().chain(further).collect();
+        wanted.dedup();
+        let transfers = self.claim(layer, &wanted, transfer::base_of(priority));
+        let waiters = missing
+            .iter()
+            .filter_map(|chunk| layer.flights.join(*chunk, priority))
+            .collect();
+        // Only now: with its waiters it is as urgent as they are from its first step.
+        for transfer in transfers {
+            let cancel = layer.cancel.clone();
+            self.start(layer, transfer, cancel);
+        }
+        waiters
+    }
+
+    /// Claims those of `chunks` (ascending) that are not in flight, one transfer per request.
+    fn claim(
+        &self,
+        layer: &Arc<LayerHandle>,
+        chunks: &[u32],
+        base: Priority,
+    ) -> Vec<Arc<Transfer>> {
+        let free = chunks
+            .iter()
+            .copied()
+            .filter(|chunk| !layer.flights.is_in_flight(*chunk));
+        let free = free.filter_map(|chunk| layer.chunks().chunk(chunk));
+        let mut transfers = Vec::new();
+        for piece in coalesce(free, &self.core.options.limits()) {
+            let transfer = Transfer::new(base);
+            // Another caller may have been faster with some of them.
+            if layer.flights.claim(&transfer, piece.chunks) > 0 {
+                transfers.push(transfer);
+            }
+        }
+        transfers
+    }
+
+    /// Runs a transfer as a task of the fetcher; the receiver gets how it ended.
+    pub(crate) fn start(
+        &self,
+        layer: &Arc<LayerHandle>,
+        transfer: Arc<Transfer>,
+        job: CancellationToken,
+    ) -> tokio::task::JoinHandle<Result<(), FetchFailure>> {
+        let run = transfer::run(Arc::clone(&self.core), Arc::clone(layer), transfer, job);
+        self.core.tasks.spawn(run)
+    }
+
+    /// Hashes a complete layer and records that it is what its diff ID says. Runs on a thread of its
+    /// own, one layer at a time, and stands still while readers are receiving.
+    ///
+    /// **Errors** those of [`crate::store::Device::seal`]. **Cancel** the hashing stops.
+    pub async fn seal(&self, layer: &Arc<LayerHandle>) -> Result<(), StoreError> {
+        if layer.device.is_sealed() {
+            return Ok(());
+        }
+        let stop = layer.cancel.child_token();
+        // Dropped when the caller goes away: then the thread stops at its next step.
+        let _guard = stop.clone().drop_guard();
+        let _permit = tokio::select! {
+            permit = self.core.sealing.acquire() => permit.map_err(|_| StoreError::Stopped)?,
+            () = stop.cancelled() => return Err(StoreError::Cancelled),
+        };
+        let (core, device) = (Arc::clone(&self.core), Arc::clone(&layer.device));
+        let token = stop.clone();
+        let work = self.core.tasks.spawn_blocking(move || {
+            device.seal(&mut || {
+                while !token.is_cancelled() && !core.gate.may_run(Priority::Boot) {
+                    std::thread::sleep(SEAL_NAP);
+                }
+                if token.is_cancelled() {
+                    SealStep::Cancel
+                } else {
+                    SealStep::Continue
+                }
+            })
+        });
+        let result = work.await.map_err(|_| StoreError::Cancelled)?;
+        match &result {
+            Ok(()) => self.core.metrics.sealed(true),
+            Err(StoreError::Failed(_)) => self.core.metrics.sealed(false),
+            Err(_) => {}
+        }
+        result
+    }
+
+    /// Ends all transfers and waits for every task. Fills fail with [`FillError::Closed`]. The store
+    /// stays open: stop it afterwards.
+    pub async fn shutdown(&self) {
+        self.core.cancel.cancel();
+        self.core.tasks.close();
+        self.core.tasks.wait().await;
+        lock(&self.layers).clear();
+    }
+}
+
+/// How long a seal looks away while a reader is receiving.
+const SEAL_NAP: Duration = Duration::from_millis(2);
+
+/// Checks, in the background, the chunks that were present before an unclean reboot.
+async fn recheck(core: Arc<Core>, layer: Arc<LayerHandle>) {
+    let urgency = gate::Urgency::new(Priority::Background);
+    for chunk in 0..layer.chunks().count() {
+        if !layer.device.is_suspect(chunk) {
+            continue;
+        }
+        let turn = async {
+            core.gate.turn(&urgency).await;
+            core.decodes.take(&urgency).await
+        };
+        let _slot = tokio::select! {
+            slot = turn => slot,
+            () = layer.cancel.cancelled() => return,
+        };
+        let device = Arc::clone(&layer.device);
+        let checked = tokio::task::spawn_blocking(move || device.recheck(chunk)).await;
+        match checked {
+            Ok(Ok(crate::store::Rechecked::Dropped)) => {
+                core.metrics.corrupt(crate::metrics::FROM_STORE);
+                let device = layer.key();
+                tracing::warn!(%device, chunk, "drop chunk with a wrong crc32");
+            }
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(device = %layer.key(), "failed to check chunks: {error}");
+                return;
+            }
+            Err(_) => return,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Whose turn it is on the line.
+//!
+//! A transfer is *receiving* from its first byte until nothing more is wanted of it, or until no byte
+//! came for a short lull. While a transfer of a higher priority is receiving, those below it do
+//! not read their bodies and open no requests. While it only waits for its first byte, or stalls,
+//! they go on: the line must not idle as long as anything is missing.
+//!
+//! Reading on is what fills the line, so not reading empties it: bodies in flight are bounded by the
+//! size of a background request and by socket buffers.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::clock;
+use crate::source::Priority;
+use crate::store::lock;
+
+/// All priorities, the most urgent first.
+pub(crate) const PRIORITIES: [Priority; 3] =
+    [Priority::Foreground, Priority::Boot, Priority::Background];
+
+/// The place of a priority in [`PRIORITIES`].
+pub(crate) const fn rank(priority: Priority) -> usize {
+    match priority {
+        Priority::Foreground => 0,
+        Priority::Boot => 1,
+        Priority::Background => 2,
+    }
+}
+
+/// How many transfers are receiving, by rank.
+type Receiving = [u32; 3];
+
+/// The gate that all transfers of a fetcher pass.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    receiving: watch::Sender<Receiving>,
+    last_foreground: Mutex<Option<Instant>>,
+}
+
+impl Gate {
+    /// Nobody is receiving.
+    pub(crate) fn new() -> Self {
+        Self {
+            receiving: watch::Sender::new([0; 3]),
+            last_foreground: Mutex::new(None),
+        }
+    }
+
+    /// Whether a transfer of `priority` may read now.
+    pub(crate) fn may_run(&self, priority: Priority) -> bool {
+        turn(&self.receiving.borrow(), priority)
+    }
+
+    /// Waits until a transfer of the urgency `urgency` may read; it may change meanwhile. Cancel-safe.
+    pub(crate) async fn turn(&self, urgency: &Urgency) {
+        let mut receiving = self.receiving.subscribe();
+        // The sender is in `self`: it cannot be closed.
+        let _ = receiving
+            .wait_for(|receiving| turn(receiving, urgency.effective()))
+            .await;
+    }
+
+    /// Whether foreground was receiving within `span`, or is now.
+    pub(crate) fn foreground_within(&self, span: Duration) -> bool {
+        let now = self.receiving.borrow()[0] > 0;
+        now || lock(&self.last_foreground).is_some_and(|at| clock::now() - at < span)
+    }
+
+    fn shift(&self, from: Option<Priority>, to: Option<Priority>) {
+        if [from, to].contains(&Some(Priority::Foreground)) {
+            *lock(&self.last_foreground) = Some(clock::now());
+        }
+        self.receiving.send_modify(|receiving| {
+            if let Some(from) = from {
+                receiving[rank(from)] = receiving[rank(from)].saturating_sub(1);
+            }
+            if let Some(to) = to {
+                receiving[rank(to)] += 1;
+            }
+        });
+    }
+}
+
+fn turn(receiving: &Receiving, priority: Priority) -> bool {
+    receiving[..rank(priority)].iter().all(|count| *count == 0)
+}
+
+/// How urgent a transfer is at the moment: as its most urgent waiter, or as it was started.
+///
+/// Locks: `state`, and inside it the gate's; the effective priority is read without a lock.
+#[derive(Debug)]
+pub(crate) struct Urgency {
+    base: Priority,
+    effective: AtomicU8,
+    state: Mutex<UrgencyState>,
+    changed: watch::Sender<()>,
+}
+
+#[derive(Debug, Default)]
+struct UrgencyState {
+    /// Waiters by rank.
+    wanted: [u32; 3],
+    receiving: bool,
+    /// What the gate counts it as.
+    counted: Option<Priority>,
+}
+
+impl Urgency {
+    /// Nobody waits yet.
+    pub(crate) fn new(base: Priority) -> Self {
+        let effective = AtomicU8::new(code(base));
+        Self {
+            base,
+            effective,
+            state: Mutex::default(),
+            changed: watch::Sender::new(()),
+        }
+    }
+
+    /// The priority at the moment.
+    pub(crate) fn effective(&self) -> Priority {
+        PRIORITIES[usize::from(self.effective.load(Ordering::Acquire))]
+    }
+
+    /// How many wait for it.
+    pub(crate) fn waiters(&self) -> u32 {
+        lock(&self.state).wanted.iter().sum()
+    }
+
+    /// Takes note of waiters that came (`true`) or went, by rank.
+    pub(crate) fn waiting(&self, gate: &Gate, by_rank: [u32; 3], came: bool) {
+        self.change(gate, |state| {
+            for (wanted, count) in state.wanted.iter_mut().zip(by_rank) {
+                *wanted = if came {
+                    *wanted + count
+                } else {
+                    wanted.saturating_sub(count)
+                };
+            }
+        });
+    }
+
+    /// Takes note that bytes flow, or do not.
+    pub(crate) fn receiving(&self, gate: &Gate, receiving: bool) {
+        self.change(gate, |state| state.receiving = receiving);
+    }
+
+    fn change(&self, gate: &Gate, change: impl FnOnce(&mut UrgencyState)) {
+        let mut state = lock(&self.state);
+        change(&mut state);
+        let urgent = PRIORITIES
+            .into_iter()
+            .find(|priority| state.wanted[rank(*priority)] > 0);
+        let effective = urgent.unwrap_or(self.base);
+        let before = self.effective.swap(code(effective), Ordering::AcqRel);
+        let counted = state.receiving.then_some(effective);
+        if counted != state.counted {
+            gate.shift(state.counted, counted);
+            state.counted = counted;
+        }
+        if before != code(effective) {
+            self.changed.send_replace(());
+        }
+    }
+
+    /// Waits until the priority differs from `from`. Cancel-safe.
+    pub(crate) async fn differs(&self, from: Priority) {
+        let mut changed = self.changed.subscribe();
+        while self.effective() == from {
+            if changed.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+}
+
+const fn code(priority: Priority) -> u8 {
+    match priority {
+        Priority::Foreground => 0,
+        Priority::Boot => 1,
+        Priority::Background => 2,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_more_urgent_goes_first() {
+        let gate = Gate::new();
+        let reader = Urgency::new(Priority::Foreground);
+        let boot = Urgency::new(Priority::Boot);
+        assert!(PRIORITIES.iter().all(|priority| gate.may_run(*priority)));
+        boot.receiving(&gate, true);
+        assert!(gate.may_run(Priority::Boot) && !gate.may_run(Priority::Background));
+        reader.receiving(&gate, true);
+        assert!(gate.may_run(Priority::Foreground) && !gate.may_run(Priority::Boot));
+        reader.receiving(&gate, false);
+        reader.receiving(&gate, false);
+        boot.receiving(&gate, false);
+        assert!(gate.may_run(Priority::Background));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_promotes_a_paused_transfer_and_lets_it_go_again() {
+        let gate = Gate::new();
+        let other = Urgency::new(Priority::Foreground);
+        other.receiving(&gate, true);
+        let paused = Urgency::new(Priority::Background);
+        paused.receiving(&gate, true);
+        let soon = Duration::from_millis(1);
+        assert!(
+            tokio::time::timeout(soon, gate.turn(&paused))
+                .await
+                .is_err()
+        );
+        paused.waiting(&gate, [1, 0, 0], true);
+        assert_eq!(
+            (paused.effective(), paused.waiters()),
+            (Priority::Foreground, 1)
+        );
+        tokio::time::timeout(soon, gate.turn(&paused))
+            .await
+            .unwrap();
+        paused.waiting(&gate, [1, 0, 0], false);
+        assert!(
+            tokio::time::timeout(soon, gate.turn(&paused))
+                .await
+                .is_err()
+        );
+        other.receiving(&gate, false);
+        tokio::time::timeout(soon, gate.turn(&paused))
+            .await
+            .unwrap();
+        assert!(gate.foreground_within(Duration::from_secs(1)));
+        tokio::time::advance(Duration::from_secs(2)).await;
+        assert!(!gate.foreground_within(Duration::from_secs(1)));
+    }
+}

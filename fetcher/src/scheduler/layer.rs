@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+//! One layer as the fetcher sees it.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use sluice_blockindex::chunkmap::{Chunk, ChunkMap};
+use sluice_blockindex::digest::BlobDigest;
+use sluice_blockindex::extent::{BlobSpace, Extent};
+use tokio_util::sync::CancellationToken;
+
+use super::error::FillError;
+use super::flight::{Flights, Transfer};
+use super::sources::SourceSet;
+use super::window::ReadAhead;
+use crate::source::{BlobSource, SourceKind};
+use crate::store::{Device, DeviceKey, Store, Twin, lock};
+
+/// What the fetcher must be told of a layer.
+#[derive(Debug)]
+pub struct LayerSpec {
+    /// Its name in the store.
+    pub key: DeviceKey,
+    /// Its chunks, from the index that `key` names.
+    pub chunks: ChunkMap,
+    /// The blob that has them.
+    pub blob: BlobDigest,
+    /// Size of that blob.
+    pub blob_bytes: u64,
+    /// Where the blob can be read, the nearest first. More can be added later.
+    pub sources: Vec<Arc<dyn BlobSource>>,
+}
+
+/// How much of a layer came from where since the daemon started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LayerTraffic {
+    /// Compressed bytes from local files.
+    pub local_bytes: u64,
+    /// Compressed bytes from other nodes.
+    pub peer_bytes: u64,
+    /// Compressed bytes from mirrors.
+    pub mirror_bytes: u64,
+    /// Compressed bytes from the image's own registry.
+    pub origin_bytes: u64,
+    /// Device bytes that were in the store already, under another index or from before a reboot.
+    pub store_bytes: u64,
+}
+
+#[derive(Debug, Default)]
+struct Traffic {
+    local: AtomicU64,
+    peer: AtomicU64,
+    mirror: AtomicU64,
+    origin: AtomicU64,
+    store: AtomicU64,
+}
+
+/// A layer that can be filled. Made by [`super::Fetcher::add_layer`].
+#[derive(Debug)]
+pub struct LayerHandle {
+    pub(crate) device: Arc<Device>,
+    pub(crate) sources: SourceSet,
+    pub(crate) flights: Arc<Flights>,
+    pub(crate) ahead: Mutex<ReadAhead>,
+    /// Cancelled when the layer is closed.
+    pub(crate) cancel: CancellationToken,
+    /// The transfer on which the whole blob comes, because its source ignores ranges.
+    pub(crate) whole: Mutex<Option<Arc<Transfer>>>,
+    twin: Mutex<Option<Arc<Twin>>>,
+    traffic: Traffic,
+    blob: BlobDigest,
+    blob_bytes: u64,
+}
+
+impl LayerHandle {
+    pub(crate) fn new(
+        spec: LayerSpec,
+        device: Arc<Device>,
+        flights: Arc<Flights>,
+        ahead: ReadAhead,
+        cancel: CancellationToken,
+    ) -> Self {
+        Self {
+            device,
+            sources: SourceSet::new(spec.sources),
+            flights,
+            ahead: Mutex::new(ahead),
+            cancel,
+            whole: Mutex::new(None),
+            twin: Mutex::new(None),
+            traffic: Traffic::default(),
+            blob: spec.blob,
+            blob_bytes: spec.blob_bytes,
+        }
+    }
+
+    /// Its name in the store.
+    pub fn key(&self) -> DeviceKey {
+        self.device.key()
+    }
+
+    /// Its device in the store.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// Its chunks.
+    pub fn chunks(&self) -> &ChunkMap {
+        self.device.chunks()
+    }
+
+    /// The blob that has them.
+    pub fn blob(&self) -> BlobDigest {
+        self.blob
+    }
+
+    /// Size of that blob.
+    pub fn blob_bytes(&self) -> u64 {
+        self.blob_bytes
+    }
+
+    /// Adds a place where the blob can be read. One with the same label and kind is replaced; waiting
+    /// transfers try it at once.
+    pub fn add_source(&self, source: Arc<dyn BlobSource>) {
+        self.sources.add(source);
+    }
+
+    /// How much came from where.
+    pub fn traffic(&self) -> LayerTraffic {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        LayerTraffic {
+            local_bytes: of(&self.traffic.local),
+            peer_bytes: of(&self.traffic.peer),
+            mirror_bytes: of(&self.traffic.mirror),
+            origin_bytes: of(&self.traffic.origin),
+            store_bytes: of(&self.traffic.store),
+        }
+    }
+
+    pub(crate) fn arrived(&self, kind: SourceKind, bytes: u64) {
+        let counter = match kind {
+            SourceKind::Local => &self.traffic.local,
+            SourceKind::Peer => &self.traffic.peer,
+            SourceKind::Mirror => &self.traffic.mirror,
+            SourceKind::Origin => &self.traffic.origin,
+        };
+        counter.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(crate) fn found_in_store(&self, bytes: u64) {
+        self.traffic.store.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Whether nothing more is to be fetched for it, for good.
+    pub(crate) fn check_open(&self) -> Result<(), FillError> {
+        if let Some(failure) = self.device.failure() {
+            return Err(FillError::Failed(failure));
+        }
+        if self.cancel.is_cancelled() {
+            Err(FillError::Closed)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// The chunks whose frames lie wholly in `extent`, ascending.
+    pub(crate) fn chunks_in(&self, extent: Extent<BlobSpace>) -> impl Iterator<Item = Chunk> + '_ {
+        let chunks = self.chunks();
+        let (mut low, mut high) = (0, chunks.count());
+        // The first chunk that does not start before the extent; frames ascend with chunks.
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let before = chunks
+                .chunk(middle)
+                .is_some_and(|it| it.blob.start() < extent.start());
+            if before {
+                low = middle + 1
+            } else {
+                high = middle
+            }
+        }
+        (low..chunks.count())
+            .map_while(|chunk| self.chunks().chunk(chunk))
+            .take_while(move |chunk| chunk.blob.end() <= extent.end())
+    }
+
+    /// A sealed device of the same layer, opened when there is one. **Blocks** (shortly).
+    pub(crate) fn twin(&self, store: &Store) -> Option<Arc<Twin>> {
+        let mut twin = lock(&self.twin);
+        if twin.is_none() {
+            *twin = store.open_twin(&self.key()).map(Arc::new);
+        }
+        twin.clone()
+    }
+}

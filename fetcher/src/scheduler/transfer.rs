@@ -1,0 +1,503 @@
+// SPDX-License-Identifier: Apache-2.0
+//! One transfer: brings the chunks it claimed, from the store itself or from a source.
+//!
+//! It looks at the store first (chunks that wait for their check after a reboot, a sealed twin), then
+//! makes range requests, one at a time, until all its chunks are present. A chunk lands, and its
+//! waiters wake, as soon as its own bytes are there, verified and written. After a failure the chunks
+//! that nobody waits for are given up; for the others another source is asked, for as long as somebody
+//! waits. So every retry happens here, and waiters only watch their deadlines.
+//!
+//! When more comes than was asked (a source that ignores ranges), everything missing that passes is
+//! claimed and committed: it is never asked for again, and never held. There is one such stream
+//! per layer; others hand their claims over to it.
+
+use std::pin::pin;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::StreamExt as _;
+use sluice_blockindex::chunkmap::Chunk;
+use sluice_blockindex::frames::{DecodeFrameError, decode_chunk};
+use tokio::task::{JoinError, JoinSet};
+use tokio_util::sync::CancellationToken;
+
+use super::Core;
+use super::error::FetchFailure;
+use super::flight::Transfer;
+use super::layer::LayerHandle;
+use super::plan::{FrameCutter, Piece, coalesce};
+use super::sources::{Choice, SourceId};
+use crate::clock;
+use crate::metrics::FROM_STORE;
+use crate::source::{BlobSource, BlobStream, Priority, ReadContext, SourceError};
+use crate::store::{Committed, Rechecked, StoreError, lock};
+
+/// Chunks of one transfer that are decoded or wait for it; beyond it the body is not read on. Bounds
+/// what a transfer holds to about this many frames.
+const DECODES: usize = 8;
+
+/// Runs `transfer`, which has claims in `layer`, until they all landed or nobody wants them.
+///
+/// `job` calls it off as soon as nobody waits for it. **Errors** why it ended without some chunks that
+/// nobody waited for, or with a final failure.
+pub(crate) async fn run(
+    core: Arc<Core>,
+    layer: Arc<LayerHandle>,
+    transfer: Arc<Transfer>,
+    job: CancellationToken,
+) -> Result<(), FetchFailure> {
+    let run = Run {
+        core,
+        layer,
+        transfer,
+        job,
+    };
+    let result = run.drive().await;
+    if let Err(failure @ FetchFailure::Store(_)) = &result {
+        run.layer.flights.finish_all(&run.transfer, Some(failure));
+    }
+    result
+}
+
+struct Run {
+    core: Arc<Core>,
+    layer: Arc<LayerHandle>,
+    transfer: Arc<Transfer>,
+    job: CancellationToken,
+}
+
+/// Whatever happens, no claim outlives its transfer: its waiters look again.
+impl Drop for Run {
+    fn drop(&mut self) {
+        self.transfer.urgency.receiving(&self.core.gate, false);
+        self.layer.flights.finish_all(&self.transfer, None);
+    }
+}
+
+/// What came of a chunk's frame.
+type Decoded = (u32, Result<Committed, DecodeFailure>);
+
+enum DecodeFailure {
+    Corrupt(DecodeFrameError),
+    Store(StoreError),
+}
+
+impl Run {
+    async fn drive(&self) -> Result<(), FetchFailure> {
+        self.take_from_store().await?;
+        loop {
+            self.land_present();
+            if self.layer.flights.is_done(&self.transfer) {
+                return Ok(());
+            }
+            let Err(failure) = self.attempt().await else {
+                continue;
+            };
+            if matches!(failure, FetchFailure::Store(_) | FetchFailure::Cancelled) {
+                return Err(failure);
+            }
+            self.transfer.note(&failure);
+            self.layer.flights.finish_unwanted(&self.transfer);
+            if self.layer.flights.is_done(&self.transfer) {
+                return Err(failure);
+            }
+        }
+    }
+
+    /// Ends when the layer is closed, or when the job is called off and nobody waits.
+    async fn called_off(&self) {
+        let job = async {
+            self.job.cancelled().await;
+            while self.transfer.urgency.waiters() > 0 {
+                let priority = self.transfer.urgency.effective();
+                self.transfer.urgency.differs(priority).await;
+            }
+        };
+        tokio::select! {
+            () = self.layer.cancel.cancelled() => {}
+            () = job => {}
+        }
+    }
+
+    /// Runs `work` unless it is called off.
+    async fn unless_called_off<T>(&self, work: impl Future<Output = T>) -> Result<T, FetchFailure> {
+        tokio::select! {
+            biased;
+            () = self.called_off() => Err(FetchFailure::Cancelled),
+            value = work => Ok(value),
+        }
+    }
+
+    /// Lands chunks that became present by another way.
+    fn land_present(&self) {
+        for chunk in self.layer.flights.claims(&self.transfer) {
+            if self.layer.device.is_present(chunk) {
+                self.layer.flights.finish(chunk, None);
+            }
+        }
+    }
+
+    /// Checks chunks of before a reboot, and copies from a sealed twin.
+    async fn take_from_store(&self) -> Result<(), FetchFailure> {
+        let device = &self.layer.device;
+        let twins = !self.core.store.sealed_twins(&device.key()).is_empty();
+        if !twins && !device.any_suspect() {
+            return Ok(());
+        }
+        for ordinal in self.layer.flights.claims(&self.transfer) {
+            if self.layer.cancel.is_cancelled() {
+                return Err(FetchFailure::Cancelled);
+            }
+            let _slot = self.core.decodes.take(&self.transfer.urgency).await;
+            let (core, layer) = (Arc::clone(&self.core), Arc::clone(&self.layer));
+            let taken = tokio::task::spawn_blocking(move || from_store(&core, &layer, ordinal));
+            if joined(taken.await)?.map_err(|error| FetchFailure::Store(Arc::new(error)))? {
+                self.layer.flights.finish(ordinal, None);
+            }
+        }
+        Ok(())
+    }
+
+    /// One range request for the first of the claimed chunks.
+    async fn attempt(&self) -> Result<(), FetchFailure> {
+        let urgency = &self.transfer.urgency;
+        let Some(piece) = self.first_piece() else {
+            return Ok(());
+        };
+        let (id, source) = self.choose(piece.chunks[0]).await?;
+        if source.whole_blob_only() && self.hand_over_to_whole() {
+            return Ok(());
+        }
+        let slots = self.core.origins.of(source.label());
+        let _slot = self.unless_called_off(slots.take(urgency)).await?;
+        self.unless_called_off(self.core.gate.turn(urgency)).await?;
+        // It may have waited long: what landed meanwhile is not asked for.
+        self.land_present();
+        let Some(piece) = self.first_piece() else {
+            return Ok(());
+        };
+        let result = self.request(id, &source, &piece).await;
+        urgency.receiving(&self.core.gate, false);
+        match &result {
+            Ok(()) => self.layer.sources.succeeded(id),
+            Err(FetchFailure::Store(_) | FetchFailure::Cancelled) => {}
+            Err(failure) => {
+                self.core.metrics.failed(source.kind(), failure.class());
+                self.layer.sources.failed(id, failure, clock::now());
+                tracing::warn!(
+                    device = %self.layer.key(), source = source.label(), extent = %piece.extent,
+                    "failed to fetch chunks: {failure}"
+                );
+            }
+        }
+        result
+    }
+
+    fn first_piece(&self) -> Option<Piece> {
+        let claims = self.layer.flights.claims(&self.transfer);
+        let chunks = claims
+            .into_iter()
+            .map_while(|chunk| self.layer.chunks().chunk(chunk));
+        coalesce(chunks, &self.core.options.limits())
+            .into_iter()
+            .next()
+    }
+
+    /// The source to ask now; waits for one while somebody waits for the transfer.
+    async fn choose(&self, chunk: u32) -> Result<(SourceId, Arc<dyn BlobSource>), FetchFailure> {
+        loop {
+            let until = match self.layer.sources.choose(chunk, clock::now()) {
+                Choice::Use(id, source) => return Ok((id, source)),
+                Choice::Wait(until) => Some(until),
+                Choice::Nobody => {
+                    self.transfer.note(&FetchFailure::NoSource);
+                    clock::moment_after(self.core.options.lookout)
+                }
+            };
+            if self.transfer.urgency.waiters() == 0 {
+                return Err(self
+                    .transfer
+                    .last_failure()
+                    .unwrap_or(FetchFailure::NoSource));
+            }
+            self.unless_called_off(async {
+                tokio::select! {
+                    () = clock::sleep_until(until) => {}
+                    () = self.layer.sources.changed() => {}
+                }
+            })
+            .await?;
+        }
+    }
+
+    /// Gives all claims to the stream on which the whole blob comes, if there is one.
+    fn hand_over_to_whole(&self) -> bool {
+        let whole = lock(&self.layer.whole);
+        match &*whole {
+            Some(other) if !Arc::ptr_eq(other, &self.transfer) => {
+                self.layer.flights.hand_over(&self.transfer, other);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Becomes the stream on which the whole blob comes; false when another is it, which then has
+    /// all claims.
+    fn become_whole(&self) -> bool {
+        let mut whole = lock(&self.layer.whole);
+        match &*whole {
+            Some(other) if !Arc::ptr_eq(other, &self.transfer) => {
+                self.layer.flights.hand_over(&self.transfer, other);
+                false
+            }
+            _ => {
+                *whole = Some(Arc::clone(&self.transfer));
+                true
+            }
+        }
+    }
+
+    async fn request(
+        &self,
+        id: SourceId,
+        source: &Arc<dyn BlobSource>,
+        piece: &Piece,
+    ) -> Result<(), FetchFailure> {
+        let priority = self.transfer.urgency.effective();
+        let context = ReadContext::new(priority).with_cancel(self.layer.cancel.clone());
+        self.core.metrics.requested(source.kind(), priority);
+        let stall = self.core.options.stall;
+        let opening = tokio::time::timeout(stall, source.open(&context, piece.extent));
+        let label: Arc<str> = source.label().into();
+        let opened = self.unless_called_off(opening).await?.unwrap_or_else(|_| {
+            self.core.metrics.stalled(source.kind());
+            Err(SourceError::Stalled {
+                after: stall,
+                offset: piece.extent.start(),
+            })
+        });
+        let stream = match opened {
+            Ok(stream) => stream,
+            Err(error) => return Err(FetchFailure::Source { label, error }),
+        };
+        let whole = stream.extent != piece.extent;
+        if whole && !self.become_whole() {
+            return Ok(());
+        }
+        let receiving = Receiving {
+            run: self,
+            id,
+            source,
+            label,
+            corrupt: None,
+        };
+        let result = receiving.receive(stream).await;
+        if whole {
+            // Before `drive` looks at the claims again: what was handed over until now is seen.
+            *lock(&self.layer.whole) = None;
+        }
+        result
+    }
+}
+
+/// The body of one request.
+struct Receiving<'a> {
+    run: &'a Run,
+    id: SourceId,
+    source: &'a Arc<dyn BlobSource>,
+    label: Arc<str>,
+    corrupt: Option<FetchFailure>,
+}
+
+impl Receiving<'_> {
+    async fn receive(mut self, stream: BlobStream) -> Result<(), FetchFailure> {
+        let mut decodes = JoinSet::new();
+        let read = self.read_body(stream, &mut decodes).await;
+        // What was read is decoded in any case: it is paid for.
+        while let Some(decoded) = decodes.join_next().await {
+            self.settle(decoded)?;
+        }
+        read?;
+        match self.corrupt {
+            Some(failure) => Err(failure),
+            None => Ok(()),
+        }
+    }
+
+    async fn read_body(
+        &mut self,
+        stream: BlobStream,
+        decodes: &mut JoinSet<Decoded>,
+    ) -> Result<(), FetchFailure> {
+        let (run, layer) = (self.run, &self.run.layer);
+        let (gate, urgency) = (&run.core.gate, &run.transfer.urgency);
+        let (stall, lull) = (run.core.options.stall, run.core.options.lull);
+        let BlobStream { extent, mut body } = stream;
+        let missing = layer.chunks_in(extent).map(|chunk| chunk.ordinal);
+        layer.flights.claim(
+            &run.transfer,
+            missing.filter(|chunk| !layer.device.is_present(*chunk)),
+        );
+        let mut cutter = FrameCutter::new(extent.start(), layer.chunks_in(extent));
+        let mut called_off = pin!(run.called_off());
+        let mut quiet_since = clock::now();
+        let mut paused = false;
+        let mut flowing = false;
+        loop {
+            // At its very end the body is read to its end, so that its connection can be used again.
+            let rest = cutter.at() < extent.end();
+            if rest && decodes.is_empty() && layer.flights.is_done(&run.transfer) {
+                return Ok(());
+            }
+            let reading = !paused && decodes.len() < DECODES;
+            tokio::select! {
+                biased;
+                () = &mut called_off => return Err(FetchFailure::Cancelled),
+                Some(decoded) = decodes.join_next() => {
+                    self.settle(decoded)?;
+                    if !reading {
+                        quiet_since = clock::now();
+                    }
+                }
+                () = gate.turn(urgency), if paused => {
+                    paused = false;
+                    quiet_since = clock::now();
+                }
+                part = body.next(), if reading => match part {
+                    None => return Ok(()),
+                    Some(Err(error)) => {
+                        return Err(FetchFailure::Source { label: self.label.clone(), error });
+                    }
+                    Some(Ok(bytes)) => {
+                        quiet_since = clock::now();
+                        self.take(bytes, &mut cutter, decodes);
+                        flowing = true;
+                        urgency.receiving(gate, true);
+                        paused = !gate.may_run(urgency.effective());
+                    }
+                },
+                () = tokio::time::sleep_until(quiet_since + lull), if reading && flowing => {
+                    flowing = false;
+                    urgency.receiving(gate, false);
+                }
+                () = tokio::time::sleep_until(quiet_since + stall), if reading => {
+                    run.core.metrics.stalled(self.source.kind());
+                    let error = SourceError::Stalled { after: stall, offset: cutter.at() };
+                    return Err(FetchFailure::Source { label: self.label.clone(), error });
+                }
+            }
+        }
+    }
+
+    /// Takes bytes of the body and starts decoding what they complete.
+    fn take(&self, bytes: Bytes, cutter: &mut FrameCutter, decodes: &mut JoinSet<Decoded>) {
+        let run = self.run;
+        let count = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+        let priority = run.transfer.urgency.effective();
+        run.core
+            .metrics
+            .arrived(self.source.kind(), priority, count);
+        run.layer.arrived(self.source.kind(), count);
+        let device = &run.layer.device;
+        for (chunk, frame) in cutter.push(bytes, |chunk| !device.is_present(chunk.ordinal)) {
+            let (core, device) = (Arc::clone(&run.core), Arc::clone(device));
+            let transfer = Arc::clone(&run.transfer);
+            decodes.spawn(async move {
+                let _slot = core.decodes.take(&transfer.urgency).await;
+                let ordinal = chunk.ordinal;
+                let work = tokio::task::spawn_blocking(move || decode(&device, &chunk, &frame));
+                match work.await {
+                    Ok(result) => (ordinal, result),
+                    Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+                }
+            });
+        }
+    }
+
+    /// Takes note of what came of a frame.
+    fn settle(&mut self, decoded: Result<Decoded, JoinError>) -> Result<(), FetchFailure> {
+        let run = self.run;
+        let (chunk, result) = joined(decoded)?;
+        match result {
+            Ok(committed) => {
+                if committed == Committed::Stored {
+                    run.core.metrics.committed(self.source.kind().as_str());
+                }
+                run.layer.flights.finish(chunk, None);
+            }
+            Err(DecodeFailure::Store(error)) => return Err(FetchFailure::Store(Arc::new(error))),
+            Err(DecodeFailure::Corrupt(error)) => {
+                tracing::warn!(
+                    device = %run.layer.key(), source = self.source.label(), chunk,
+                    "drop corrupt chunk: {error}"
+                );
+                run.core.metrics.corrupt(self.source.kind().as_str());
+                run.layer.sources.sent_corrupt(self.id, chunk);
+                let failure = FetchFailure::Corrupt {
+                    label: self.label.clone(),
+                    error,
+                };
+                run.transfer.note(&failure);
+                self.corrupt = Some(failure);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn decode(
+    device: &crate::store::Device,
+    chunk: &Chunk,
+    frame: &[u8],
+) -> Result<Committed, DecodeFailure> {
+    let bytes = decode_chunk(frame, chunk).map_err(DecodeFailure::Corrupt)?;
+    device
+        .commit(chunk.ordinal, &bytes)
+        .map_err(DecodeFailure::Store)
+}
+
+/// Makes a chunk present from what the store has; false when it does not have it.
+fn from_store(core: &Core, layer: &LayerHandle, ordinal: u32) -> Result<bool, StoreError> {
+    let device = &layer.device;
+    if device.is_present(ordinal) {
+        return Ok(true);
+    }
+    let Some(chunk) = layer.chunks().chunk(ordinal) else {
+        return Ok(false);
+    };
+    match device.recheck(ordinal)? {
+        Rechecked::Trusted => {}
+        Rechecked::Dropped => {
+            core.metrics.corrupt(FROM_STORE);
+            tracing::warn!(device = %device.key(), chunk = ordinal, "drop chunk with a wrong crc32");
+        }
+        Rechecked::NotSuspect => {}
+    }
+    if !device.is_present(ordinal) {
+        match layer.twin(&core.store) {
+            Some(twin) if twin.copy(device, &chunk)? => {}
+            _ => return Ok(false),
+        }
+    }
+    core.metrics.committed(FROM_STORE);
+    layer.found_in_store(chunk.device.len());
+    Ok(true)
+}
+
+/// The result of a task that is never aborted; its panic goes on here.
+fn joined<T>(result: Result<T, JoinError>) -> Result<T, FetchFailure> {
+    match result {
+        Ok(value) => Ok(value),
+        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        Err(_) => Err(FetchFailure::Cancelled),
+    }
+}
+
+/// How urgent the transfer of a fill is once its waiters are served: what it read ahead.
+pub(crate) const fn base_of(priority: Priority) -> Priority {
+    match priority {
+        Priority::Foreground | Priority::Boot => Priority::Boot,
+        Priority::Background => Priority::Background,
+    }
+}
