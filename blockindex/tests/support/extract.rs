@@ -179,3 +179,24 @@ pub fn describe(at: &Path) -> (BTreeMap<Vec<u8>, String>, Vec<PathBuf>) {
     }
     (lines, ghosts)
 }
+
+/// Compares two descriptions and names the paths that differ, not all of them.
+#[track_caller]
+pub fn assert_same_files(actual: &BTreeMap<Vec<u8>, String>, expected: &BTreeMap<Vec<u8>, String>) {
+    let paths: std::collections::BTreeSet<_> = actual.keys().chain(expected.keys()).collect();
+    let differing: Vec<_> = paths
+        .into_iter()
+        .map(|path| {
+            (
+                String::from_utf8_lossy(path),
+                actual.get(path),
+                expected.get(path),
+            )
+        })
+        .filter(|(_, actual, expected)| actual != expected)
+        .collect();
+    assert!(
+        differing.is_empty(),
+        "path, actual, expected: {differing:#?}"
+    );
+}
