@@ -10,8 +10,8 @@ use std::collections::HashMap;
 use proptest::prelude::*;
 use sluice_blockindex::dump::dump;
 use sluice_blockindex::erofs::{
-    DirEntry, FileType, InodeFault, Nid, TreeError, TreeLimits, TreeReader, WriteError, to_tree,
-    validate, write_tree,
+    DeviceSlot, DirEntry, FileType, InodeFault, Nid, TreeError, TreeLimits, TreeReader, WriteError,
+    to_tree, validate, write_tree,
 };
 use sluice_blockindex::tree::{
     IMPLICIT_XATTR, Inode, InodeId, InodeKind, OPAQUE_XATTR, Timestamp, Tree,
@@ -531,4 +531,71 @@ fn xattrs_up_to_the_limit_are_kept() {
         ),
         "{error}"
     );
+}
+
+/// The image and the dump of the example in the format's description.
+fn documented_example() -> (Vec<u8>, String) {
+    let page = include_str!("../../docs/formats/erofs-tree.md");
+    let example = page.split("## Example").nth(1).unwrap();
+    let mut image = vec![0; 1536];
+    let mut text = String::new();
+    for line in example.lines().filter_map(|line| line.strip_prefix("    ")) {
+        if line.starts_with('/') {
+            text.push_str(line);
+            text.push('\n');
+            continue;
+        }
+        let (offset, digits) = line.split_once(": ").unwrap();
+        let offset = usize::from_str_radix(offset, 16).unwrap();
+        for (at, pair) in digits.split_whitespace().enumerate() {
+            image[offset + at] = u8::from_str_radix(pair, 16).unwrap();
+        }
+    }
+    (image, text)
+}
+
+#[test]
+fn the_documented_example_is_what_we_write() {
+    let mut tree = Tree::new();
+    let root = tree.root();
+    tree.inode_mut(root).implicit = false;
+    let extent = Some(sluice_blockindex::tree::FileRun {
+        device: 1,
+        start_block: 1,
+    });
+    let mut file = Inode::new(InodeKind::Regular {
+        size_bytes: 3,
+        extent,
+    });
+    file.permissions = 0o644;
+    file.mtime = Timestamp {
+        seconds: 1_700_000_000,
+        nanoseconds: 0,
+    };
+    file.xattrs
+        .insert(b"user.k".as_slice().into(), b"v".as_slice().into());
+    tree.insert_new(root, b"a", file).unwrap();
+    let written = write_tree(
+        &tree,
+        &[DeviceSlot {
+            tag: [b'0'; 64],
+            blocks: 2,
+        }],
+    )
+    .unwrap();
+    let (documented, text) = documented_example();
+    let lines = written
+        .chunks(16)
+        .enumerate()
+        .filter(|(_, line)| line.iter().any(|b| *b != 0));
+    let hex = lines.map(|(at, line)| {
+        let bytes: Vec<_> = line.iter().map(|byte| format!("{byte:02x}")).collect();
+        format!("    {:04x}: {}\n", at * 16, bytes.join(" "))
+    });
+    assert!(
+        written == documented,
+        "the example should be\n{}",
+        hex.collect::<String>()
+    );
+    assert_eq!(dump(check(&documented).unwrap()).unwrap(), text);
 }
