@@ -40,7 +40,7 @@ layer "debian minbase"
 inside apt-get -q update
 inside apt-get -q -y --no-install-recommends install python3 ca-certificates libcap2-bin
 layer "python"
-inside apt-get -q -y --no-install-recommends install python3-numpy python3-requests python3-flask python3-scipy
+inside apt-get -q -y --no-install-recommends install python3-numpy python3-requests python3-flask python3-pandas
 layer "python packages"
 mkdir -p "$root/srv/app/data"
 cat >"$root/srv/app/ready.py" <<'PY'

@@ -10,7 +10,7 @@ use anyhow::Result;
 use super::command;
 use super::tools;
 
-/// The OCI layout of the Python image (about 180 MB compressed, five layers), made when missing.
+/// The OCI layout of the Python image (over 150 MB, five layers), made when missing.
 pub fn python_layout() -> Result<PathBuf> {
     let layout = tools::target().join("images/python");
     if !layout.join(".complete").exists() {
