@@ -4,6 +4,7 @@
 
 pub mod below;
 pub mod chain;
+pub mod config;
 pub mod control;
 pub mod durable;
 pub mod filters;
@@ -13,10 +14,12 @@ pub mod mount;
 pub mod mounts;
 pub mod plan;
 pub mod resolve;
+pub mod run;
 pub mod service;
 pub mod shim;
 pub mod snapshots;
 pub mod store;
 pub mod sys;
+pub mod telemetry;
 pub mod trees;
 pub mod unpack;

@@ -10,6 +10,7 @@ mod status;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use containerd_snapshots::{Info, Snapshotter, api, tonic};
 use futures::stream::{self, Iter};
@@ -18,6 +19,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::snapshots::{Prepared, Snapshots};
+use crate::telemetry::SnapshotMetrics;
 use status::Refusal;
 
 type Result<T> = std::result::Result<T, Refusal>;
@@ -27,9 +29,10 @@ type Result<T> = std::result::Result<T, Refusal>;
 pub async fn serve(
     snapshots: Snapshots,
     listener: UnixListener,
+    metrics: SnapshotMetrics,
     stop: CancellationToken,
 ) -> std::result::Result<(), tonic::transport::Error> {
-    let service = containerd_snapshots::server(Arc::new(Service(snapshots)));
+    let service = containerd_snapshots::server(Arc::new(Service { snapshots, metrics }));
     tonic::transport::Server::builder()
         .add_service(service)
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
@@ -40,7 +43,41 @@ pub async fn serve(
 
 /// The snapshots, as the crate's trait wants them.
 #[derive(Debug)]
-struct Service(Snapshots);
+struct Service {
+    snapshots: Snapshots,
+    metrics: SnapshotMetrics,
+}
+
+impl Service {
+    /// Counts and logs a request.
+    async fn answer<T>(
+        &self,
+        method: &'static str,
+        key: &str,
+        operation: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        let begun = Instant::now();
+        let result = operation.await;
+        let code = result.as_ref().err().map_or(tonic::Code::Ok, Refusal::code);
+        let took = begun.elapsed();
+        self.metrics.requested(method, format!("{code:?}"), took);
+        match &result {
+            Err(Refusal::Failed(error)) if refusal_is_ours(code) => {
+                tracing::error!(method, key, %error, ?took, "request failed");
+            }
+            _ => tracing::debug!(method, key, ?code, ?took, "request answered"),
+        }
+        result
+    }
+}
+
+/// Whether a failure is the node's trouble and not the client's.
+fn refusal_is_ours(code: tonic::Code) -> bool {
+    matches!(
+        code,
+        tonic::Code::Internal | tonic::Code::DataLoss | tonic::Code::ResourceExhausted
+    )
+}
 
 #[tonic::async_trait]
 impl Snapshotter for Service {
@@ -48,23 +85,29 @@ impl Snapshotter for Service {
     type InfoStream = Iter<std::vec::IntoIter<Result<Info>>>;
 
     async fn stat(&self, key: String) -> Result<Info> {
-        Ok(convert::info(self.0.stat(&key).await?))
+        let operation = async { Ok(convert::info(self.snapshots.stat(&key).await?)) };
+        self.answer("Stat", &key, operation).await
     }
 
     async fn update(&self, info: Info, fieldpaths: Option<Vec<String>>) -> Result<Info> {
-        let labels = convert::labels(info.labels);
-        let mask = fieldpaths.unwrap_or_default();
-        Ok(convert::info(
-            self.0.update(&info.name, labels, mask).await?,
-        ))
+        let (name, mask) = (info.name, fieldpaths.unwrap_or_default());
+        let operation = async {
+            let labels = convert::labels(info.labels);
+            Ok(convert::info(
+                self.snapshots.update(&name, labels, mask).await?,
+            ))
+        };
+        self.answer("Update", &name, operation).await
     }
 
     async fn usage(&self, key: String) -> Result<containerd_snapshots::Usage> {
-        Ok(convert::usage(self.0.usage(&key).await?))
+        let operation = async { Ok(convert::usage(self.snapshots.usage(&key).await?)) };
+        self.answer("Usage", &key, operation).await
     }
 
     async fn mounts(&self, key: String) -> Result<Vec<api::types::Mount>> {
-        Ok(convert::mounts(self.0.mounts(&key).await?))
+        let operation = async { Ok(convert::mounts(self.snapshots.mounts(&key).await?)) };
+        self.answer("Mounts", &key, operation).await
     }
 
     async fn prepare(
@@ -73,14 +116,17 @@ impl Snapshotter for Service {
         parent: String,
         labels: HashMap<String, String>,
     ) -> Result<Vec<api::types::Mount>> {
-        match self
-            .0
-            .prepare(&key, &parent, convert::labels(labels))
-            .await?
-        {
-            Prepared::Mounts(mounts) => Ok(convert::mounts(mounts)),
-            Prepared::Exists { name } => Err(Refusal::Exists { name }),
-        }
+        let operation = async {
+            match self
+                .snapshots
+                .prepare(&key, &parent, convert::labels(labels))
+                .await?
+            {
+                Prepared::Mounts(mounts) => Ok(convert::mounts(mounts)),
+                Prepared::Exists { name } => Err(Refusal::Exists { name }),
+            }
+        };
+        self.answer("Prepare", &key, operation).await
     }
 
     async fn view(
@@ -89,9 +135,13 @@ impl Snapshotter for Service {
         parent: String,
         labels: HashMap<String, String>,
     ) -> Result<Vec<api::types::Mount>> {
-        Ok(convert::mounts(
-            self.0.view(&key, &parent, convert::labels(labels)).await?,
-        ))
+        let operation = async {
+            let labels = convert::labels(labels);
+            Ok(convert::mounts(
+                self.snapshots.view(&key, &parent, labels).await?,
+            ))
+        };
+        self.answer("View", &key, operation).await
     }
 
     async fn commit(
@@ -100,24 +150,32 @@ impl Snapshotter for Service {
         key: String,
         labels: HashMap<String, String>,
     ) -> Result<()> {
-        Ok(self.0.commit(&name, &key, convert::labels(labels)).await?)
+        let operation = async {
+            Ok(self
+                .snapshots
+                .commit(&name, &key, convert::labels(labels))
+                .await?)
+        };
+        self.answer("Commit", &key, operation).await
     }
 
     async fn remove(&self, key: String) -> Result<()> {
-        Ok(self.0.remove(&key).await?)
+        let operation = async { Ok(self.snapshots.remove(&key).await?) };
+        self.answer("Remove", &key, operation).await
     }
 
     async fn clear(&self) -> Result<()> {
-        Ok(self.0.cleanup().await?)
+        let operation = async { Ok(self.snapshots.cleanup().await?) };
+        self.answer("Cleanup", "", operation).await
     }
 
     async fn list(&self, _snapshotter: String, filters: Vec<String>) -> Result<Self::InfoStream> {
-        let records = self.0.list(&filters).await?;
-        let infos: Vec<_> = records
-            .into_iter()
-            .map(|record| Ok(convert::info(record)))
-            .collect();
-        Ok(stream::iter(infos))
+        let operation = async {
+            let records = self.snapshots.list(&filters).await?;
+            let infos: Vec<_> = records.into_iter().map(|r| Ok(convert::info(r))).collect();
+            Ok(stream::iter(infos))
+        };
+        self.answer("List", "", operation).await
     }
 }
 

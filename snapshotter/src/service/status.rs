@@ -15,6 +15,16 @@ pub(super) enum Refusal {
     Exists { name: String },
 }
 
+impl Refusal {
+    /// Its gRPC code.
+    pub(super) fn code(&self) -> Code {
+        match self {
+            Refusal::Failed(error) => code(error),
+            Refusal::Exists { .. } => Code::AlreadyExists,
+        }
+    }
+}
+
 impl From<SnapshotError> for Refusal {
     fn from(error: SnapshotError) -> Self {
         Refusal::Failed(error)

@@ -82,13 +82,18 @@ impl Server {
                 mount_deadline: Duration::from_secs(5),
                 overlay: OverlayOptions::default(),
             },
+            SnapshotMetrics::default(),
         )
         .unwrap();
         let socket = root.path().join("socket");
         let listener = UnixListener::bind(&socket).unwrap();
         let stop = CancellationToken::new();
         let stopped = stop.clone();
-        let task = tokio::spawn(async move { serve(snapshots, listener, stopped).await.unwrap() });
+        let task = tokio::spawn(async move {
+            serve(snapshots, listener, SnapshotMetrics::default(), stopped)
+                .await
+                .unwrap()
+        });
         let connect = tower::service_fn(move |_: Uri| UnixStream::connect(socket.clone()));
         let channel = Endpoint::from_static("http://unix")
             .connect_with_connector(connect)

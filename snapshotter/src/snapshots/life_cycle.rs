@@ -15,6 +15,7 @@ use super::{
 };
 use crate::filters::Filters;
 use crate::store::{MetadataStore, StoreError};
+use crate::telemetry::SnapshotMetrics;
 
 pub(super) type Result<T> = std::result::Result<T, SnapshotError>;
 
@@ -45,6 +46,7 @@ pub(super) struct Inner {
     pub(super) directories: SnapshotDirectories,
     pub(super) lazy: Arc<dyn LazyLayers>,
     pub(super) options: SnapshotOptions,
+    pub(super) metrics: SnapshotMetrics,
     /// Owns every task that an operation started.
     tasks: TaskTracker,
     stop: CancellationToken,
@@ -59,6 +61,7 @@ impl Snapshots {
         directories: SnapshotDirectories,
         lazy: Arc<dyn LazyLayers>,
         options: SnapshotOptions,
+        metrics: SnapshotMetrics,
     ) -> Result<Self> {
         if let Some(highest) = directories.highest_id()? {
             store.reserve_ids_through(highest);
@@ -68,6 +71,7 @@ impl Snapshots {
             directories,
             lazy,
             options,
+            metrics,
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
             reap: Notify::new(),

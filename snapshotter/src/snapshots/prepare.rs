@@ -19,6 +19,7 @@ use super::{
     namespace_of, usage,
 };
 use crate::store::{NewCommitted, NewSnapshot};
+use crate::telemetry::PrepareOutcome;
 
 /// Outcome of a Prepare.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -123,35 +124,49 @@ impl Inner {
         };
         if let Some(existing) = existing {
             self.lazy.reused(&request, &existing);
+            self.metrics.prepared(PrepareOutcome::Existing);
             return Ok(Some(existing));
         }
-        match timeout_at(request.deadline, self.lazy.decide(&request)).await {
-            Err(_) => {
-                log_ordinary(&request, "prepare budget is spent");
-                Ok(None)
-            }
-            Ok(LazyDecision::Ordinary { reason }) => {
+        let (outcome, result) = self.decide(&request).await?;
+        self.metrics.prepared(outcome);
+        match result {
+            Ok(record) => Ok(Some(record)),
+            Err(reason) => {
                 log_ordinary(&request, &reason);
                 Ok(None)
             }
-            Ok(LazyDecision::Lazy(layer)) if layer.chain_id != chain_id => {
-                log_ordinary(&request, "the layer found is another");
-                Ok(None)
+        }
+    }
+
+    /// Asks the lazy side and does what it says; the inner error is the reason why the Prepare is
+    /// ordinary.
+    async fn decide(
+        self: &Arc<Self>,
+        request: &PrepareRequest,
+    ) -> Result<(PrepareOutcome, std::result::Result<SnapshotRecord, String>)> {
+        let decision = timeout_at(request.deadline, self.lazy.decide(request)).await;
+        Ok(match decision {
+            Err(_) => (
+                PrepareOutcome::BudgetSpent,
+                Err("prepare budget is spent".to_owned()),
+            ),
+            Ok(LazyDecision::Ordinary { reason }) => (PrepareOutcome::Ordinary, Err(reason)),
+            Ok(LazyDecision::Lazy(layer)) if layer.chain_id != request.chain_id => {
+                let reason = format!("the layer found is that of {}", layer.chain_id);
+                (PrepareOutcome::Ordinary, Err(reason))
             }
             Ok(LazyDecision::Lazy(layer)) => {
                 let id = self.store.allocate_id();
-                self.adopt(&request, id, Some(layer), Usage::default())
-                    .await
-                    .map(Some)
+                let record = self
+                    .adopt(request, id, Some(layer), Usage::default())
+                    .await?;
+                (PrepareOutcome::Lazy, Ok(record))
             }
-            Ok(LazyDecision::Unpack(source)) => match self.unpack(&request, source).await {
-                Ok(record) => Ok(Some(record)),
-                Err(reason) => {
-                    log_ordinary(&request, &reason);
-                    Ok(None)
-                }
+            Ok(LazyDecision::Unpack(source)) => match self.unpack(request, source).await {
+                Ok(record) => (PrepareOutcome::Unpacked, Ok(record)),
+                Err(reason) => (PrepareOutcome::UnpackFailed, Err(reason)),
             },
-        }
+        })
     }
 
     /// Stores the committed snapshot that answers, or finds the one that another Prepare stored.

@@ -247,6 +247,7 @@ fn open(root: &Path, script: Script) -> (Arc<Scripted>, Snapshots) {
     });
     let store = Arc::new(MetadataStore::open(&root.join("metadata.redb")).unwrap());
     let directories = SnapshotDirectories::open(root).unwrap();
+    let metrics = crate::telemetry::SnapshotMetrics::default();
     let options = SnapshotOptions {
         prepare_budget: Duration::from_millis(200),
         mount_deadline: Duration::from_secs(5),
@@ -257,7 +258,7 @@ fn open(root: &Path, script: Script) -> (Arc<Scripted>, Snapshots) {
     };
     (
         lazy.clone(),
-        Snapshots::start(store, directories, lazy, options).unwrap(),
+        Snapshots::start(store, directories, lazy, options, metrics).unwrap(),
     )
 }
 

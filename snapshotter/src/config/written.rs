@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The configuration as written. Names are the keys of the file, defaults are those documented.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// The whole file.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[allow(missing_docs, reason = "docs/configuration.md documents each key")]
+pub struct Written {
+    pub paths: Paths,
+    pub containerd: Containerd,
+    pub snapshots: Snapshots,
+    pub prepare: Prepare,
+    pub fetch: Fetch,
+    pub store: Store,
+    pub prefetch: Prefetch,
+    pub registry: Registry,
+    pub trust: Trust,
+    pub telemetry: Telemetry,
+    pub log: Log,
+    pub mount: Mount,
+}
+
+/// Declares a section: its keys, their types and their defaults in one place.
+macro_rules! section {
+    ($(#[$doc:meta])* $name:ident { $($key:ident: $type:ty = $default:expr),* $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Serialize, Deserialize)]
+        #[serde(default, deny_unknown_fields)]
+        #[allow(missing_docs, reason = "docs/configuration.md documents each key")]
+        pub struct $name {
+            $(pub $key: $type),*
+        }
+
+        impl Default for $name {
+            fn default() -> Self {
+                Self { $($key: $default),* }
+            }
+        }
+    };
+}
+
+section! {
+    /// `[paths]`
+    Paths {
+        root: PathBuf = "/var/lib/sluice".into(),
+        run: PathBuf = "/run/sluice".into(),
+    }
+}
+section! {
+    /// `[containerd]`
+    Containerd { address: PathBuf = "/run/containerd/containerd.sock".into() }
+}
+section! {
+    /// `[snapshots]`
+    Snapshots {
+        idmapped_mounts: bool = false,
+        mount_options: Vec<String> = Vec::new(),
+    }
+}
+section! {
+    /// `[prepare]`
+    Prepare { budget: String = "5s".into() }
+}
+section! {
+    /// `[fetch]`
+    Fetch {
+        read_deadline: String = "300s".into(),
+        rpc_deadline: String = "30s".into(),
+    }
+}
+section! {
+    /// `[store]`
+    Store { budget: String = "0".into() }
+}
+section! {
+    /// `[prefetch]`
+    Prefetch { enabled: bool = true }
+}
+section! {
+    /// `[registry]`
+    Registry {
+        docker_config: String = String::new(),
+        hosts: BTreeMap<String, Host> = BTreeMap::new(),
+    }
+}
+section! {
+    /// `[trust]`
+    Trust { lazy: Vec<String> = vec!["*".into()] }
+}
+section! {
+    /// `[telemetry]`
+    Telemetry { address: String = "127.0.0.1:9640".into() }
+}
+section! {
+    /// `[log]`
+    Log {
+        format: String = "text".into(),
+        level: String = "info".into(),
+    }
+}
+section! {
+    /// `[mount]`
+    Mount { backend: String = "auto".into() }
+}
+
+/// `[registry.hosts."host:port"]`
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[allow(missing_docs, reason = "docs/configuration.md documents each key")]
+pub struct Host {
+    pub plain_http: Option<bool>,
+    pub insecure_skip_verify: bool,
+    pub ca_files: Vec<PathBuf>,
+}

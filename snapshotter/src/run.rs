@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The daemon: puts the parts together, serves until a signal comes, and takes them apart again.
+//!
+//! Start needs neither network nor containerd: sockets, the metadata store and the directories
+//! are all it waits for. A stop (SIGTERM or SIGINT) answers the requests under way within
+//! [`STOP_DEADLINE`], deletes no state and touches no mount; a second signal ends the process at
+//! once, which costs no more than a crash does.
+
+mod lazy;
+mod lock;
+mod notify;
+mod sockets;
+
+use std::fs::DirBuilder;
+use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+pub use lock::{LockError, RootLock};
+pub use sockets::{SocketError, bind_private};
+
+use crate::config::Config;
+use crate::service;
+use crate::snapshots::{
+    OverlayOptions, SnapshotDirectories, SnapshotError, SnapshotOptions, Snapshots,
+};
+use crate::store::{MetadataStore, StoreError};
+use crate::telemetry::{self, Health, SnapshotMetrics};
+
+/// How long a stop waits for what is under way. Shorter than systemd's 90 s, longer than the
+/// budget of a Prepare and the deadline of a mount by default.
+const STOP_DEADLINE: Duration = Duration::from_secs(40);
+
+/// Why the daemon does not run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RunError {
+    /// A directory cannot be made or used.
+    #[error("prepare directory {path:?}: {source}")]
+    Directory {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Another daemon has the root.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// A socket cannot be bound.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The metadata store cannot be opened.
+    #[error("open metadata {path:?}: {source}")]
+    Store {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: StoreError,
+    },
+    /// The snapshots cannot be opened.
+    #[error("open snapshots: {0}")]
+    Snapshots(#[source] SnapshotError),
+    /// The lazy side does not start.
+    #[error("start the lazy side: {0}")]
+    Lazy(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The telemetry address cannot be bound.
+    #[error("listen on {address} for telemetry: {source}")]
+    Telemetry {
+        /// The address.
+        address: std::net::SocketAddr,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Signals cannot be caught.
+    #[error("catch signals: {0}")]
+    Signals(#[source] io::Error),
+    /// The server of the snapshots service ended.
+    #[error("serve the snapshots service: {0}")]
+    Serve(String),
+}
+
+/// What the parts of the daemon share while they are put together.
+#[derive(Debug)]
+pub struct Parts<'a> {
+    /// The configuration.
+    pub config: &'a Config,
+    /// The metadata store.
+    pub store: Arc<MetadataStore>,
+    /// The directories of ordinary snapshots.
+    pub directories: SnapshotDirectories,
+    /// Where metrics are registered.
+    pub registry: &'a mut Registry,
+    /// Cancelled when the daemon stops.
+    pub stop: CancellationToken,
+}
+
+/// Runs the daemon until SIGTERM or SIGINT.
+pub async fn run(config: Config) -> Result<(), RunError> {
+    let stop = CancellationToken::new();
+    let stopped = stop.clone();
+    let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Signals)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Signals)?;
+    let signals = tokio::spawn(async move {
+        for second in [false, true] {
+            let name = tokio::select! {
+                _ = terminate.recv() => "SIGTERM",
+                _ = interrupt.recv() => "SIGINT",
+            };
+            if second {
+                tracing::warn!(signal = name, "second signal, ending at once");
+                std::process::exit(1);
+            }
+            tracing::info!(signal = name, "stopping");
+            stopped.cancel();
+        }
+    });
+    let result = run_until(config, stop).await;
+    signals.abort();
+    result
+}
+
+/// Runs the daemon until the token is cancelled.
+pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), RunError> {
+    make_private(&config.root)?;
+    make_private(&config.run_dir)?;
+    let _lock = RootLock::take(&config.root)?;
+    let listener = bind_private(&config.snapshots_socket())?;
+
+    let path = config.root.join("metadata.redb");
+    let store = MetadataStore::open(&path).map_err(|source| RunError::Store { path, source })?;
+    let store = Arc::new(store);
+    let directories = SnapshotDirectories::open(&config.root).map_err(RunError::Snapshots)?;
+
+    let mut registry = Registry::default();
+    let metrics = SnapshotMetrics::register(&mut registry);
+    let lazy = lazy::LazySide::start(Parts {
+        config: &config,
+        store: Arc::clone(&store),
+        directories: directories.clone(),
+        registry: &mut registry,
+        stop: stop.clone(),
+    })
+    .await
+    .map_err(RunError::Lazy)?;
+
+    let options = SnapshotOptions {
+        prepare_budget: config.prepare_budget,
+        mount_deadline: config.rpc_deadline,
+        overlay: OverlayOptions {
+            extra: config.overlay_options.clone(),
+            idmapped: config.idmapped_mounts,
+        }
+        .detect(),
+    };
+    let snapshots = Snapshots::start(store, directories, lazy.layers(), options, metrics.clone())
+        .map_err(RunError::Snapshots)?;
+
+    let health = Health::default();
+    let mut telemetry = None;
+    if let Some(address) = config.telemetry {
+        let listener = TcpListener::bind(address)
+            .await
+            .map_err(|source| RunError::Telemetry { address, source })?;
+        let (registry, health) = (Arc::new(registry), health.clone());
+        let stopping = CancellationToken::new();
+        let server = telemetry::serve(listener, registry, health, stopping.clone());
+        telemetry = Some((tokio::spawn(server), stopping));
+    }
+
+    let server = service::serve(snapshots.clone(), listener, metrics, stop.clone());
+    let mut server = tokio::spawn(server);
+    health.set(true);
+    notify::systemd("READY=1");
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        root = ?config.root,
+        socket = ?config.snapshots_socket(),
+        "serving"
+    );
+
+    let early = tokio::select! {
+        () = stop.cancelled() => None,
+        result = &mut server => Some(result),
+    };
+    health.set(false);
+    notify::systemd("STOPPING=1");
+    stop.cancel();
+    let served = match early {
+        Some(result) => Some(result),
+        None => tokio::time::timeout(STOP_DEADLINE, &mut server).await.ok(),
+    };
+    let result = match served {
+        Some(Ok(Ok(()))) => Ok(()),
+        Some(Ok(Err(error))) => Err(RunError::Serve(error.to_string())),
+        Some(Err(error)) => Err(RunError::Serve(error.to_string())),
+        None => {
+            tracing::warn!("requests are still under way at the deadline");
+            server.abort();
+            Ok(())
+        }
+    };
+    snapshots.stop(STOP_DEADLINE).await;
+    lazy.stop(STOP_DEADLINE).await;
+    if let Some((server, stopping)) = telemetry {
+        stopping.cancel();
+        if let Ok(Err(error)) = server.await {
+            tracing::warn!(%error, "telemetry failed");
+        }
+    }
+    tracing::info!("stopped");
+    result
+}
+
+/// Makes a directory that only its owner may enter.
+fn make_private(path: &Path) -> Result<(), RunError> {
+    let make = || {
+        DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o700))
+    };
+    make().map_err(|source| RunError::Directory {
+        path: path.into(),
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests;
