@@ -51,6 +51,7 @@ type HelperKey = (String, String);
 #[derive(Debug)]
 pub struct DockerConfig {
     path: Option<PathBuf>,
+    helper_folder: Option<PathBuf>,
     helper_timeout: Duration,
     answers: Mutex<HashMap<HelperKey, (Option<Credential>, Instant)>>,
 }
@@ -60,6 +61,7 @@ impl DockerConfig {
     pub fn new(path: Option<PathBuf>) -> Self {
         DockerConfig {
             path,
+            helper_folder: None,
             helper_timeout: HELPER_TIMEOUT,
             answers: Mutex::new(HashMap::new()),
         }
@@ -69,6 +71,14 @@ impl DockerConfig {
     #[must_use]
     pub fn with_helper_timeout(mut self, timeout: Duration) -> Self {
         self.helper_timeout = timeout;
+        self
+    }
+
+    /// The same with helpers looked for in `folder` alone, not on the search path, which is short in
+    /// a service.
+    #[must_use]
+    pub fn with_helper_folder(mut self, folder: PathBuf) -> Self {
+        self.helper_folder = Some(folder);
         self
     }
 
@@ -110,6 +120,19 @@ impl DockerConfig {
         }
     }
 
+    /// Asks `docker-credential-<helper> get`.
+    async fn run_helper(&self, helper: &str, server: &str) -> Result<Option<Credential>, String> {
+        if helper.contains('/') {
+            return Err("a helper is named without a path".into());
+        }
+        let name = format!("docker-credential-{helper}");
+        let program = match &self.helper_folder {
+            Some(folder) => folder.join(name),
+            None => PathBuf::from(name),
+        };
+        ask(Command::new(program), server, self.helper_timeout).await
+    }
+
     async fn helper_answer(&self, helper: &str, server: &str, refresh: bool) -> Option<Credential> {
         let key = (helper.to_owned(), server.to_owned());
         let lock = || self.answers.lock().unwrap_or_else(PoisonError::into_inner);
@@ -119,7 +142,7 @@ impl DockerConfig {
         {
             return answer;
         }
-        let answer = match run_helper(helper, server, self.helper_timeout).await {
+        let answer = match self.run_helper(helper, server).await {
             Ok(answer) => answer,
             Err(problem) => {
                 tracing::warn!(helper, server, problem, "failed to ask a credential helper");
@@ -215,23 +238,7 @@ impl Drop for Group {
     }
 }
 
-/// Asks `docker-credential-<helper> get`; `None` when it knows nothing of the server.
-async fn run_helper(
-    helper: &str,
-    server: &str,
-    timeout: Duration,
-) -> Result<Option<Credential>, String> {
-    if helper.contains('/') {
-        return Err("a helper is named without a path".into());
-    }
-    ask(
-        Command::new(format!("docker-credential-{helper}")),
-        server,
-        timeout,
-    )
-    .await
-}
-
+/// Asks a helper for the credentials of `server`; `None` when it knows nothing of it.
 async fn ask(
     mut command: Command,
     server: &str,

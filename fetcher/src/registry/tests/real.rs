@@ -31,9 +31,10 @@ impl Drop for RealRegistry {
 }
 
 impl RealRegistry {
-    fn start() -> Self {
+    /// With a certificate and its key in PEM: TLS.
+    fn start(tls: Option<(String, String)>) -> Self {
         for _ in 0..5 {
-            if let Some(registry) = Self::try_start() {
+            if let Some(registry) = Self::try_start(tls.as_ref()) {
                 return registry;
             }
         }
@@ -41,7 +42,7 @@ impl RealRegistry {
     }
 
     /// `None` when another process took the port in between.
-    fn try_start() -> Option<Self> {
+    fn try_start(tls: Option<&(String, String)>) -> Option<Self> {
         let root = tempfile::Builder::new()
             .prefix("registry-real-")
             .tempdir_in("/tmp")
@@ -54,6 +55,23 @@ impl RealRegistry {
             "version: 0.1\nlog:\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: {}\nhttp:\n  addr: {address}\n",
             root.path().join("data").display()
         );
+        let config = match tls {
+            None => config,
+            Some((certificate, key)) => {
+                let [certificate_path, key_path] =
+                    ["certificate.pem", "key.pem"].map(|name| root.path().join(name));
+                std::fs::write(&certificate_path, certificate).unwrap();
+                std::fs::write(&key_path, key).unwrap();
+                let paths = (certificate_path.display(), key_path.display());
+                format!(
+                    "{config}  tls:
+    certificate: {}
+    key: {}
+",
+                    paths.0, paths.1
+                )
+            }
+        };
         let path = root.path().join("config.yml");
         std::fs::write(&path, config).unwrap();
         let mut process = Command::new(PROGRAM)
@@ -82,15 +100,101 @@ impl RealRegistry {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn real_registry_push_pull_range_mount() {
+/// `None`, and says so, where the test is waived.
+async fn start(tls: Option<(String, String)>) -> Option<RealRegistry> {
     if std::env::var_os("SLUICE_TEST_NO_REGISTRY").is_some_and(|value| value == "1") {
         println!("skipped: SLUICE_TEST_NO_REGISTRY=1");
-        return;
+        return None;
     }
-    let registry = tokio::task::spawn_blocking(RealRegistry::start)
+    Some(
+        tokio::task::spawn_blocking(move || RealRegistry::start(tls))
+            .await
+            .unwrap(),
+    )
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn real_registry_tls() {
+    let authority_key = rcgen::KeyPair::generate().unwrap();
+    let mut parameters = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let authority = rcgen::CertifiedIssuer::self_signed(parameters, authority_key).unwrap();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let leaf = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()])
+        .unwrap()
+        .signed_by(&key, &authority)
+        .unwrap();
+    let Some(registry) = start(Some((leaf.pem(), key.serialize_pem()))).await else {
+        return;
+    };
+    let host = registry.address.to_string();
+    let place = Repository::new(&host, "team/app").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let authority_path = folder.path().join("ca.pem");
+    std::fs::write(&authority_path, authority.pem()).unwrap();
+
+    let with = |change: &dyn Fn(&mut HostOptions)| {
+        let mut options = quick_options();
+        let host_options = options.host_mut(&host);
+        host_options.plain_http = Some(false);
+        change(host_options);
+        client(options)
+    };
+    let blob = BlobDigest::of(b"tls");
+    let bytes = Bytes::from_static(b"tls");
+    let stranger = with(&|_| {});
+    let error = stranger
+        .blob_size(&context(), &place, blob)
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(error, RegistryError::Certificate { .. }),
+        "{error}"
+    );
+    assert_eq!(error.class(), crate::source::Class::Permanent);
+
+    let trusting = with(&|host| host.ca_files = vec![authority_path.clone()]);
+    trusting
+        .push_blob(&context(), &place, blob, bytes.clone())
         .await
         .unwrap();
+    let careless = with(&|host| host.insecure_skip_verify = true);
+    assert_eq!(
+        careless
+            .blob_bytes(&context(), &place, blob, 10)
+            .await
+            .unwrap(),
+        bytes
+    );
+    // Plain HTTP to a TLS port is refused by the registry; nothing is read.
+    let plain = client(quick_options());
+    let error = plain.blob_size(&context(), &place, blob).await.unwrap_err();
+    assert!(
+        matches!(error, RegistryError::Refused { status: 400, .. }),
+        "{error}"
+    );
+
+    for (name, content) in [("missing.pem", None), ("empty.pem", Some("no certificate"))] {
+        let path = folder.path().join(name);
+        if let Some(content) = content {
+            std::fs::write(&path, content).unwrap();
+        }
+        let mut options = RegistryOptions::default();
+        options.host_mut(&host).ca_files.push(path);
+        let error = RegistryClient::new(options, Arc::new(NoCredentials)).unwrap_err();
+        assert!(
+            matches!(error, RegistryError::Configuration { .. }),
+            "{error}"
+        );
+        assert!(error.to_string().contains(name), "{error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn real_registry_push_pull_range_mount() {
+    let Some(registry) = start(None).await else {
+        return;
+    };
     let options = RegistryOptions {
         upload_piece_bytes: 100_000,
         ..RegistryOptions::default()

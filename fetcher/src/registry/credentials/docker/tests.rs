@@ -18,9 +18,9 @@ fn write(folder: &Path, config: &str) -> DockerConfig {
     DockerConfig::new(Some(path))
 }
 
-/// A helper is found by name on the search path, so tests name it by a link in a folder on it.
+/// Writes a helper as a shell script; gives its name.
 fn helper(folder: &Path, script: &str) -> String {
-    let name = format!("sluice-test-{}", rand::random::<u64>());
+    let name = format!("test-{}", rand::random::<u64>());
     let path = folder.join(format!("docker-credential-{name}"));
     std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -28,8 +28,10 @@ fn helper(folder: &Path, script: &str) -> String {
 }
 
 async fn run(folder: &Path, name: &str, timeout: Duration) -> Result<Option<Credential>, String> {
-    let program = folder.join(format!("docker-credential-{name}"));
-    ask(Command::new(program), "registry.example", timeout).await
+    let config = DockerConfig::new(None)
+        .with_helper_folder(folder.to_owned())
+        .with_helper_timeout(timeout);
+    config.run_helper(name, "registry.example").await
 }
 
 #[tokio::test]
@@ -114,14 +116,19 @@ async fn helpers_answer_fail_or_are_stopped() {
         Err("malformed answer".into())
     );
     let flood = helper(path, "yes");
-    assert!(run(path, &flood, long).await.is_err() || run(path, &flood, long).await == Ok(None));
+    assert_eq!(run(path, &flood, long).await, Ok(None));
     assert!(
         run(path, "missing", long)
             .await
             .unwrap_err()
             .starts_with("start:")
     );
-    assert!(run_helper("../evil", "x", long).await.is_err());
+    assert!(
+        run(path, "../evil", long)
+            .await
+            .unwrap_err()
+            .contains("without a path")
+    );
 
     // Its child keeps the pipe open, so only killing the whole group ends it.
     let mark = path.join("child");
@@ -157,4 +164,65 @@ async fn secrets_are_not_shown() {
     );
     assert!(!shown.contains("hunter2"), "{shown}");
     assert!(shown.contains("[redacted]"), "{shown}");
+}
+
+#[tokio::test]
+async fn helpers_come_before_and_after_entries() {
+    let folder = tempfile::tempdir().unwrap();
+    let answer = |user: &str| format!(r#"printf '{{"Username":"{user}","Secret":"s"}}'"#);
+    let own = helper(folder.path(), &answer("own"));
+    let common = helper(folder.path(), &answer("common"));
+    let config = write(
+        folder.path(),
+        &format!(
+            r#"{{"auths":{{"r.example":{{"username":"file","password":"s"}},"hub.example":{{}}}},
+                "credHelpers":{{"r.example":"{own}","gone.example":"missing"}},
+                "credsStore":"{common}"}}"#
+        ),
+    )
+    .with_helper_folder(folder.path().to_owned());
+    let cases = [
+        ("r.example", vec!["own", "file", "common"]),
+        ("hub.example", vec!["common"]),
+        ("gone.example", vec!["common"]),
+    ];
+    for (host, users) in cases {
+        let expected: Vec<_> = users.into_iter().map(|user| password(user, "s")).collect();
+        assert_eq!(config.credentials(host, false).await, expected, "{host}");
+    }
+}
+
+#[tokio::test]
+async fn a_refresh_runs_the_helper_again_but_not_in_a_burst() {
+    let folder = tempfile::tempdir().unwrap();
+    let runs = folder.path().join("runs");
+    let script = format!(
+        r#"echo >> {0}; printf '{{"Username":"%s","Secret":"s"}}' "$(wc -l < {0})""#,
+        runs.display()
+    );
+    let name = helper(folder.path(), &script);
+    let config = write(folder.path(), &format!(r#"{{"credsStore":"{name}"}}"#))
+        .with_helper_folder(folder.path().to_owned());
+    assert_eq!(
+        config.credentials("r.example", false).await,
+        [password("1", "s")]
+    );
+    assert_eq!(
+        config.credentials("r.example", false).await,
+        [password("1", "s")]
+    );
+    assert_eq!(
+        config.credentials("r.example", true).await,
+        [password("1", "s")],
+        "too young"
+    );
+    tokio::time::sleep(HELPER_MIN_AGE).await;
+    assert_eq!(
+        config.credentials("r.example", false).await,
+        [password("1", "s")]
+    );
+    assert_eq!(
+        config.credentials("r.example", true).await,
+        [password("2", "s")]
+    );
 }
