@@ -12,6 +12,7 @@ use clap::{Parser, Subcommand};
 
 mod control;
 mod convert;
+mod inspect;
 mod open;
 mod pull;
 mod setup;
@@ -30,6 +31,8 @@ pub struct Arguments {
 enum Command {
     /// Convert an image so that it can start before its layers are downloaded.
     Convert(convert::Convert),
+    /// Show layers, frames, index and files of an image, a blob or an index, and check them.
+    Inspect(inspect::Inspect),
     /// Pull an image into containerd without the bytes of its lazy layers.
     Pull(pull::Pull),
     /// Show what the daemon holds.
@@ -68,6 +71,7 @@ fn dispatch(arguments: Arguments) -> anyhow::Result<()> {
     match arguments.command {
         Command::Setup(setup) => setup::run(&setup),
         Command::Convert(convert) => wait_for(convert::run(convert)),
+        Command::Inspect(inspect) => wait_for(inspect::run(inspect)),
         Command::Pull(pull) => wait_for(pull::run(pull)),
         Command::Status(status) => wait_for(control::status(status)),
         Command::Why(why) => wait_for(control::why(why)),

@@ -9,6 +9,7 @@ pub mod cli;
 pub mod convert;
 pub mod grpc;
 pub mod image;
+pub mod inspect;
 pub mod pack;
 pub mod plan;
 pub mod pool;

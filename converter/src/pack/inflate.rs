@@ -164,7 +164,9 @@ mod tests {
 
     #[test]
     fn every_compression_gives_the_same_bytes() {
-        let text: Vec<u8> = (0..700_000_u32).map(|n| (n.wrapping_mul(n) >> 7).to_le_bytes()[0]).collect();
+        let text: Vec<u8> = (0..700_000_u32)
+            .map(|n| (n.wrapping_mul(n) >> 7).to_le_bytes()[0])
+            .collect();
         let zstd = zstd::encode_all(text.as_slice(), 1).unwrap();
         let members = [gzip(&text[..1000]), gzip(&text[1000..])].concat();
         let frames = [&zstd[..], &[0x50, 0x2a, 0x4d, 0x18, 2, 0, 0, 0, 9, 9]].concat();

@@ -1,0 +1,481 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The built `sluice` against real software: docker-registry, skopeo, zstd, and containerd.
+//!
+//! Each test starts what it needs on a free port under a temporary directory and ends it by its
+//! process id, also when it fails. A program that is not installed fails the test: the README says
+//! what has to be there.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+/// A child process that ends with its owner.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+struct Registry {
+    _process: Process,
+    address: String,
+    directory: PathBuf,
+}
+
+impl Registry {
+    fn start(directory: &Path) -> Self {
+        let directory = directory.join("registry");
+        std::fs::create_dir_all(directory.join("data")).unwrap();
+        // The port is free now; nobody else on a test machine takes it in between.
+        let port = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
+        let address = format!("127.0.0.1:{port}");
+        let config = format!(
+            "version: 0.1\nlog:\n  accesslog:\n    disabled: false\nstorage:\n  filesystem:\n    rootdirectory: {}\n  delete:\n    enabled: true\nhttp:\n  addr: {address}\n",
+            directory.join("data").display()
+        );
+        std::fs::write(directory.join("config.yml"), config).unwrap();
+        let log = std::fs::File::create(directory.join("log")).unwrap();
+        let child = Command::new("docker-registry")
+            .arg("serve")
+            .arg(directory.join("config.yml"))
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .expect("docker-registry is installed");
+        let process = Process(child);
+        wait_for("the registry", || TcpStream::connect(&address).is_ok());
+        Self {
+            _process: process,
+            address,
+            directory,
+        }
+    }
+
+    /// Requests so far whose method changes something.
+    fn writes(&self) -> usize {
+        let log = std::fs::read_to_string(self.directory.join("log")).unwrap();
+        log.lines()
+            .filter(|line| {
+                ["\"PUT ", "\"POST ", "\"PATCH "]
+                    .iter()
+                    .any(|method| line.contains(method))
+            })
+            .count()
+    }
+
+    /// Blob files on the registry's disk.
+    fn blobs(&self) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        let mut open = vec![self.directory.join("data")];
+        while let Some(directory) = open.pop() {
+            for entry in std::fs::read_dir(directory).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    open.push(path);
+                } else if path.ends_with("data") {
+                    found.push(path);
+                }
+            }
+        }
+        found
+    }
+}
+
+fn wait_for(what: &str, mut ready: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(60);
+    while !ready() {
+        assert!(Instant::now() < end, "{what} did not start");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn run(program: impl AsRef<std::ffi::OsStr>, arguments: &[&str]) -> Output {
+    let program = program.as_ref();
+    Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap_or_else(|e| {
+            panic!("{} must be installed: {e}", program.display());
+        })
+}
+
+fn ok(program: &str, arguments: &[&str]) -> String {
+    let output = run(program, arguments);
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{program} {arguments:?}: {stderr}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn sluice(arguments: &[&str]) -> Output {
+    run(env!("CARGO_BIN_EXE_sluice"), arguments)
+}
+
+/// Runs a conversion and returns its summary.
+fn convert(arguments: &[&str]) -> Value {
+    let output = sluice(&[&["convert", "--json"], arguments].concat());
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "convert {arguments:?}: {stderr}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    let lines: Vec<Value> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let last = lines.last().expect("a summary").clone();
+    assert_eq!(last["event"], "summary");
+    last
+}
+
+fn digest(bytes: &[u8]) -> String {
+    format!("sha256:{}", hex::encode(Sha256::digest(bytes)))
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+fn tar_of(seed: u32, files: u32) -> Vec<u8> {
+    let mut builder = tar::Builder::new(Vec::new());
+    let mut state = seed;
+    for n in 0..files {
+        let content: Vec<u8> = (0..20_000 + n * 300)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                b'a' + (state >> 28).to_le_bytes()[0]
+            })
+            .collect();
+        let mut header = tar::Header::new_gnu();
+        header.set_size(content.len() as u64);
+        header.set_mode(0o755);
+        builder
+            .append_data(&mut header, format!("s{seed}/f{n}"), content.as_slice())
+            .unwrap();
+    }
+    builder.into_inner().unwrap()
+}
+
+/// An OCI layout with one image for two platforms; returns the tars of the first.
+fn layout(directory: &Path) -> Vec<Vec<u8>> {
+    let blobs = directory.join("blobs/sha256");
+    std::fs::create_dir_all(&blobs).unwrap();
+    let put = |bytes: &[u8], media_type: &str| {
+        let name = digest(bytes);
+        std::fs::write(blobs.join(&name[7..]), bytes).unwrap();
+        serde_json::json!({"mediaType": media_type, "digest": name, "size": bytes.len()})
+    };
+    let mut manifests = Vec::new();
+    let mut first = Vec::new();
+    for (arch, seed) in [("amd64", 1), ("arm64", 100)] {
+        let tars = vec![tar_of(seed, 60), tar_of(seed + 1, 10), vec![0; 1024]];
+        let layers = [
+            put(
+                &gzip(&tars[0]),
+                "application/vnd.oci.image.layer.v1.tar+gzip",
+            ),
+            put(
+                &zstd::encode_all(tars[1].as_slice(), 3).unwrap(),
+                "application/vnd.oci.image.layer.v1.tar+zstd",
+            ),
+            put(&tars[2], "application/vnd.oci.image.layer.v1.tar"),
+        ];
+        let diff_ids: Vec<String> = tars.iter().map(|tar| digest(tar)).collect();
+        let config = serde_json::json!({"architecture": arch, "os": "linux", "config": {"Cmd": ["/x"]}, "rootfs": {"type": "layers", "diff_ids": diff_ids}});
+        let config = put(
+            config.to_string().as_bytes(),
+            "application/vnd.oci.image.config.v1+json",
+        );
+        let media_type = "application/vnd.oci.image.manifest.v1+json";
+        let manifest = serde_json::json!({"schemaVersion": 2, "mediaType": media_type, "config": config, "layers": layers});
+        let mut entry = put(manifest.to_string().as_bytes(), media_type);
+        entry["platform"] = serde_json::json!({"architecture": arch, "os": "linux"});
+        manifests.push(entry);
+        if first.is_empty() {
+            first = tars;
+        }
+    }
+    let media_type = "application/vnd.oci.image.index.v1+json";
+    let index =
+        serde_json::json!({"schemaVersion": 2, "mediaType": media_type, "manifests": manifests});
+    let mut entry = put(index.to_string().as_bytes(), media_type);
+    entry["annotations"] = serde_json::json!({"org.opencontainers.image.ref.name": "v1"});
+    let index = serde_json::json!({"schemaVersion": 2, "manifests": [entry]});
+    std::fs::write(directory.join("index.json"), index.to_string()).unwrap();
+    std::fs::write(
+        directory.join("oci-layout"),
+        r#"{"imageLayoutVersion":"1.0.0"}"#,
+    )
+    .unwrap();
+    first
+}
+
+#[test]
+fn an_image_goes_through_a_registry_and_everybody_reads_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let source = directory.path().join("source");
+    let tars = layout(&source);
+    let registry = Registry::start(directory.path());
+    let source = format!("oci:{}:v1", source.display());
+    let pushed = format!("docker://{}/team/app:v1", registry.address);
+
+    let summary = convert(&[&source, &pushed]);
+    // The empty layer is the same for both platforms.
+    assert_eq!(
+        (&summary["images"], &summary["layers"]),
+        (&2.into(), &5.into())
+    );
+    assert_eq!(summary["layers_not_lazy"], 0);
+
+    // Again: nothing is sent, whatever the access log calls it.
+    let writes = registry.writes();
+    assert!(writes > 0, "the log shows writes");
+    let again = convert(&[&source, &pushed]);
+    assert_eq!(
+        (&again["uploads"], &again["digest"]),
+        (&0.into(), &summary["digest"])
+    );
+    assert_eq!(registry.writes(), writes);
+
+    // Into a layout, by one thread: the same digests.
+    let out = directory.path().join("out");
+    let layout = format!("oci:{}:v1", out.display());
+    let local = convert(&[&source, &layout, "--threads", "1", "--memory", "8"]);
+    assert_eq!(local["digest"], summary["digest"]);
+
+    // Back from the registry, and to another repository, where blobs are mounted.
+    let back = format!("oci:{}", directory.path().join("back").display());
+    assert_eq!(convert(&[&pushed, &back])["digest"], summary["digest"]);
+    let other = format!("docker://{}/other/app:v2", registry.address);
+    let blobs = registry.blobs().len();
+    assert_eq!(convert(&[&pushed, &other])["digest"], summary["digest"]);
+    assert_eq!(registry.blobs().len(), blobs);
+
+    // zstd gives the same tars.
+    let root = ok(
+        "skopeo",
+        &["inspect", "--raw", "--tls-verify=false", &pushed],
+    );
+    let root: Value = serde_json::from_str(&root).unwrap();
+    let blob = |descriptor: &Value| {
+        let name = descriptor["digest"].as_str().unwrap();
+        out.join("blobs/sha256").join(&name[7..])
+    };
+    let manifest = std::fs::read(blob(&root["manifests"][0])).unwrap();
+    let manifest: Value = serde_json::from_slice(&manifest).unwrap();
+    for (layer, tar) in manifest["layers"].as_array().unwrap().iter().zip(&tars) {
+        let path = blob(layer);
+        let output = run("zstd", &["-dcq", path.to_str().unwrap()]);
+        assert!(
+            output.status.success() && output.stdout == *tar,
+            "{}",
+            path.display()
+        );
+        let inspected = sluice(&["inspect", "--json", path.to_str().unwrap()]);
+        assert!(
+            inspected.status.success(),
+            "{}",
+            String::from_utf8_lossy(&inspected.stderr)
+        );
+    }
+
+    // Other tools read it.
+    ok("skopeo", &["inspect", "--tls-verify=false", &pushed]);
+    let copy = format!("oci:{}:x", directory.path().join("copy").display());
+    ok(
+        "skopeo",
+        &["copy", "--all", "--src-tls-verify=false", &pushed, &copy],
+    );
+    let shown = sluice(&["inspect", &pushed]);
+    let shown = String::from_utf8(shown.stdout).unwrap();
+    assert!(
+        shown.contains("linux/amd64") && shown.contains(": lazy"),
+        "{shown}"
+    );
+
+    // What is not there is named, and nothing appears at the destination.
+    let wanted = format!("docker://{}/team/none:v1", registry.address);
+    let refused: [(&[&str], &str); 3] = [
+        (&["convert", &wanted, &layout], "team/none:v1"),
+        (
+            &["convert", &source, &wanted, "--platform", "linux/s390x"],
+            "linux/amd64, linux/arm64",
+        ),
+        (&["inspect", &wanted], "team/none:v1"),
+    ];
+    for (arguments, message) in refused {
+        let output = sluice(arguments);
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {stderr}");
+        assert!(stderr.contains(message), "{arguments:?}: {stderr}");
+    }
+    let absent = run("skopeo", &["inspect", "--tls-verify=false", &wanted]);
+    assert!(!absent.status.success());
+}
+
+#[test]
+fn a_damaged_source_leaves_the_tag_as_it_was() {
+    let directory = tempfile::tempdir().unwrap();
+    let source = directory.path().join("source");
+    layout(&source);
+    let registry = Registry::start(directory.path());
+    let pushed = format!("docker://{}/team/app:v1", registry.address);
+    let source_name = format!("oci:{}:v1", source.display());
+    let before = convert(&[&source_name, &pushed])["digest"].clone();
+
+    // A layer that is no longer what its name says, in a new image with the same tag.
+    let fresh = directory.path().join("fresh");
+    layout(&fresh);
+    let largest = std::fs::read_dir(fresh.join("blobs/sha256"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .max_by_key(|path| path.metadata().unwrap().len())
+        .unwrap();
+    let mut bytes = std::fs::read(&largest).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&largest, bytes).unwrap();
+    let fresh = format!("oci:{}:v1", fresh.display());
+    let output = sluice(&["convert", "--force", &fresh, &pushed]);
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    let name = largest.file_name().unwrap().to_str().unwrap();
+    assert!(
+        stderr.contains(name) && stderr.contains("corrupt"),
+        "{stderr}"
+    );
+    let raw = ok(
+        "skopeo",
+        &["inspect", "--raw", "--tls-verify=false", &pushed],
+    );
+    assert_eq!(digest(raw.as_bytes()), before.as_str().unwrap());
+}
+
+#[test]
+fn help_and_bad_arguments_behave() {
+    let help = sluice(&["--help"]);
+    let text = String::from_utf8(help.stdout).unwrap();
+    for command in [
+        "convert", "inspect", "pull", "status", "why", "content", "setup",
+    ] {
+        assert!(text.contains(command), "{command}");
+    }
+    for bad in [
+        &["convert", "x"][..],
+        &["convert", "http://x/y", "oci:z"],
+        &["convert", "a", "b", "--platform", "linux"],
+        &["nonsense"],
+    ] {
+        assert_eq!(sluice(bad).status.code(), Some(2), "{bad:?}");
+    }
+    let output = sluice(&["status", "--socket", "/nonexistent/control.sock"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("/nonexistent/control.sock"));
+}
+
+/// containerd needs root; elsewhere the test says so and ends.
+fn is_root() -> bool {
+    let mut status = String::new();
+    std::fs::File::open("/proc/self/status")
+        .unwrap()
+        .read_to_string(&mut status)
+        .unwrap();
+    status.lines().any(|line| line.starts_with("Uid:\t0\t"))
+}
+
+#[test]
+fn privileged_containerd_imports_a_converted_image_and_pulls_it_with_overlayfs() {
+    if !is_root() {
+        eprintln!("skipped: containerd needs root");
+        return;
+    }
+    let directory = tempfile::tempdir_in("/var/tmp").unwrap();
+    let path = |name: &str| directory.path().join(name).display().to_string();
+    let source = directory.path().join("source");
+    layout(&source);
+    let registry = Registry::start(directory.path());
+    let reference = format!("{}/team/app:v1", registry.address);
+    let pushed = format!("docker://{reference}");
+    convert(&[&format!("oci:{}:v1", source.display()), &pushed]);
+
+    let config = format!(
+        "version = 2\nroot = \"{}\"\nstate = \"{}\"\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\n  address = \"{}\"\n",
+        path("root"),
+        path("state"),
+        path("c.sock")
+    );
+    std::fs::write(path("config.toml"), config).unwrap();
+    let log = std::fs::File::create(path("containerd.log")).unwrap();
+    let child = Command::new("containerd")
+        .args(["-c", &path("config.toml")])
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
+        .spawn()
+        .expect("containerd is installed");
+    let _process = Process(child);
+    let socket = path("c.sock");
+    wait_for("containerd", || {
+        run("ctr", &["-a", &socket, "version"]).status.success()
+    });
+
+    let pull = [
+        "pull",
+        &reference,
+        "-a",
+        &socket,
+        "--snapshotter",
+        "overlayfs",
+        "--platform",
+        "linux/amd64",
+        "--json",
+    ];
+    let output = sluice(&pull);
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{stderr}");
+    let images = ok("ctr", &["-a", &socket, "images", "check"]);
+    let line = images
+        .lines()
+        .find(|line| line.contains(&reference))
+        .expect("the image");
+    assert!(line.contains("true"), "unpacked: {line}");
+    assert_eq!(
+        ok("ctr", &["-a", &socket, "leases", "ls", "-q"]).trim(),
+        "",
+        "no lease is left"
+    );
+    let again = sluice(&pull);
+    let again = String::from_utf8(again.stdout).unwrap();
+    assert_eq!(again.matches("\"how\":\"present\"").count(), 3, "{again}");
+
+    let archive = path("archive.tar");
+    let target = format!("oci-archive:{archive}:imported:1");
+    ok(
+        "skopeo",
+        &["copy", "--all", "--src-tls-verify=false", &pushed, &target],
+    );
+    ok(
+        "ctr",
+        &[
+            "-a",
+            &socket,
+            "images",
+            "import",
+            "--all-platforms",
+            "--no-unpack",
+            &archive,
+        ],
+    );
+    assert!(ok("ctr", &["-a", &socket, "images", "ls", "-q"]).contains("imported:1"));
+}
