@@ -25,7 +25,7 @@ use sluice_blockindex::chunkmap::ChunkMap;
 use sluice_blockindex::digest::{DiffId, IndexDigest};
 
 #[cfg(test)]
-mod crash;
+pub(crate) mod crash;
 mod device;
 mod dir;
 mod error;

@@ -168,3 +168,51 @@ proptest! {
         runtime.block_on(run(case))?;
     }
 }
+
+/// Real threads, real files, real time: 16 readers of one layer, a prefetch, and a source that drops
+/// every third request. Nobody hangs, everybody gets the tar's bytes, and it can be sealed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn many_readers_on_many_threads_agree() {
+    let layer = TestLayer::even(3, 150, 10_000);
+    let dir = tempfile::tempdir().unwrap();
+    let store = Arc::new(Store::open(dir.path(), StoreOptions::default()).unwrap());
+    let paths = store.device_paths(&layer.key).unwrap();
+    let fetcher = Fetcher::new(FetcherOptions::default(), store, Metrics::new());
+    let line = Line::new("a", &layer.blob).pieces(8 << 10, Duration::from_micros(200));
+    line.mishaps((0..90).map(|at| (at % 3 == 0).then_some(Mishap::Cut(15_000))));
+    let handle = fetcher
+        .add_layer(layer.spec(vec![Arc::new(line)]))
+        .await
+        .unwrap();
+    let shim = crate::store::PresenceMap::open(&paths.present).unwrap();
+    let deadline = Some(Duration::from_secs(60));
+    let source = FilledLayer::new(
+        fetcher.clone(),
+        Arc::clone(&handle),
+        Priority::Foreground,
+        deadline,
+    );
+    let job = fetcher.prefetch(vec![Arc::clone(&handle).into()]);
+    let readers = (0..16_u64).map(|reader| {
+        let (source, tar) = (source.clone(), layer.tar.clone());
+        tokio::spawn(async move {
+            let mut at = reader * 7919;
+            for _ in 0..40 {
+                at = (at * 6_364_136_223 + 1_442_695) % (tar.len() as u64 - 5000);
+                let bytes = source.read(device(at..at + 5000)).await.unwrap();
+                let at = usize::try_from(at).unwrap();
+                assert!(bytes == tar[at..at + 5000], "reader {reader} at {at}");
+            }
+        })
+    });
+    for reader in futures::future::join_all(readers).await {
+        reader.unwrap();
+    }
+    let progress = tokio::time::timeout(Duration::from_secs(60), job.join())
+        .await
+        .unwrap();
+    assert_eq!(progress.sealed_layers, 1);
+    assert_eq!(shim.state(), crate::store::DeviceState::Sealed);
+    assert!(std::fs::read(&paths.data).unwrap() == layer.tar);
+    fetcher.shutdown().await;
+}

@@ -5,6 +5,7 @@ use super::*;
 use crate::fixture::TestLayer;
 use crate::fixture::line::{Line, Mishap};
 use crate::source::{BlobSource, Class, SourceKind};
+use crate::store::crash::CrashDisk;
 use crate::store::{BootId, StoreOptions};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -572,4 +573,52 @@ async fn closing_ends_fills_and_shutdown_joins_everything() {
     }
     let error = fetcher.add_layer(layer.spec(vec![])).await.unwrap_err();
     assert!(matches!(error, StoreError::Stopped), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_store_is_said_at_once_and_gets_better() {
+    let disk = CrashDisk::default();
+    let boot = StoreOptions {
+        boot: Some(BootId([1; 16])),
+        reclaim: None,
+    };
+    let store = Store::on(Box::new(disk.clone()), None, boot).unwrap();
+    let fetcher = Fetcher::new(options(), Arc::new(store), Metrics::new());
+    let layer = TestLayer::even(21, 3, 4000);
+    let line = Line::new("a", &layer.blob);
+    let handle = add(&fetcher, &layer, &[&line]).await;
+    let fill = |chunk| {
+        fetcher.fill(
+            &handle,
+            chunk_extent(&layer, chunk),
+            Priority::Foreground,
+            None,
+        )
+    };
+    fill(0).await.unwrap();
+    disk.fill_up(1);
+    let error = fill(1).await.unwrap_err();
+    assert!(
+        matches!(error, FillError::NoSpace { needed_bytes: 4000 }),
+        "{error}"
+    );
+    // What is present is read on, and the next fill finds room.
+    fill(0).await.unwrap();
+    fill(1).await.unwrap();
+    assert_eq!(check(&handle, &layer), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_source_that_is_slower_than_the_stall_limit_still_serves() {
+    let (fetcher, layer) = (fetcher(), TestLayer::even(22, 3, 4000));
+    let line = Line::new("slow", &layer.blob).first_byte(3 * options().stall);
+    let handle = add(&fetcher, &layer, &[&line]).await;
+    let extent = chunk_extent(&layer, 1);
+    let deadline = Some(Duration::from_secs(300));
+    fetcher
+        .fill(&handle, extent, Priority::Foreground, deadline)
+        .await
+        .unwrap();
+    assert_eq!((check(&handle, &layer), line.asked().len()), (1, 3));
+    assert_eq!(fetcher.metrics().stalls(SourceKind::Origin), 2);
 }

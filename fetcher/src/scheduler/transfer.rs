@@ -13,6 +13,8 @@
 
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt as _;
@@ -36,6 +38,9 @@ use crate::store::{Committed, Rechecked, StoreError, lock};
 /// what a transfer holds to about this many frames.
 const DECODES: usize = 8;
 
+/// A request that stalled is given at most eight times the first limit when it is made again.
+const MOST_DOUBLINGS: u32 = 3;
+
 /// Runs `transfer`, which has claims in `layer`, until they all landed or nobody wants them.
 ///
 /// `job` calls it off as soon as nobody waits for it. **Errors** why it ended without some chunks that
@@ -46,11 +51,13 @@ pub(crate) async fn run(
     transfer: Arc<Transfer>,
     job: CancellationToken,
 ) -> Result<(), FetchFailure> {
+    let stalls = AtomicU32::new(0);
     let run = Run {
         core,
         layer,
         transfer,
         job,
+        stalls,
     };
     let result = run.drive().await;
     if let Err(failure @ FetchFailure::Store(_)) = &result {
@@ -64,11 +71,22 @@ struct Run {
     layer: Arc<LayerHandle>,
     transfer: Arc<Transfer>,
     job: CancellationToken,
+    /// Attempts that stalled: each makes the next one twice as patient.
+    stalls: AtomicU32,
 }
 
 /// Whatever happens, no claim outlives its transfer: its waiters look again.
 impl Drop for Run {
     fn drop(&mut self) {
+        {
+            let mut whole = lock(&self.layer.whole);
+            if whole
+                .as_ref()
+                .is_some_and(|it| Arc::ptr_eq(it, &self.transfer))
+            {
+                *whole = None;
+            }
+        }
         self.transfer.urgency.receiving(&self.core.gate, false);
         self.layer.flights.finish_all(&self.transfer, None);
     }
@@ -117,6 +135,18 @@ impl Run {
             () = self.layer.cancel.cancelled() => {}
             () = job => {}
         }
+    }
+
+    /// How long a request may be without a byte. It doubles with each stall, or a source that is
+    /// always slower than the first limit would never give anything.
+    fn patience(&self) -> Duration {
+        let doublings = self.stalls.load(Ordering::Relaxed).min(MOST_DOUBLINGS);
+        self.core.options.stall.saturating_mul(1 << doublings)
+    }
+
+    fn stalled(&self, source: &Arc<dyn BlobSource>) {
+        self.stalls.fetch_add(1, Ordering::Relaxed);
+        self.core.metrics.stalled(source.kind());
     }
 
     /// Runs `work` unless it is called off.
@@ -267,11 +297,11 @@ impl Run {
         let priority = self.transfer.urgency.effective();
         let context = ReadContext::new(priority).with_cancel(self.layer.cancel.clone());
         self.core.metrics.requested(source.kind(), priority);
-        let stall = self.core.options.stall;
+        let stall = self.patience();
         let opening = tokio::time::timeout(stall, source.open(&context, piece.extent));
         let label: Arc<str> = source.label().into();
         let opened = self.unless_called_off(opening).await?.unwrap_or_else(|_| {
-            self.core.metrics.stalled(source.kind());
+            self.stalled(source);
             Err(SourceError::Stalled {
                 after: stall,
                 offset: piece.extent.start(),
@@ -332,7 +362,7 @@ impl Receiving<'_> {
     ) -> Result<(), FetchFailure> {
         let (run, layer) = (self.run, &self.run.layer);
         let (gate, urgency) = (&run.core.gate, &run.transfer.urgency);
-        let (stall, lull) = (run.core.options.stall, run.core.options.lull);
+        let (stall, lull) = (run.patience(), run.core.options.lull);
         let BlobStream { extent, mut body } = stream;
         let missing = layer.chunks_in(extent).map(|chunk| chunk.ordinal);
         layer.flights.claim(
@@ -382,7 +412,7 @@ impl Receiving<'_> {
                     urgency.receiving(gate, false);
                 }
                 () = tokio::time::sleep_until(quiet_since + stall), if reading => {
-                    run.core.metrics.stalled(self.source.kind());
+                    run.stalled(self.source);
                     let error = SourceError::Stalled { after: stall, offset: cutter.at() };
                     return Err(FetchFailure::Source { label: self.label.clone(), error });
                 }

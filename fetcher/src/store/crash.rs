@@ -4,7 +4,7 @@
 //! Every operation that a disk sees (write, sync, replacing a record, flush of everything) counts.
 //! The power is cut at a chosen one; from then on every operation fails. What is then found is, for
 //! each 512-byte sector of data and each word of a bitmap, either the synced or the newest content,
-//! by a seed; a record being replaced is the old or the new one. Nothing here is nicer than a real
+//! by a seed; a record that was not replaced durably is the old or the new one. Nothing here is nicer than a real
 //! disk, except that records and words are not torn, which the file system and the sector size grant.
 
 use std::collections::BTreeMap;
@@ -45,8 +45,7 @@ struct Content {
     data: Vec<u8>,
     durable_data: Vec<u8>,
     meta: Option<Vec<u8>>,
-    /// A record that was being written when the power went.
-    torn_meta: Option<Vec<u8>>,
+    durable_meta: Option<Vec<u8>>,
 }
 
 impl Disk {
@@ -80,6 +79,7 @@ impl Content {
     fn sync(&mut self) {
         self.durable_data.clone_from(&self.data);
         self.durable_words = self.presence.snapshot();
+        self.durable_meta.clone_from(&self.meta);
     }
 
     fn with(presence: Presence, data: Vec<u8>, meta: Option<Vec<u8>>) -> Self {
@@ -88,8 +88,8 @@ impl Content {
             presence: Arc::new(presence),
             durable_data: data.clone(),
             data,
+            durable_meta: meta.clone(),
             meta,
-            torn_meta: None,
         }
     }
 }
@@ -153,8 +153,12 @@ impl CrashDisk {
                     sector.copy_from_slice(newest);
                 }
             }
-            let torn = content.torn_meta.clone().filter(|_| random.random());
-            let meta = torn.or_else(|| content.meta.clone());
+            let newest = random.random();
+            let meta = if newest {
+                content.meta.clone()
+            } else {
+                content.durable_meta.clone()
+            };
             (*key, Content::with(words_of(&words), data, meta))
         });
         let devices = devices.collect();
@@ -310,12 +314,15 @@ impl DeviceMedia for CrashDevice {
             .and_then(|content| content.meta.clone()))
     }
 
-    fn replace_meta(&self, record: &[u8; META_BYTES]) -> io::Result<()> {
+    fn replace_meta(&self, record: &[u8; META_BYTES], durable: bool) -> io::Result<()> {
         let replace = |content: &mut Content| {
             content.meta = Some(record.to_vec());
+            if durable {
+                content.durable_meta.clone_from(&content.meta);
+            }
             Ok(())
         };
-        self.operate(replace, |content| content.torn_meta = Some(record.to_vec()))
+        self.operate(replace, |content| content.meta = Some(record.to_vec()))
     }
 
     fn held_bytes(&self) -> io::Result<u64> {

@@ -150,11 +150,11 @@ impl Device {
                 presence.set_state(DeviceState::Open);
             }
         }
-        // From here on bits may be set that are not durable: the record must say so before.
+        // From here on bits may be set that are not durable: a record that vouches for bits must be
+        // gone from the disk before. A new device has none, and losing it loses nothing.
         if stored != Some(meta) {
-            media
-                .replace_meta(&meta.encode())
-                .map_err(StoreError::io("write record of device"))?;
+            let written = media.replace_meta(&meta.encode(), !fresh);
+            written.map_err(StoreError::io("write record of device"))?;
         }
         let present_bytes = (0..chunks.count())
             .filter(|chunk| presence.is_present(*chunk))
@@ -432,7 +432,7 @@ impl Device {
         let mut meta = lock(&self.meta);
         let mut next = *meta;
         change(&mut next);
-        let written = self.media.replace_meta(&next.encode());
+        let written = self.media.replace_meta(&next.encode(), true);
         if written.is_ok() {
             *meta = next;
         }

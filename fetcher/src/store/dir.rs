@@ -162,8 +162,8 @@ fn read_if_there(path: &Path) -> io::Result<Option<Vec<u8>>> {
     }
 }
 
-/// Temporary name, write, fsync, rename, fsync of the directory.
-fn replace_file(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
+/// Temporary name, write, fsync, rename, fsync of the directory; without `durable` no fsync.
+fn replace_file(dir: &Path, name: &str, bytes: &[u8], durable: bool) -> io::Result<()> {
     let temporary = dir.join(format!("{name}{TEMPORARY}"));
     let mut file = File::options()
         .create(true)
@@ -172,9 +172,11 @@ fn replace_file(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
         .mode(FILE_MODE)
         .open(&temporary)?;
     file.write_all(bytes)?;
-    file.sync_all()?;
+    if durable {
+        file.sync_all()?;
+    }
     fs::rename(&temporary, dir.join(name))?;
-    sync_dir(dir)
+    if durable { sync_dir(dir) } else { Ok(()) }
 }
 
 fn held(path: &Path) -> io::Result<u64> {
@@ -220,12 +222,9 @@ impl Media for DirMedia {
     fn open_device(&self, key: &DeviceKey, ends: &[u64]) -> io::Result<Opened> {
         let dir = device_dir(&self.root, key);
         let device_bytes = ends.last().copied().unwrap_or(0);
-        let parent = dir.parent().unwrap_or(&self.root);
-        if !dir.exists() {
-            fs::create_dir_all(&dir)?;
-            sync_dir(&self.root)?;
-            sync_dir(parent)?;
-        }
+        // Nothing of a new device is synced, because nothing of it is missed when a power cut takes it;
+        // a pull should not wait for the disk.
+        fs::create_dir_all(&dir)?;
         let data = File::options()
             .create(true)
             .truncate(false)
@@ -252,7 +251,7 @@ impl Media for DirMedia {
                 fresh = true;
                 let bytes = Presence::encode(ends.iter().copied())
                     .ok_or_else(|| io::Error::other("chunk ends do not rise"))?;
-                replace_file(&dir, PRESENT, &bytes)?;
+                replace_file(&dir, PRESENT, &bytes, false)?;
                 map_presence(&path, ends)?
                     .ok_or_else(|| io::Error::other("presence file changed under us"))?
             }
@@ -330,8 +329,14 @@ impl DeviceMedia for DirDevice {
         read_if_there(&self.dir.join(META))
     }
 
-    fn replace_meta(&self, record: &[u8; META_BYTES]) -> io::Result<()> {
-        replace_file(&self.dir, META, record)
+    fn replace_meta(&self, record: &[u8; META_BYTES], durable: bool) -> io::Result<()> {
+        if !durable {
+            return replace_file(&self.dir, META, record, false);
+        }
+        replace_file(&self.dir, META, record, true)?;
+        // The directories above may be as new as the device.
+        let above = self.dir.ancestors().skip(1).take(2);
+        above.into_iter().try_for_each(sync_dir)
     }
 
     fn held_bytes(&self) -> io::Result<u64> {

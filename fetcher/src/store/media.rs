@@ -32,8 +32,9 @@ pub(crate) trait DeviceMedia: Send + Sync + Debug {
     /// The record as last replaced; `None` when there is none.
     fn load_meta(&self) -> io::Result<Option<Vec<u8>>>;
 
-    /// Replaces the record durably: after a crash the old or the new one is there, whole.
-    fn replace_meta(&self, record: &[u8; META_BYTES]) -> io::Result<()>;
+    /// Replaces the record: whoever opens the device afterwards finds the old or the new one, whole.
+    /// Without `durable` a power cut may bring the old one back, or lose the only one.
+    fn replace_meta(&self, record: &[u8; META_BYTES], durable: bool) -> io::Result<()>;
 
     /// Bytes that the device really takes.
     fn held_bytes(&self) -> io::Result<u64>;

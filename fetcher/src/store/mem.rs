@@ -122,7 +122,7 @@ impl DeviceMedia for MemDevice {
         Ok(lock(&self.meta).clone())
     }
 
-    fn replace_meta(&self, record: &[u8; META_BYTES]) -> io::Result<()> {
+    fn replace_meta(&self, record: &[u8; META_BYTES], _durable: bool) -> io::Result<()> {
         *lock(&self.meta) = Some(record.to_vec());
         Ok(())
     }
