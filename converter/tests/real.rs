@@ -5,6 +5,8 @@
 //! process id, also when it fails. A program that is not installed fails the test: the README says
 //! what has to be there.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -478,4 +480,47 @@ fn privileged_containerd_imports_a_converted_image_and_pulls_it_with_overlayfs()
         ],
     );
     assert!(ok("ctr", &["-a", &socket, "images", "ls", "-q"]).contains("imported:1"));
+}
+
+#[test]
+fn containerd_accepts_the_configuration_that_setup_writes() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("config.toml");
+    let default = ok("containerd", &["config", "default"]);
+    // A root of our own, so that the link for containerd 1.6 lands in this directory.
+    let root = directory.path().join("root");
+    let own_root = format!("root = \"{}\"", root.display());
+    let before = default.replace("root = \"/var/lib/containerd\"", &own_root);
+    assert_ne!(before, default);
+    std::fs::write(&path, &before).unwrap();
+    let config = path.to_str().unwrap();
+
+    let setup = ["setup", "containerd", "--config", config, "--cri", "--yes"];
+    let output = sluice(&setup);
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(stdout.contains("+[proxy_plugins.sluice]"), "{stdout}");
+    let dump = ok("containerd", &["-c", config, "config", "dump"]);
+    assert!(dump.contains("[proxy_plugins.sluice]"), "{dump}");
+    assert!(dump.contains("snapshotter = \"sluice\""), "{dump}");
+    if ok("containerd", &["--version"]).contains(" 1.6.") {
+        let link = root.join("io.containerd.snapshotter.v1.sluice");
+        assert_eq!(
+            std::fs::read_link(link).unwrap(),
+            Path::new("/var/lib/sluice")
+        );
+    }
+
+    let again = sluice(&setup);
+    assert!(String::from_utf8_lossy(&again.stdout).contains("nothing to change"));
+    // Without a terminal and without --yes nothing is written.
+    let unasked = sluice(&["setup", "containerd", "--config", config, "--undo"]);
+    assert_eq!(unasked.status.code(), Some(1));
+    let undo = sluice(&["setup", "containerd", "--config", config, "--undo", "--yes"]);
+    assert!(undo.status.success());
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), before);
 }

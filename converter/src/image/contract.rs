@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What every image store promises, checked over all of them.
 
+use std::fs::File;
 use std::io::Write;
 use std::sync::Arc;
 
@@ -15,7 +16,7 @@ use super::oci_layout::LayoutImage;
 use super::{Descriptor, Document, ImageWriter, read_small};
 use crate::spool;
 
-fn spooled(bytes: &[u8]) -> Arc<std::fs::File> {
+fn spooled(bytes: &[u8]) -> Arc<File> {
     let mut file = spool::create(&std::env::temp_dir()).unwrap();
     file.write_all(bytes).unwrap();
     Arc::new(file)
@@ -173,4 +174,91 @@ async fn a_layout_keeps_its_other_images() {
         "{error}"
     );
     assert!(LayoutImage::open(&directory.path().join("none"), None).is_err());
+}
+
+/// A registry of its own, ended by its process id also when the test fails.
+struct Registry {
+    child: std::process::Child,
+    _directory: tempfile::TempDir,
+    address: String,
+}
+
+impl Registry {
+    fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let port = std::net::TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
+        let address = format!("127.0.0.1:{port}");
+        let data = directory.path().join("data");
+        let config = format!(
+            "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: \"{address}\"}}\n",
+            data.display()
+        );
+        let path = directory.path().join("config.yml");
+        std::fs::write(&path, config).unwrap();
+        let log = File::create(directory.path().join("log")).unwrap();
+        let child = std::process::Command::new("docker-registry")
+            .arg("serve")
+            .arg(path)
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .expect("docker-registry is installed");
+        let registry = Self {
+            child,
+            _directory: directory,
+            address,
+        };
+        for _ in 0..600 {
+            if std::net::TcpStream::connect(&registry.address).is_ok() {
+                return registry;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        panic!("docker-registry did not start");
+    }
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[tokio::test]
+async fn registry() {
+    use sluice_fetcher::registry::{NoCredentials, RegistryClient, RegistryOptions};
+    let registry = Registry::start();
+    let client = RegistryClient::new(RegistryOptions::default(), Arc::new(NoCredentials)).unwrap();
+    let reference = format!("{}/contract/image:v1", registry.address)
+        .parse()
+        .unwrap();
+    let image = super::registry::RegistryImage::new(client.clone(), reference);
+    check(&image).await;
+    // Another repository of the same registry takes blobs without their bytes.
+    let reference = format!("{}/other/image:v1", registry.address)
+        .parse()
+        .unwrap();
+    let other = super::registry::RegistryImage::new(client, reference);
+    let layer = BlobDigest::of(&vec![7_u8; 300_000]);
+    use super::ImageReader;
+    assert!(!other.has_blob(layer, 300_000).await.unwrap());
+    assert!(
+        other
+            .mount_blob(layer, &image.repository().unwrap())
+            .await
+            .unwrap()
+    );
+    assert!(other.has_blob(layer, 300_000).await.unwrap());
+    let absent = BlobDigest::of(b"absent");
+    assert!(
+        !other
+            .mount_blob(absent, &image.repository().unwrap())
+            .await
+            .unwrap()
+    );
 }
