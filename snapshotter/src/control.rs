@@ -1,4 +1,162 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The control service: what the command line asks of the daemon.
+//! The control service: what the command line asks of the daemon, on `control.sock` (mode 0600).
+//!
+//! Answers come from the metadata store and the chunk store; containerd is asked for image names, with
+//! a deadline, and its absence only leaves names out. Nothing here runs inside a snapshots RPC.
 
+mod content;
+mod images;
 pub mod ingest;
+mod status;
+mod why;
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use futures::Stream;
+use sluice_proto::control::control_server::{Control, ControlServer};
+use sluice_proto::control::{
+    CompleteContentProgress, CompleteContentRequest, StatusRequest, StatusResponse, WhyRequest,
+    WhyResponse,
+};
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::{Request, Response, Status};
+
+use crate::lazy::Lazy;
+use crate::resolve::{Containerd, ContentError, ContentReader, ResolveError};
+use crate::store::StoreError;
+
+/// Why a request of the command line fails.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ControlError {
+    /// No image fits.
+    #[error("no image {0:?} in containerd")]
+    NoImage(String),
+    /// containerd could not be asked.
+    #[error(transparent)]
+    Containerd(#[from] ContentError),
+    /// The image cannot be resolved.
+    #[error(transparent)]
+    Resolve(#[from] ResolveError),
+    /// The metadata store failed.
+    #[error("read metadata: {0}")]
+    Metadata(#[from] StoreError),
+    /// A blob could not be put into containerd's content store.
+    #[error(transparent)]
+    Ingest(#[from] ingest::IngestError),
+    /// Nobody is known who has the blob.
+    #[error("no registry is known that has blob {0}")]
+    NoSource(String),
+    /// A digest in a manifest is malformed.
+    #[error("manifest names a layer {0:?}, which is no sha256 digest")]
+    Digest(String),
+    /// The daemon stops.
+    #[error("the daemon stops")]
+    Stopping,
+}
+
+/// One place where our failures become gRPC's.
+fn status_of(error: &ControlError) -> Status {
+    let message = error.to_string();
+    match error {
+        ControlError::NoImage(_) => Status::not_found(message),
+        ControlError::Containerd(ContentError::Unavailable { .. })
+        | ControlError::Resolve(ResolveError::Content(ContentError::Unavailable { .. }))
+        | ControlError::Ingest(ingest::IngestError::Containerd(_))
+        | ControlError::Stopping => Status::unavailable(message),
+        ControlError::Ingest(ingest::IngestError::Source { .. }) => Status::unavailable(message),
+        ControlError::Ingest(ingest::IngestError::Digest { .. }) => Status::data_loss(message),
+        ControlError::Containerd(_) | ControlError::Resolve(ResolveError::Content(_)) => {
+            Status::data_loss(message)
+        }
+        ControlError::Resolve(_) | ControlError::NoSource(_) | ControlError::Digest(_) => {
+            Status::failed_precondition(message)
+        }
+        ControlError::Ingest(_) | ControlError::Metadata(_) => Status::internal(message),
+    }
+}
+
+/// The control service.
+#[derive(Clone, Debug)]
+pub struct ControlService {
+    lazy: Lazy,
+    containerd: Containerd,
+    content: Arc<dyn ContentReader>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl ControlService {
+    /// Answers for these lazy layers.
+    #[must_use]
+    pub fn new(lazy: Lazy, containerd: Containerd, stop: CancellationToken) -> Self {
+        let content = Arc::clone(&lazy.parts().content);
+        Self {
+            lazy,
+            containerd,
+            content,
+            tasks: TaskTracker::new(),
+            stop,
+        }
+    }
+
+    /// Serves until the daemon stops, and ends what runs then.
+    pub async fn serve(self, listener: UnixListener) -> Result<(), tonic::transport::Error> {
+        let (stop, tasks) = (self.stop.clone(), self.tasks.clone());
+        let served = tonic::transport::Server::builder()
+            .add_service(ControlServer::new(self))
+            .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
+                stop.cancelled().await;
+            })
+            .await;
+        tasks.close();
+        tasks.wait().await;
+        served
+    }
+
+    /// Runs a metadata transaction on a blocking thread.
+    async fn metadata<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&crate::store::MetadataStore) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, ControlError> {
+        let metadata = Arc::clone(&self.lazy.parts().metadata);
+        let done = tokio::task::spawn_blocking(move || work(&metadata)).await;
+        Ok(done.map_err(|_| ControlError::Stopping)??)
+    }
+}
+
+type ProgressStream =
+    Pin<Box<dyn Stream<Item = Result<CompleteContentProgress, Status>> + Send + 'static>>;
+
+#[tonic::async_trait]
+impl Control for ControlService {
+    async fn status(
+        &self,
+        request: Request<StatusRequest>,
+    ) -> Result<Response<StatusResponse>, Status> {
+        let answer = self.status(&request.into_inner().r#match).await;
+        answer.map(Response::new).map_err(|error| status_of(&error))
+    }
+
+    async fn why(&self, request: Request<WhyRequest>) -> Result<Response<WhyResponse>, Status> {
+        let WhyRequest { image, namespace } = request.into_inner();
+        let answer = self.why(&image, &namespace).await;
+        answer.map(Response::new).map_err(|error| status_of(&error))
+    }
+
+    type CompleteContentStream = ProgressStream;
+
+    async fn complete_content(
+        &self,
+        request: Request<CompleteContentRequest>,
+    ) -> Result<Response<ProgressStream>, Status> {
+        let CompleteContentRequest { image, namespace } = request.into_inner();
+        Ok(Response::new(
+            self.clone().complete_content(image, namespace),
+        ))
+    }
+}

@@ -226,6 +226,14 @@ impl IndexFiles {
         Ok(removed)
     }
 
+    /// Whether somebody asked for the index within this time.
+    #[must_use]
+    pub fn touched_within(&self, digest: IndexDigest, time: Duration) -> bool {
+        self.touched()
+            .get(&digest)
+            .is_some_and(|at| at.elapsed() < time)
+    }
+
     fn touch(&self, digest: IndexDigest) {
         self.touched().insert(digest, Instant::now());
     }

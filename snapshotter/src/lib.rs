@@ -2,6 +2,7 @@
 //! containerd's side of Sluice: the snapshots service, the metadata store, chains of merged trees,
 //! their mounts, the shim that serves them, and the daemon `sluiced` that holds it all together.
 
+pub mod background;
 pub mod below;
 pub mod chain;
 pub mod config;
@@ -10,6 +11,8 @@ pub mod durable;
 pub mod filters;
 pub mod indexes;
 pub mod labels;
+pub mod layers;
+pub mod lazy;
 pub mod mount;
 pub mod mounts;
 pub mod plan;
@@ -22,4 +25,5 @@ pub mod store;
 pub mod sys;
 pub mod telemetry;
 pub mod trees;
+pub mod trust;
 pub mod unpack;

@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use sluice_fetcher::store::DeviceKey;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -60,11 +61,21 @@ enum Phase {
     Retiring,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Entry {
     phase: Phase,
-    layers: u32,
+    devices: Vec<DeviceKey>,
     last_used: Instant,
+}
+
+fn device_keys(spec: &MountSpec) -> Vec<DeviceKey> {
+    let devices = spec.devices.iter();
+    devices
+        .map(|it| DeviceKey {
+            diff_id: it.diff_id,
+            index: it.index_digest,
+        })
+        .collect()
 }
 
 /// A mount, for `sluice status`.
@@ -142,10 +153,9 @@ impl Mounts {
             let Some(key) = RunKey::from_hex(&spec.key) else {
                 continue;
             };
-            let layers = u32::try_from(spec.devices.len()).unwrap_or(u32::MAX);
             let entry = Entry {
                 phase: Phase::Mounted,
-                layers,
+                devices: device_keys(spec),
                 last_used: Instant::now(),
             };
             table.entry(key).or_insert(entry);
@@ -162,8 +172,17 @@ impl Mounts {
             .map(|(key, entry)| MountedRun {
                 key: *key,
                 mountpoint: self.mountpoint(*key),
-                layers: entry.layers,
+                layers: u32::try_from(entry.devices.len()).unwrap_or(u32::MAX),
             })
+            .collect()
+    }
+
+    /// The devices below all mounts: their files are in use.
+    #[must_use]
+    pub fn devices(&self) -> BTreeSet<DeviceKey> {
+        self.table()
+            .values()
+            .flat_map(|entry| entry.devices.iter().copied())
             .collect()
     }
 
@@ -216,7 +235,7 @@ impl Mounts {
         }
         self.backend.mount(&spec).await?;
         if let Some(entry) = self.table().get_mut(&turn.key) {
-            entry.layers = u32::try_from(spec.devices.len()).unwrap_or(u32::MAX);
+            entry.devices = device_keys(&spec);
             entry.last_used = Instant::now();
         }
         turn.fallback = Some(Phase::Mounted);
@@ -230,7 +249,7 @@ impl Mounts {
             None => {
                 let entry = Entry {
                     phase: Phase::Mounting,
-                    layers: 0,
+                    devices: Vec::new(),
                     last_used: now,
                 };
                 table.insert(key, entry);

@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The layers of this node as the fetcher knows them: opened when first wanted, from durable files.
+//!
+//! A layer is opened by its metadata record: the index is mapped, the device opened, the sources are
+//! the repositories of the record. No network. Repositories that become known later join the same
+//! [`OriginSet`], so a fetch that runs already tries them too.
+//! Implements the shim's [`FillService`]: a fill for a layer that nobody has opened since the daemon
+//! started finds it in the metadata store.
+//!
+//! **Locks** the table of origin sets is locked for map operations only.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use async_trait::async_trait;
+use sluice_blockindex::digest::BlobDigest;
+use sluice_fetcher::registry::{RegistryClient, Repository};
+use sluice_fetcher::scheduler::{Fetcher, FillError, LayerHandle, LayerSpec};
+use sluice_fetcher::source::{BlobSource, OriginSet, Priority, RegistryBlobSource, RetryPolicy};
+use sluice_fetcher::store::{DeviceKey, StoreError as ChunkStoreError};
+
+use crate::indexes::{IndexFiles, LayerIndex, LayerIndexError};
+use crate::mount::errno::FillErrno;
+use crate::shim::client::{FillRequest, FillService};
+use crate::snapshots::{BlobOrigin, LazyLayerRecord};
+use crate::store::{MetadataStore, StoreError};
+
+/// Why a layer cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenLayerError {
+    /// Its index file is gone: it must be pulled again.
+    #[error("the index file of layer {0} is missing")]
+    NoIndex(DeviceKey),
+    /// Its index file cannot be used.
+    #[error("open index of layer {key}: {source}")]
+    Index {
+        /// The layer.
+        key: DeviceKey,
+        /// What is wrong.
+        source: LayerIndexError,
+    },
+    /// Its device cannot be opened.
+    #[error("open device of layer {key}: {source}")]
+    Device {
+        /// The layer.
+        key: DeviceKey,
+        /// What is wrong.
+        source: ChunkStoreError,
+    },
+    /// The metadata store failed.
+    #[error("look up layer: {0}")]
+    Metadata(#[from] StoreError),
+    /// The daemon stops.
+    #[error("stopping")]
+    Stopping,
+}
+
+/// The name of a layer's device.
+#[must_use]
+pub fn device_key(record: &LazyLayerRecord) -> DeviceKey {
+    DeviceKey {
+        diff_id: record.diff_id,
+        index: record.index_digest,
+    }
+}
+
+/// Opens layers and keeps their sources.
+#[derive(Debug)]
+pub struct Layers {
+    fetcher: Fetcher,
+    client: RegistryClient,
+    retry: RetryPolicy,
+    indexes: Arc<IndexFiles>,
+    metadata: Arc<MetadataStore>,
+    origins: Mutex<HashMap<DeviceKey, OriginSet>>,
+}
+
+/// The registry client's form of origins; what is no valid name is left out.
+fn places(origins: &[BlobOrigin]) -> impl Iterator<Item = Repository> {
+    origins.iter().filter_map(|origin| {
+        Repository::new(&origin.host, &origin.repository)
+            .inspect_err(|error| tracing::debug!(%origin, "pass over a repository: {error}"))
+            .ok()
+    })
+}
+
+impl Layers {
+    /// Over these parts.
+    #[must_use]
+    pub fn new(
+        fetcher: Fetcher,
+        client: RegistryClient,
+        retry: RetryPolicy,
+        indexes: Arc<IndexFiles>,
+        metadata: Arc<MetadataStore>,
+    ) -> Self {
+        Self {
+            fetcher,
+            client,
+            retry,
+            indexes,
+            metadata,
+            origins: Mutex::default(),
+        }
+    }
+
+    /// The scheduler.
+    #[must_use]
+    pub fn fetcher(&self) -> &Fetcher {
+        &self.fetcher
+    }
+
+    /// The index files.
+    #[must_use]
+    pub fn indexes(&self) -> &Arc<IndexFiles> {
+        &self.indexes
+    }
+
+    /// A source of a blob at these places.
+    #[must_use]
+    pub fn source(
+        &self,
+        blob: BlobDigest,
+        blob_bytes: u64,
+        origins: &[BlobOrigin],
+    ) -> Arc<dyn BlobSource> {
+        let set = OriginSet::new(places(origins));
+        let (client, retry) = (self.client.clone(), self.retry.clone());
+        Arc::new(RegistryBlobSource::new(
+            client, blob, blob_bytes, set, retry,
+        ))
+    }
+
+    /// Adds what is new of these places to the layer's; says whether there were any before.
+    fn origin_set(&self, key: DeviceKey, origins: &[BlobOrigin]) -> (OriginSet, bool) {
+        let mut sets = self.origins.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = sets.contains_key(&key);
+        let set = sets.entry(key).or_default().clone();
+        drop(sets);
+        for place in places(origins) {
+            set.add(place);
+        }
+        (set, known)
+    }
+
+    /// Opens a layer whose index is at hand.
+    pub async fn open_with(
+        &self,
+        record: &LazyLayerRecord,
+        index: &LayerIndex,
+    ) -> Result<Arc<LayerHandle>, OpenLayerError> {
+        let key = device_key(record);
+        let (origins, known) = self.origin_set(key, &record.sources);
+        if known && let Some(handle) = self.fetcher.layer(&key) {
+            return Ok(handle);
+        }
+        let source = RegistryBlobSource::new(
+            self.client.clone(),
+            record.blob_digest,
+            record.blob_bytes,
+            origins,
+            self.retry.clone(),
+        );
+        let spec = LayerSpec {
+            key,
+            chunks: index.chunk_map().clone(),
+            blob: record.blob_digest,
+            blob_bytes: record.blob_bytes,
+            sources: vec![Arc::new(source)],
+        };
+        let added = self.fetcher.add_layer(spec).await;
+        added.map_err(|source| OpenLayerError::Device { key, source })
+    }
+
+    /// Opens a layer from its record.
+    pub async fn open(&self, record: &LazyLayerRecord) -> Result<Arc<LayerHandle>, OpenLayerError> {
+        let key = device_key(record);
+        if let Some(handle) = self.fetcher.layer(&key) {
+            self.origin_set(key, &record.sources);
+            return Ok(handle);
+        }
+        let index = self.index(record).await?;
+        self.open_with(record, &index).await
+    }
+
+    /// The layer's index, which is on disk.
+    pub async fn index(&self, record: &LazyLayerRecord) -> Result<Arc<LayerIndex>, OpenLayerError> {
+        let key = device_key(record);
+        let (indexes, digest) = (Arc::clone(&self.indexes), record.index_digest);
+        let opened = tokio::task::spawn_blocking(move || indexes.get(digest)).await;
+        opened
+            .map_err(|_| OpenLayerError::Stopping)?
+            .map_err(|source| OpenLayerError::Index { key, source })?
+            .ok_or(OpenLayerError::NoIndex(key))
+    }
+
+    /// Finds a layer by its device and opens it; `None` when no snapshot has it.
+    async fn by_key(&self, key: DeviceKey) -> Result<Option<Arc<LayerHandle>>, OpenLayerError> {
+        if let Some(handle) = self.fetcher.layer(&key) {
+            return Ok(Some(handle));
+        }
+        let metadata = Arc::clone(&self.metadata);
+        let records = tokio::task::spawn_blocking(move || metadata.layers()).await;
+        let records = records.map_err(|_| OpenLayerError::Stopping)??;
+        let same = records.into_iter().map(|(_, record)| record);
+        let merged = same
+            .filter(|record| device_key(record) == key)
+            .reduce(|mut all, one| {
+                all.sources.extend(one.sources);
+                all
+            });
+        match merged {
+            Some(record) => self.open(&record).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Closes a layer that no snapshot has any more and deletes its device.
+    pub async fn remove(&self, key: &DeviceKey) -> Result<(), ChunkStoreError> {
+        self.origins
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(key);
+        self.fetcher.remove_layer(key).await
+    }
+}
+
+/// What a failed fill means to the reader. Exhaustive by class, since the enum may grow.
+fn errno_of(error: &FillError) -> FillErrno {
+    match error {
+        FillError::Deadline { .. } => FillErrno::Deadline,
+        FillError::NoSpace { .. } => FillErrno::NoSpace,
+        FillError::Closed => FillErrno::Stale,
+        _ => FillErrno::Io,
+    }
+}
+
+#[async_trait]
+impl FillService for Layers {
+    async fn fill(&self, request: FillRequest) -> Result<(), FillErrno> {
+        let key = DeviceKey {
+            diff_id: request.diff_id,
+            index: request.index_digest,
+        };
+        let handle = match self.by_key(key).await {
+            Ok(Some(handle)) => handle,
+            Ok(None) => {
+                tracing::error!(device = %key, "a reader asks for a layer that no snapshot has");
+                return Err(FillErrno::Stale);
+            }
+            Err(error) => {
+                tracing::error!(device = %key, "failed to open a layer for a reader: {error}");
+                return Err(FillErrno::Io);
+            }
+        };
+        let filled = self.fetcher.fill(
+            &handle,
+            request.extent,
+            Priority::Foreground,
+            request.deadline,
+        );
+        filled.await.map_err(|error| errno_of(&error))
+    }
+}

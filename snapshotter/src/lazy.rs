@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The lazy layers: what the life cycle of snapshots asks through [`LazyLayers`].
+//!
+//! - `prepare`: decides a Prepare, by a plan for the whole image.
+//! - `lowers`: merged trees and their mounts for a chain.
+//! - `sweep`: takes away what no snapshot needs any more.
+//! - `decisions`: remembers why layers are not lazy, and which images were seen.
+//!
+//! The metadata store is the truth about what exists; everything here can be rebuilt from it and from
+//! the files next to it, without network. No lock and no transaction is held across I/O; every wait
+//! has a deadline; every task is tracked and joined by [`Lazy::stop`].
+
+mod decisions;
+mod lowers;
+mod metrics;
+mod prepare;
+mod sweep;
+mod unpack_job;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::background::Background;
+use crate::chain::RunKey;
+use crate::layers::{Layers, device_key};
+use crate::mounts::Mounts;
+use crate::plan::Plans;
+use crate::resolve::ContentReader;
+use crate::snapshots::{
+    LABEL_SNAPSHOT_REF, LazyDecision, LazyLayerRecord, LazyLayers, MountError, PrepareRequest,
+    SnapshotKind, SnapshotRecord, Usage,
+};
+use crate::store::{MetadataStore, StoreError};
+use crate::trees::TreeFiles;
+use crate::trust::Trust;
+
+pub use decisions::{Decision, ImageDocument, ImageLayer, decision_key};
+pub use metrics::LazyMetrics;
+
+/// What the configuration says.
+#[derive(Clone, Debug)]
+pub struct LazyOptions {
+    /// The root directory.
+    pub root: PathBuf,
+    /// Which repositories may be lazy.
+    pub trust: Trust,
+    /// How long a read of missing data may wait; `None`: for ever.
+    pub read_deadline: Option<Duration>,
+    /// How long a mount that nobody uses stays: a container that restarts finds it.
+    pub mount_grace: Duration,
+    /// How long files that no snapshot needs stay. Must be longer than a Prepare takes.
+    pub file_grace: Duration,
+}
+
+/// The parts that lazy layers are made of.
+#[derive(Debug)]
+pub struct LazyParts {
+    /// containerd's content store.
+    pub content: Arc<dyn ContentReader>,
+    /// Snapshots.
+    pub metadata: Arc<MetadataStore>,
+    /// Merged trees.
+    pub trees: Arc<TreeFiles>,
+    /// Layers and their sources.
+    pub layers: Arc<Layers>,
+    /// Mounts of runs.
+    pub mounts: Arc<Mounts>,
+    /// Completion of images.
+    pub background: Background,
+    /// What is counted.
+    pub metrics: LazyMetrics,
+}
+
+/// The lazy layers. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Lazy(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    options: LazyOptions,
+    parts: LazyParts,
+    plans: Plans,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+    swept: Notify,
+}
+
+impl Lazy {
+    /// Starts the sweeper and goes on with what was under way when the daemon stopped. Must be called
+    /// on a runtime; waits for nothing.
+    #[must_use]
+    pub fn start(parts: LazyParts, options: LazyOptions) -> Self {
+        let inner = Arc::new(Inner {
+            options,
+            parts,
+            plans: Plans::default(),
+            tasks: TaskTracker::new(),
+            stop: CancellationToken::new(),
+            swept: Notify::new(),
+        });
+        let sweeper = Arc::clone(&inner);
+        inner.spawn(async move { sweeper.sweep_until_stopped().await });
+        let resumer = Arc::clone(&inner);
+        inner.spawn(async move { resumer.resume().await });
+        Self(inner)
+    }
+
+    /// Ends all tasks and waits for them. Mounts stay.
+    pub async fn stop(&self) {
+        self.0.stop.cancel();
+        self.0.tasks.close();
+        self.0.tasks.wait().await;
+        self.0.parts.background.stop().await;
+    }
+
+    /// The parts, for the control service.
+    #[must_use]
+    pub fn parts(&self) -> &LazyParts {
+        &self.0.parts
+    }
+
+    /// The root directory.
+    #[must_use]
+    pub fn root(&self) -> &std::path::Path {
+        &self.0.options.root
+    }
+
+    /// How many active snapshots and views stand on each run.
+    pub async fn users(&self) -> Result<std::collections::BTreeMap<RunKey, u32>, StoreError> {
+        self.0.blocking(|inner| inner.users()).await
+    }
+}
+
+impl Inner {
+    /// Runs a task of ours until it ends or the daemon stops.
+    fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let stop = self.stop.clone();
+        self.tasks.spawn(async move {
+            stop.run_until_cancelled(work).await;
+        });
+    }
+
+    /// Runs blocking work on a thread made for it.
+    async fn blocking<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Self) -> T + Send + 'static,
+    ) -> T {
+        let inner = Arc::clone(self);
+        match self.tasks.spawn_blocking(move || work(&inner)).await {
+            Ok(value) => value,
+            // Blocking tasks are not cancelled while the runtime lives, so this is a panic: go on
+            // with it, the caller is a task of its own.
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                Err(_) => std::future::pending().await,
+            },
+        }
+    }
+
+    /// Starts the background jobs of containers that exist.
+    async fn resume(self: &Arc<Self>) {
+        let containers = self.blocking(|inner| inner.containers()).await;
+        match containers {
+            Ok(chains) => {
+                chains
+                    .into_iter()
+                    .for_each(|chain| self.parts.background.want(lazy_layers(&chain)));
+            }
+            Err(error) => tracing::error!("failed to look up containers: {error}"),
+        }
+    }
+
+    /// The chains that containers stand on.
+    fn containers(&self) -> Result<Vec<Vec<SnapshotRecord>>, StoreError> {
+        let active = self.parts.metadata.list(is_container)?;
+        let chain = |record: &SnapshotRecord| self.parts.metadata.chain(record.parent.as_deref());
+        active.iter().map(chain).collect()
+    }
+}
+
+/// Whether the snapshot is a container's: a layer that is being unpacked names its chain ID.
+fn is_container(record: &SnapshotRecord) -> bool {
+    record.kind == SnapshotKind::Active && !record.labels.contains_key(LABEL_SNAPSHOT_REF)
+}
+
+/// The lazy layers of a chain, lowest first.
+fn lazy_layers(chain: &[SnapshotRecord]) -> Vec<LazyLayerRecord> {
+    chain
+        .iter()
+        .rev()
+        .filter_map(|record| record.layer.clone())
+        .collect()
+}
+
+#[async_trait]
+impl LazyLayers for Lazy {
+    async fn decide(&self, request: &PrepareRequest) -> LazyDecision {
+        self.0.decide(request).await
+    }
+
+    fn reused(&self, request: &PrepareRequest, existing: &SnapshotRecord) {
+        self.0.reused(request, existing);
+    }
+
+    async fn lowers(
+        &self,
+        user: &SnapshotRecord,
+        chain: &[SnapshotRecord],
+    ) -> Result<Vec<PathBuf>, MountError> {
+        let lowers = self.0.lowers(chain).await?;
+        if is_container(user) {
+            self.0.parts.background.want(lazy_layers(chain));
+        }
+        Ok(lowers)
+    }
+
+    fn released(&self, _removed: &SnapshotRecord) {
+        self.0.swept.notify_one();
+    }
+
+    fn usage(&self, layer: &LazyLayerRecord) -> Usage {
+        let key = device_key(layer);
+        let held = self.0.parts.layers.fetcher().store().held_bytes(&key);
+        let index = std::fs::metadata(self.0.parts.layers.indexes().path(layer.index_digest));
+        // The data file, the bitmap, its record and the index.
+        let inodes = if held.is_ok() { 3 } else { 0 } + u64::from(index.is_ok());
+        let index_bytes = index.map_or(0, |metadata| metadata.len());
+        Usage {
+            inodes,
+            size_bytes: held.unwrap_or(0) + index_bytes,
+        }
+    }
+
+    async fn cleanup(&self) {
+        self.0.sweep(sweep::CLEANUP_GRACE).await;
+    }
+}

@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The lower directories of a chain: merged trees are built if need be, and mounted.
+//!
+//! Durable inputs only: metadata records, index files, directories of ordinary snapshots.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use sluice_blockindex::digest::ChainId;
+
+use super::Inner;
+use crate::chain::{Run, Segment, segments};
+use crate::layers::OpenLayerError;
+use crate::mount::{DeviceSpec, MountSpec};
+use crate::mounts::EnsureError;
+use crate::snapshots::{MountError, SnapshotId, SnapshotRecord};
+use crate::trees::{BelowPath, TreeBuildError, TreeInputs};
+
+/// Why a run cannot be made ready.
+#[derive(Debug, thiserror::Error)]
+enum ReadyError {
+    #[error(transparent)]
+    Layer(#[from] OpenLayerError),
+    #[error(transparent)]
+    Tree(#[from] TreeBuildError),
+}
+
+impl Inner {
+    /// The directory of an ordinary snapshot.
+    fn directory(&self, id: SnapshotId) -> PathBuf {
+        self.options
+            .root
+            .join("snapshots")
+            .join(id.to_string())
+            .join("fs")
+    }
+
+    /// Highest first.
+    pub(super) async fn lowers(
+        self: &Arc<Self>,
+        chain: &[SnapshotRecord],
+    ) -> Result<Vec<PathBuf>, MountError> {
+        let segments = segments(chain);
+        let mut lowers = Vec::with_capacity(segments.len());
+        for (position, segment) in segments.iter().enumerate() {
+            lowers.push(match segment {
+                Segment::Directory(id) => self.directory(*id),
+                Segment::Run(run) => self.mounted(&segments[..position], run).await?,
+            });
+        }
+        lowers.reverse();
+        Ok(lowers)
+    }
+
+    /// What lies below a snapshot that stands on this chain, highest first; no mounts are made.
+    pub(super) async fn below(
+        self: &Arc<Self>,
+        chain: &[SnapshotRecord],
+    ) -> Result<Vec<BelowPath>, TreeOrLayerError> {
+        self.below_segments(&segments(chain))
+            .await
+            .map_err(TreeOrLayerError)
+    }
+
+    async fn mounted(
+        self: &Arc<Self>,
+        lower: &[Segment],
+        run: &Run,
+    ) -> Result<PathBuf, MountError> {
+        let chain_id = run.layers.last().map(|layer| layer.chain_id);
+        let result = self
+            .parts
+            .mounts
+            .ensure(run.key, self.ready(lower, run))
+            .await;
+        result.map_err(|error| mount_error(chain_id, error))
+    }
+
+    /// Builds the run's tree and opens its devices.
+    async fn ready(
+        self: &Arc<Self>,
+        lower: &[Segment],
+        run: &Run,
+    ) -> Result<MountSpec, ReadyError> {
+        let below = self.below_segments(lower).await?;
+        let tree = self.tree(run, below).await?;
+        let mut devices = Vec::with_capacity(run.layers.len());
+        for record in &run.layers {
+            let handle = self.parts.layers.open(record).await?;
+            let key = handle.key();
+            let directory = self.options.root.join("devices");
+            devices.push(DeviceSpec {
+                diff_id: record.diff_id,
+                index_digest: record.index_digest,
+                directory: directory.join(key.diff_id.hex()).join(key.index.hex()),
+                index: self.parts.layers.indexes().path(record.index_digest),
+            });
+        }
+        Ok(MountSpec {
+            key: run.key.to_string(),
+            mountpoint: self.parts.mounts.mountpoint(run.key),
+            tree,
+            devices,
+            read_deadline: self.options.read_deadline,
+        })
+    }
+
+    async fn below_segments(
+        self: &Arc<Self>,
+        segments: &[Segment],
+    ) -> Result<Vec<BelowPath>, ReadyError> {
+        let mut below: Vec<BelowPath> = Vec::with_capacity(segments.len());
+        for segment in segments {
+            let path = match segment {
+                Segment::Directory(id) => BelowPath::Directory(self.directory(*id)),
+                Segment::Run(run) => BelowPath::Tree(self.tree(run, below.clone()).await?),
+            };
+            below.insert(0, path);
+        }
+        Ok(below)
+    }
+
+    async fn tree(
+        self: &Arc<Self>,
+        run: &Run,
+        below: Vec<BelowPath>,
+    ) -> Result<PathBuf, ReadyError> {
+        let mut layers = Vec::with_capacity(run.layers.len());
+        for record in &run.layers {
+            layers.push(self.parts.layers.index(record).await?);
+        }
+        let inputs = TreeInputs {
+            key: run.key,
+            layers,
+            below,
+        };
+        Ok(self
+            .blocking(move |inner| inner.parts.trees.ensure(&inputs))
+            .await?)
+    }
+}
+
+/// What lies below a chain cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub(super) struct TreeOrLayerError(ReadyError);
+
+fn mount_error(chain_id: Option<ChainId>, error: EnsureError<ReadyError>) -> MountError {
+    // A run is never empty.
+    let chain_id = chain_id.unwrap_or(ChainId::from_bytes([0; 32]));
+    let reason = error.to_string();
+    let passing = match &error {
+        EnsureError::Prepare(ReadyError::Layer(OpenLayerError::Stopping))
+        | EnsureError::Stuck(_) => true,
+        EnsureError::Prepare(ReadyError::Tree(TreeBuildError::Io { .. }))
+        | EnsureError::Mountpoint { .. } => true,
+        EnsureError::Mount(error) => error.is_transient(),
+        EnsureError::Prepare(_) => false,
+    };
+    if passing {
+        MountError::Unavailable { chain_id, reason }
+    } else {
+        MountError::Unusable { chain_id, reason }
+    }
+}

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What the lazy side counts.
+//!
+//! | name | labels | what |
+//! | --- | --- | --- |
+//! | `prepared_layers` | outcome | Prepares with `snapshot.ref`: `lazy`, `unpacked` or `ordinary` |
+//! | `refused_layers` | reason | why layers were not lazy |
+//! | `index_fetches` | | indexes fetched from a registry |
+//! | `index_bytes` | | compressed bytes of these |
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::plan::RefusalKind;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Outcome {
+    outcome: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Reason {
+    reason: &'static str,
+}
+
+/// The counters. Clones count into the same ones.
+#[derive(Clone, Debug, Default)]
+pub struct LazyMetrics {
+    prepared: Family<Outcome, Counter>,
+    refused: Family<Reason, Counter>,
+    index_fetches: Counter,
+    index_bytes: Counter,
+}
+
+impl LazyMetrics {
+    /// Exports the counters.
+    pub fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "prepared_layers",
+            "Prepares by outcome",
+            self.prepared.clone(),
+        );
+        registry.register(
+            "refused_layers",
+            "Layers not made lazy",
+            self.refused.clone(),
+        );
+        registry.register(
+            "index_fetches",
+            "Indexes fetched",
+            self.index_fetches.clone(),
+        );
+        let help = "Compressed bytes of fetched indexes";
+        registry.register_with_unit("index", help, Unit::Bytes, self.index_bytes.clone());
+    }
+
+    pub(super) fn prepared(&self, outcome: &'static str) {
+        self.prepared.get_or_create(&Outcome { outcome }).inc();
+    }
+
+    pub(super) fn refused(&self, kind: RefusalKind) {
+        self.refused
+            .get_or_create(&Reason {
+                reason: kind.as_str(),
+            })
+            .inc();
+    }
+
+    pub(super) fn index_fetched(&self, bytes: u64) {
+        self.index_fetches.inc();
+        self.index_bytes.inc_by(bytes);
+    }
+
+    /// Compressed bytes of all indexes fetched so far.
+    #[must_use]
+    pub fn fetched_index_bytes(&self) -> u64 {
+        self.index_bytes.get()
+    }
+}

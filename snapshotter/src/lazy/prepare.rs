@@ -1,0 +1,526 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Deciding a Prepare.
+//!
+//! What the labels say leads to the image's plan (see [`crate::plan`]); the plan's outcome for this
+//! layer is the decision. Whatever is wrong makes the layer ordinary with a reason.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
+use sluice_blockindex::annotations::{LayerAnnotations, LayerMark};
+use sluice_blockindex::digest::{BlobDigest, ChainId};
+use sluice_fetcher::registry::ImageReference;
+use sluice_fetcher::source::{Class, Priority, ReadContext};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::Inner;
+use super::unpack_job::UnpackJob;
+use crate::indexes::{LayerIndex, LayerIndexError};
+use crate::labels::LayerLabels;
+use crate::layers::device_key;
+use crate::plan::{
+    Layout, LayoutLayer, Outcome, Plan, PlanKey, PlanState, PlannedLayer, Refusal, RefusalKind,
+    check_layer,
+};
+use crate::resolve::{ResolveError, ResolvedImage, resolve_by_chain, resolve_image};
+use crate::snapshots::{BlobOrigin, LazyDecision, LazyLayerRecord, PrepareRequest, SnapshotRecord};
+use crate::unpack::LayerBlob;
+
+/// Left of the budget for the answer itself.
+const MARGIN: Duration = Duration::from_millis(150);
+/// Indexes fetched at once for one image. Most images have fewer layers; more would only share the
+/// line.
+const PARALLEL_INDEXES: usize = 16;
+
+type Result<T> = std::result::Result<T, Refusal>;
+
+/// What a Prepare brings to a plan besides its key.
+#[derive(Clone, Debug)]
+struct Seed {
+    chain_id: ChainId,
+    labels: LayerLabels,
+    /// Found already, by the chain ID.
+    image: Option<ResolvedImage>,
+}
+
+impl Seed {
+    fn annotations(&self) -> Option<&LayerAnnotations> {
+        match &self.labels.mark {
+            Ok(LayerMark::Lazy(annotations)) => Some(annotations),
+            Ok(_) | Err(_) => None,
+        }
+    }
+}
+
+fn mismatch(reason: String) -> Refusal {
+    Refusal::new(RefusalKind::Mismatch, reason)
+}
+
+fn late() -> Refusal {
+    Refusal::new(
+        RefusalKind::Budget,
+        "the registry did not answer within the budget of Prepare",
+    )
+}
+
+impl Inner {
+    pub(super) async fn decide(self: &Arc<Self>, request: &PrepareRequest) -> LazyDecision {
+        let metrics = &self.parts.metrics;
+        let Some(namespace) = &request.namespace else {
+            metrics.prepared("ordinary");
+            let reason = "the key names no containerd namespace".to_owned();
+            return LazyDecision::Ordinary { reason };
+        };
+        match self.decide_in(namespace, request).await {
+            Ok(Decided::Lazy(record)) => {
+                metrics.prepared("lazy");
+                self.forget(namespace, request.chain_id);
+                LazyDecision::Lazy(record)
+            }
+            Ok(Decided::Unpack(job, refusal)) => {
+                metrics.prepared("unpacked");
+                metrics.refused(refusal.kind);
+                self.remember(namespace, request.chain_id, &refusal, true);
+                LazyDecision::Unpack(job)
+            }
+            Err(refusal) => {
+                metrics.prepared("ordinary");
+                metrics.refused(refusal.kind);
+                self.remember(namespace, request.chain_id, &refusal, false);
+                LazyDecision::Ordinary {
+                    reason: refusal.reason,
+                }
+            }
+        }
+    }
+
+    async fn decide_in(
+        self: &Arc<Self>,
+        namespace: &str,
+        request: &PrepareRequest,
+    ) -> Result<Decided> {
+        let deadline = request
+            .deadline
+            .checked_sub(MARGIN)
+            .unwrap_or(request.deadline);
+        let labels = LayerLabels::parse(&request.labels);
+        let plan = self.plan(namespace, request, labels, deadline).await?;
+        match plan.outcome(request.chain_id, deadline).await {
+            Ok(planned) => {
+                check_chain(request, planned.record.diff_id)?;
+                let opened = self
+                    .parts
+                    .layers
+                    .open_with(&planned.record, &planned.index)
+                    .await;
+                opened.map_err(|error| Refusal::new(RefusalKind::Local, error.to_string()))?;
+                Ok(Decided::Lazy(planned.record.clone()))
+            }
+            Err(refusal) => {
+                self.unpack_or_refuse(&plan, request, refusal, deadline)
+                    .await
+            }
+        }
+    }
+
+    /// The plan of the image that the layer belongs to.
+    async fn plan(
+        self: &Arc<Self>,
+        namespace: &str,
+        request: &PrepareRequest,
+        labels: LayerLabels,
+        deadline: Instant,
+    ) -> Result<Plan> {
+        let chain_id = request.chain_id;
+        let seed = Seed {
+            chain_id,
+            labels,
+            image: None,
+        };
+        match &seed.labels.mark {
+            Err(error) => Err(mismatch(error.to_string())),
+            Ok(LayerMark::Lazy(annotations)) => {
+                check_chain(request, annotations.diff_id)?;
+                let key = PlanKey::Image(namespace.to_owned(), annotations.config);
+                let plan = self.start(key, seed.clone(), deadline);
+                let found = plan.layout(deadline).await;
+                // The image may be known by one layer's labels only, and that was another layer.
+                if found.is_ok_and(|layout| layout.position(chain_id).is_none()) {
+                    let key = PlanKey::Layer(namespace.to_owned(), chain_id);
+                    return Ok(self.start(key, seed, deadline));
+                }
+                Ok(plan)
+            }
+            Ok(mark @ (LayerMark::NotLazy(_) | LayerMark::Unmarked)) => {
+                if let Some(plan) = self.plans.with_chain(namespace, chain_id) {
+                    return Ok(plan);
+                }
+                let refusal = match mark {
+                    LayerMark::NotLazy(reason) => {
+                        Refusal::new(RefusalKind::NotLazy, format!("not lazy: {reason}"))
+                    }
+                    _ => Refusal::new(RefusalKind::NotConverted, "not lazy: annotations missing"),
+                };
+                // Of an image that is not converted only the lowest layer costs a search.
+                let search = request.parent.is_none() || refusal.kind == RefusalKind::NotLazy;
+                if !search {
+                    return Err(refusal);
+                }
+                let content = &*self.parts.content;
+                let found = resolve_by_chain(content, namespace, chain_id, SystemTime::now());
+                match tokio::time::timeout_at(deadline, found).await {
+                    Ok(Ok(Some(image))) => {
+                        let key = PlanKey::Image(namespace.to_owned(), image.config);
+                        let seed = Seed {
+                            image: Some(image),
+                            ..seed
+                        };
+                        Ok(self.start(key, seed, deadline))
+                    }
+                    Ok(Ok(None)) | Err(_) => Err(refusal),
+                    Ok(Err(error)) => {
+                        tracing::debug!(%chain_id, "search for the image of a layer: {error}");
+                        Err(refusal)
+                    }
+                }
+            }
+        }
+    }
+
+    fn start(self: &Arc<Self>, key: PlanKey, seed: Seed, deadline: Instant) -> Plan {
+        let inner = Arc::clone(self);
+        self.plans.get_or_start(key.clone(), |sender| {
+            let runner = Arc::clone(&inner);
+            inner.spawn(async move { runner.run_plan(key, seed, deadline, sender).await });
+        })
+    }
+
+    /// Finds out all about an image; every outcome is sent as soon as it is known.
+    async fn run_plan(
+        self: Arc<Self>,
+        key: PlanKey,
+        seed: Seed,
+        deadline: Instant,
+        state: watch::Sender<PlanState>,
+    ) {
+        let layout = tokio::time::timeout_at(deadline, self.layout(&key, seed)).await;
+        let layout = layout.unwrap_or_else(|_| Err(late())).map(Arc::new);
+        state.send_modify(|state| state.layout = Some(layout.clone()));
+        let Ok(layout) = layout else { return };
+        let slots = Arc::new(tokio::sync::Semaphore::new(PARALLEL_INDEXES));
+        let mut work: FuturesUnordered<_> = layout
+            .layers
+            .iter()
+            .map(|layer| {
+                let (inner, slots, layout) = (&self, Arc::clone(&slots), &layout);
+                async move {
+                    let outcome = async {
+                        let _slot = slots.acquire().await;
+                        inner.outcome(layer, &layout.origins, deadline).await
+                    };
+                    let outcome = tokio::time::timeout_at(deadline, outcome).await;
+                    (layer.chain_id, outcome.unwrap_or_else(|_| Err(late())))
+                }
+            })
+            .collect();
+        while let Some((chain_id, outcome)) = work.next().await {
+            state.send_modify(|state| {
+                state.outcomes.insert(chain_id, outcome);
+            });
+        }
+    }
+
+    async fn layout(self: &Arc<Self>, key: &PlanKey, seed: Seed) -> Result<Layout> {
+        let mut extra = origin_of(seed.labels.image_reference.as_deref());
+        let resolved = match (key, seed.image.clone()) {
+            (_, Some(image)) => Ok(image),
+            (PlanKey::Image(namespace, config), None) => {
+                resolve_image(&*self.parts.content, namespace, *config).await
+            }
+            (PlanKey::Layer(..), None) => match seed.annotations() {
+                Some(annotations) => Err(ResolveError::NoManifest(annotations.config)),
+                None => {
+                    return Err(Refusal::new(
+                        RefusalKind::Unresolved,
+                        "no manifest is known",
+                    ));
+                }
+            },
+        };
+        let error = match resolved {
+            Ok(image) => {
+                let (PlanKey::Image(namespace, _) | PlanKey::Layer(namespace, _)) = key;
+                self.remember_image(namespace, &image);
+                if let Some(mut layout) = Layout::of_image(&image) {
+                    add_origins(&mut layout.origins, extra);
+                    return Ok(layout);
+                }
+                ResolveError::NoManifest(image.config)
+            }
+            Err(error) => error,
+        };
+        // The labels pin the index as well as the manifest does; only the place is missing.
+        let Some(annotations) = seed.annotations().cloned() else {
+            return Err(Refusal::new(RefusalKind::Unresolved, error.to_string()));
+        };
+        let blob = annotations.blob;
+        add_origins(&mut extra, self.known_origins(blob).await);
+        if extra.is_empty() {
+            return Err(Refusal::new(RefusalKind::Unresolved, error.to_string()));
+        }
+        Ok(Layout::of_layer(seed.chain_id, annotations, extra))
+    }
+
+    /// Where layers that exist have this blob from.
+    async fn known_origins(self: &Arc<Self>, blob: BlobDigest) -> Vec<BlobOrigin> {
+        let layers = self.blocking(|inner| inner.parts.metadata.layers()).await;
+        let same = layers
+            .unwrap_or_default()
+            .into_iter()
+            .map(|(_, layer)| layer);
+        same.filter(|layer| layer.blob_digest == blob)
+            .flat_map(|layer| layer.sources)
+            .collect()
+    }
+
+    /// What becomes of one layer.
+    async fn outcome(
+        self: &Arc<Self>,
+        layer: &LayoutLayer,
+        origins: &[BlobOrigin],
+        deadline: Instant,
+    ) -> Outcome {
+        let annotations = check_layer(layer)?;
+        let mut sources: Vec<BlobOrigin> = origins.to_vec();
+        if sources.is_empty() {
+            sources = self.known_origins(annotations.blob).await;
+        }
+        if sources.is_empty() {
+            let reason = "containerd's content store names no registry for this image";
+            return Err(Refusal::new(RefusalKind::Unresolved, reason));
+        }
+        let trust = &self.options.trust;
+        let names = sources
+            .iter()
+            .map(ToString::to_string)
+            .collect::<Vec<_>>()
+            .join(", ");
+        sources.retain(|origin| trust.allows(origin));
+        if sources.is_empty() {
+            let reason = format!("[trust] lazy does not allow {names}");
+            return Err(Refusal::new(RefusalKind::Untrusted, reason));
+        }
+        let index = self.index(&annotations, &sources, deadline).await?;
+        let record = LazyLayerRecord {
+            chain_id: layer.chain_id,
+            diff_id: annotations.diff_id,
+            index_digest: annotations.index_digest,
+            blob_digest: annotations.blob,
+            blob_bytes: annotations.blob_bytes,
+            device_bytes: index.device_bytes(),
+            sources,
+        };
+        Ok(Arc::new(PlannedLayer { record, index }))
+    }
+
+    /// The index of a layer, from disk or else from a registry.
+    async fn index(
+        self: &Arc<Self>,
+        annotations: &LayerAnnotations,
+        sources: &[BlobOrigin],
+        deadline: Instant,
+    ) -> Result<Arc<LayerIndex>> {
+        let wanted = annotations.clone();
+        let found = self
+            .blocking(move |inner| inner.parts.layers.indexes().get_checked(&wanted))
+            .await;
+        match found {
+            Ok(Some(index)) => return Ok(index),
+            Ok(None) => {}
+            Err(error @ LayerIndexError::Disagrees { .. }) => return Err(invalid(error)),
+            // Damaged and removed: fetch it again.
+            Err(error) => tracing::warn!("index on disk is of no use: {error}"),
+        }
+        let layers = &self.parts.layers;
+        let source = layers.source(annotations.blob, annotations.blob_bytes, sources);
+        let mut context = ReadContext::new(Priority::Foreground);
+        context.deadline = Some(deadline);
+        let extent = annotations.index_extent;
+        let failed = |error: sluice_fetcher::source::SourceError| {
+            let kind = match error.class() {
+                Class::Cancelled => RefusalKind::Budget,
+                Class::Transient | Class::Permanent | Class::Corrupt => RefusalKind::Fetch,
+            };
+            Refusal::new(kind, format!("fetch index: {error}"))
+        };
+        let stream = source.open(&context, extent).await.map_err(failed)?;
+        let stream = stream.narrow(extent).map_err(failed)?;
+        let payload = stream.collect(extent.len()).await.map_err(failed)?;
+        self.parts.metrics.index_fetched(extent.len());
+        let wanted = annotations.clone();
+        self.blocking(move |inner| inner.parts.layers.indexes().put(&payload, &wanted))
+            .await
+            .map_err(invalid)
+    }
+
+    /// A layer that cannot be lazy is unpacked here if one above it in the image can be.
+    async fn unpack_or_refuse(
+        self: &Arc<Self>,
+        plan: &Plan,
+        request: &PrepareRequest,
+        refusal: Refusal,
+        deadline: Instant,
+    ) -> Result<Decided> {
+        if !matches!(
+            refusal.kind,
+            RefusalKind::NotLazy | RefusalKind::NotConverted
+        ) {
+            return Err(refusal);
+        }
+        let Ok(layout) = plan.layout(deadline).await else {
+            return Err(refusal);
+        };
+        let Some(position) = layout.position(request.chain_id) else {
+            return Err(refusal);
+        };
+        let layer = &layout.layers[position];
+        check_chain(request, layer.diff_id)?;
+        let outcomes = plan.now().outcomes;
+        let lazy_above = layout.layers[position + 1..].iter().any(|above| {
+            let refused = outcomes.get(&above.chain_id).is_some_and(Result::is_err);
+            matches!(above.mark, Ok(LayerMark::Lazy(_))) && !refused
+        });
+        let Some(descriptor) = layer.descriptor.as_ref().filter(|d| d.urls.is_empty()) else {
+            return Err(refusal);
+        };
+        let Ok(blob) = descriptor.digest.parse::<BlobDigest>() else {
+            return Err(refusal);
+        };
+        if !lazy_above || layout.origins.is_empty() {
+            return Err(refusal);
+        }
+        let job = UnpackJob {
+            inner: Arc::clone(self),
+            blob: LayerBlob {
+                blob,
+                blob_bytes: descriptor.size_bytes,
+                media_type: descriptor.media_type.clone(),
+                diff_id: layer.diff_id,
+            },
+            origins: layout.origins.clone(),
+            deadline,
+            key: super::decision_key(
+                request.namespace.as_deref().unwrap_or_default(),
+                request.chain_id,
+            ),
+        };
+        Ok(Decided::Unpack(Box::new(job), refusal))
+    }
+
+    /// A snapshot answered already: what this image knows of places for the blob is added.
+    pub(super) fn reused(self: &Arc<Self>, request: &PrepareRequest, existing: &SnapshotRecord) {
+        let (Some(layer), Some(namespace)) = (&existing.layer, &request.namespace) else {
+            return;
+        };
+        let labels = LayerLabels::parse(&request.labels);
+        let Some(config) = labels.config() else {
+            return;
+        };
+        let (inner, namespace) = (Arc::clone(self), namespace.clone());
+        let (layer, name) = (layer.clone(), existing.name.clone());
+        self.spawn(async move {
+            let mut origins = origin_of(labels.image_reference.as_deref());
+            match resolve_image(&*inner.parts.content, &namespace, config).await {
+                Ok(image) => {
+                    inner.remember_image(&namespace, &image);
+                    add_origins(&mut origins, image.repositories);
+                }
+                Err(error) => tracing::debug!(%config, "resolve a reused layer: {error}"),
+            }
+            origins.retain(|origin| inner.options.trust.allows(origin));
+            origins.retain(|origin| !layer.sources.contains(origin));
+            if !origins.is_empty() {
+                inner.add_sources(layer, name, origins).await;
+            }
+        });
+    }
+
+    async fn add_sources(
+        self: &Arc<Self>,
+        mut layer: LazyLayerRecord,
+        name: String,
+        origins: Vec<BlobOrigin>,
+    ) {
+        let new = origins.clone();
+        let updated = self.blocking(move |inner| {
+            inner
+                .parts
+                .metadata
+                .update_layer(&name, |layer| add_origins(&mut layer.sources, new))
+        });
+        if let Err(error) = updated.await {
+            tracing::warn!("failed to remember a repository: {error}");
+        }
+        layer.sources = origins;
+        if self
+            .parts
+            .layers
+            .fetcher()
+            .layer(&device_key(&layer))
+            .is_some()
+            && let Err(error) = self.parts.layers.open(&layer).await
+        {
+            tracing::warn!("failed to add a repository to a layer: {error}");
+        }
+    }
+}
+
+/// What a Prepare comes to.
+enum Decided {
+    Lazy(LazyLayerRecord),
+    Unpack(Box<UnpackJob>, Refusal),
+}
+
+fn invalid(error: LayerIndexError) -> Refusal {
+    let kind = match error {
+        LayerIndexError::Io { .. } => RefusalKind::Local,
+        _ => RefusalKind::Index,
+    };
+    Refusal::new(kind, error.to_string())
+}
+
+/// The chain ID that is asked for must be that of the parent with this layer on top.
+fn check_chain(request: &PrepareRequest, diff_id: sluice_blockindex::digest::DiffId) -> Result<()> {
+    if request.parent.is_some() && request.parent_chain.is_none() {
+        return Err(mismatch("the parent's chain ID is not known".to_owned()));
+    }
+    let chain_id = ChainId::child(request.parent_chain, diff_id);
+    if chain_id == request.chain_id {
+        return Ok(());
+    }
+    let asked = request.chain_id;
+    Err(mismatch(format!(
+        "layer {diff_id} on this parent is chain {chain_id}, not {asked}"
+    )))
+}
+
+fn add_origins(to: &mut Vec<BlobOrigin>, from: Vec<BlobOrigin>) {
+    for origin in from {
+        if !to.contains(&origin) {
+            to.push(origin);
+        }
+    }
+}
+
+/// The place that an image reference names.
+fn origin_of(reference: Option<&str>) -> Vec<BlobOrigin> {
+    let parsed = reference.and_then(|text| text.parse::<ImageReference>().ok());
+    let origin = parsed.map(|reference| BlobOrigin {
+        host: reference.host().to_owned(),
+        repository: reference.repository().to_owned(),
+    });
+    origin.into_iter().collect()
+}

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Taking away what no snapshot needs any more.
+//!
+//! Nothing is counted: each pass derives from the metadata store which runs, layers and trees are
+//! needed, and takes the rest away in the order mounts, trees, devices, indexes. What is on its way
+//! into the metadata store (a Prepare that has its index and is not committed yet) is protected by
+//! its age. A pass that dies half-way is made up for by the next one.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use sluice_blockindex::digest::IndexDigest;
+use sluice_fetcher::store::DeviceKey;
+
+use super::Inner;
+use crate::chain::{RunKey, run_keys};
+use crate::layers::device_key;
+use crate::snapshots::{SnapshotKind, SnapshotRecord};
+use crate::store::StoreError;
+
+/// How long a mount that nobody uses stays when containerd asks for a clean-up: longer than the time
+/// between our look at the metadata and the unmount, so that a container that starts in between keeps
+/// its mount.
+pub(super) const CLEANUP_GRACE: Duration = Duration::from_secs(3);
+/// Passes without a removal: they find what a grace held back.
+const PERIOD: Duration = Duration::from_secs(60);
+/// Removals come in bursts.
+const BURST: Duration = Duration::from_secs(1);
+
+/// What is needed.
+#[derive(Debug, Default)]
+struct Needed {
+    /// Runs that active snapshots and views stand on, and how many.
+    used: BTreeMap<RunKey, u32>,
+    /// Runs that a container of any image here would stand on.
+    kept: BTreeSet<RunKey>,
+    devices: BTreeSet<DeviceKey>,
+}
+
+/// The snapshot with this name and all below it, nearest first.
+fn chain_of(by_name: &BTreeMap<&str, &SnapshotRecord>, name: Option<&str>) -> Vec<SnapshotRecord> {
+    let mut chain: Vec<SnapshotRecord> = Vec::new();
+    let mut next = name.and_then(|name| by_name.get(name));
+    while let Some(record) = next {
+        chain.push((*record).clone());
+        next = record.parent.as_deref().and_then(|name| by_name.get(name));
+    }
+    chain
+}
+
+impl Inner {
+    pub(super) async fn sweep_until_stopped(self: &Arc<Self>) {
+        loop {
+            let grace = self.options.mount_grace;
+            // A removal is looked at after its grace; without one, now and then.
+            tokio::select! {
+                () = self.swept.notified() => tokio::time::sleep(grace + BURST).await,
+                () = tokio::time::sleep(PERIOD.max(grace)) => {}
+            }
+            self.sweep(grace).await;
+        }
+    }
+
+    pub(super) fn users(&self) -> Result<BTreeMap<RunKey, u32>, StoreError> {
+        Ok(self.needed()?.used)
+    }
+
+    fn needed(&self) -> Result<Needed, StoreError> {
+        let mut needed = Needed::default();
+        let all = self.parts.metadata.list(|_| true)?;
+        let by_name: BTreeMap<&str, &SnapshotRecord> = all
+            .iter()
+            .map(|record| (record.name.as_str(), record))
+            .collect();
+        let chain = |name: Option<&str>| chain_of(&by_name, name);
+        let parents: BTreeSet<&str> = all
+            .iter()
+            .filter_map(|record| record.parent.as_deref())
+            .collect();
+        for record in &all {
+            if let Some(layer) = &record.layer {
+                needed.devices.insert(device_key(layer));
+            }
+            if record.kind != SnapshotKind::Committed {
+                for key in run_keys(&chain(record.parent.as_deref())) {
+                    *needed.used.entry(key).or_default() += 1;
+                    needed.kept.insert(key);
+                }
+            } else if !parents.contains(record.name.as_str()) {
+                needed.kept.extend(run_keys(&chain(Some(&record.name))));
+            }
+        }
+        Ok(needed)
+    }
+
+    /// One pass. Errors are logged; the next pass tries again.
+    pub(super) async fn sweep(self: &Arc<Self>, grace: Duration) {
+        let needed = match self.blocking(|inner| inner.needed()).await {
+            Ok(needed) => needed,
+            Err(error) => {
+                tracing::error!("failed to look up what is needed: {error}");
+                return;
+            }
+        };
+        self.parts.background.retain(&needed.devices);
+        let used = needed.used.keys().copied().collect();
+        self.parts.mounts.reap(&used, grace).await;
+        let kept = needed.kept;
+        self.blocking(move |inner| inner.sweep_trees(&kept)).await;
+        self.sweep_devices(&needed.devices).await;
+        let indexes: BTreeSet<IndexDigest> = needed.devices.iter().map(|key| key.index).collect();
+        self.blocking(move |inner| inner.sweep_indexes(&indexes))
+            .await;
+    }
+
+    fn sweep_trees(&self, kept: &BTreeSet<RunKey>) {
+        let old = match self.parts.trees.older_than(self.options.file_grace) {
+            Ok(old) => old,
+            Err(error) => {
+                tracing::warn!("failed to list trees: {error}");
+                return;
+            }
+        };
+        for key in old.into_iter().filter(|key| !kept.contains(key)) {
+            let removed = self
+                .parts
+                .mounts
+                .while_absent(key, || self.parts.trees.remove(key));
+            if let Some(Err(error)) = removed {
+                tracing::warn!(run = %key, "failed to remove a tree: {error}");
+            }
+        }
+    }
+
+    async fn sweep_devices(self: &Arc<Self>, needed: &BTreeSet<DeviceKey>) {
+        let keys = self
+            .blocking(|inner| inner.parts.layers.fetcher().store().keys())
+            .await;
+        let keys = match keys {
+            Ok(keys) => keys,
+            Err(error) => {
+                tracing::warn!("failed to list devices: {error}");
+                return;
+            }
+        };
+        let mounted = self.parts.mounts.devices();
+        let indexes = self.parts.layers.indexes();
+        for key in keys {
+            let young = indexes.touched_within(key.index, self.options.file_grace);
+            if needed.contains(&key) || mounted.contains(&key) || young {
+                continue;
+            }
+            match self.parts.layers.remove(&key).await {
+                Ok(()) => tracing::info!(device = %key, "removed a layer that no snapshot has"),
+                Err(error) => tracing::warn!(device = %key, "failed to remove a layer: {error}"),
+            }
+        }
+    }
+
+    fn sweep_indexes(&self, needed: &BTreeSet<IndexDigest>) {
+        let mounted = self.parts.mounts.devices();
+        let held = |digest: IndexDigest| {
+            needed.contains(&digest) || mounted.iter().any(|key| key.index == digest)
+        };
+        if let Err(error) = self
+            .parts
+            .layers
+            .indexes()
+            .sweep(held, self.options.file_grace)
+        {
+            tracing::warn!("failed to sweep indexes: {error}");
+        }
+    }
+}
