@@ -105,8 +105,12 @@ pub struct Config {
     pub rpc_deadline: Duration,
     /// Most bytes that the chunk store may hold; `None`: no limit.
     pub store_budget_bytes: Option<u64>,
+    /// How long files of layers that no snapshot has any more are kept.
+    pub store_grace: Duration,
     /// Complete images in the background.
     pub prefetch: bool,
+    /// How long after a container was prepared that begins.
+    pub prefetch_delay: Duration,
     /// Docker's `config.json` with credentials; `None`: where docker itself looks.
     pub docker_config: Option<PathBuf>,
     /// By `host[:port]`.
@@ -121,6 +125,8 @@ pub struct Config {
     pub log_level: String,
     /// How merged trees are mounted.
     pub mount_backend: MountBackend,
+    /// How long a mount that nobody uses is kept.
+    pub mount_grace: Duration,
 }
 
 /// What the command line sets over the file.
@@ -230,7 +236,10 @@ impl Written {
             read_deadline: (!read_deadline.is_zero()).then_some(read_deadline),
             rpc_deadline: check.nonzero("fetch.rpc_deadline", &fetch.rpc_deadline)?,
             store_budget_bytes: (store_budget != 0).then_some(store_budget),
+            store_grace: check.duration("store.grace", &store.grace)?,
             prefetch: prefetch.enabled,
+            prefetch_delay: check.duration("prefetch.delay", &prefetch.delay)?,
+            mount_grace: check.duration("mount.grace", &mount.grace)?,
             docker_config,
             registry_hosts: hosts.collect::<Result<_, ConfigError>>()?,
             trusted_lazy: trust.lazy,

@@ -5,6 +5,7 @@
 //! devices. Who mounts gives a [`MountSpec`] that names durable files only: no network is ever
 //! needed to mount.
 
+pub mod attached;
 pub mod bind;
 pub mod errno;
 pub mod fuse;

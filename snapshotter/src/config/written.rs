@@ -75,11 +75,17 @@ section! {
 }
 section! {
     /// `[store]`
-    Store { budget: String = "0".into() }
+    Store {
+        budget: String = "0".into(),
+        grace: String = "20s".into(),
+    }
 }
 section! {
     /// `[prefetch]`
-    Prefetch { enabled: bool = true }
+    Prefetch {
+        enabled: bool = true,
+        delay: String = "5s".into(),
+    }
 }
 section! {
     /// `[registry]`
@@ -105,7 +111,10 @@ section! {
 }
 section! {
     /// `[mount]`
-    Mount { backend: String = "auto".into() }
+    Mount {
+        backend: String = "auto".into(),
+        grace: String = "30s".into(),
+    }
 }
 
 /// `[registry.hosts."host:port"]`

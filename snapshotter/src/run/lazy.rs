@@ -1,80 +1,207 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The lazy side of the daemon: what stands behind [`LazyLayers`].
+//! The lazy side of the daemon, put together: indexes, chunk store, fetcher, shim, mounts, the lazy
+//! layers over them, and the control service.
+//!
+//! Everything starts from files; the shim is attached by a task, so that neither a missing shim nor
+//! containerd nor the network holds the start up.
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
-
-use super::Parts;
-use crate::snapshots::{
-    LazyDecision, LazyLayerRecord, LazyLayers, MountError, PrepareRequest, SnapshotRecord, Usage,
+use sluice_fetcher::metrics::Metrics;
+use sluice_fetcher::registry::{
+    CredentialProvider, DockerConfig, HostOptions, RegistryClient, RegistryOptions,
 };
+use sluice_fetcher::scheduler::{Fetcher, FetcherOptions};
+use sluice_fetcher::store::{Store, StoreOptions};
+use tokio::task::JoinHandle;
+
+use super::{Parts, bind_private};
+use crate::background::Background;
+use crate::config::Config;
+use crate::control::ControlService;
+use crate::indexes::IndexFiles;
+use crate::layers::Layers;
+use crate::lazy::{Lazy, LazyMetrics, LazyOptions, LazyParts};
+use crate::mount::attached::AttachedMount;
+use crate::mounts::Mounts;
+use crate::resolve::{Containerd, ContainerdContent};
+use crate::shim::client::ShimOptions;
+use crate::snapshots::LazyLayers;
+use crate::trees::TreeFiles;
+use crate::trust::Trust;
+
+/// Name of the shim's program, next to ours.
+const SHIM_PROGRAM: &str = "sluice-shim";
+/// Overrides where the shim's program is, for tests that run from a build directory.
+const SHIM_VARIABLE: &str = "SLUICE_SHIM";
+/// The longest that a read of containerd's content may take within a snapshots RPC: its answers come
+/// from its own database, so a second means that it is stuck.
+const CONTENT_DEADLINE: Duration = Duration::from_secs(2);
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// The lazy side, running.
 #[derive(Debug)]
 pub(super) struct LazySide {
-    layers: Arc<dyn LazyLayers>,
+    lazy: Lazy,
+    fetcher: Fetcher,
+    store: Arc<Store>,
+    control: JoinHandle<()>,
+    attach: JoinHandle<()>,
 }
 
 impl LazySide {
     /// Starts it. Waits for neither the network nor containerd.
-    pub(super) async fn start(
-        parts: Parts<'_>,
-    ) -> Result<Self, Box<dyn std::error::Error + Send + Sync>> {
-        tracing::debug!(root = ?parts.config.root, "no lazy layers in this build");
+    pub(super) async fn start(parts: Parts<'_>) -> Result<Self, Failure> {
+        let Parts {
+            config,
+            store: metadata,
+            registry,
+            stop,
+            ..
+        } = parts;
+        let root = config.root.clone();
+        let files = tokio::task::spawn_blocking(move || open_files(root)).await??;
+        let Files {
+            indexes,
+            trees,
+            chunks,
+        } = files;
+
+        let metrics = Metrics::new();
+        metrics.register(registry);
+        let lazy_metrics = LazyMetrics::default();
+        lazy_metrics.register(registry);
+        let fetcher = Fetcher::new(FetcherOptions::default(), Arc::clone(&chunks), metrics);
+        let options = registry_options(config);
+        let retry = options.retry.clone();
+        let credentials: Arc<dyn CredentialProvider> =
+            Arc::new(DockerConfig::new(config.docker_config.clone()));
+        let client = RegistryClient::new(options, credentials)?;
+        let layers = Arc::new(Layers::new(
+            fetcher.clone(),
+            client,
+            retry,
+            Arc::clone(&indexes),
+            Arc::clone(&metadata),
+        ));
+
+        let shim = ShimOptions::new(config.run_dir.clone(), shim_program()?);
+        let backend = Arc::new(AttachedMount::new(shim, layers.clone()));
+        let mounts = Arc::new(Mounts::new(backend.clone(), &config.root.join("mnt")));
+        let adopting = Arc::clone(&mounts);
+        let attach = tokio::spawn(async move {
+            match backend.attach().await {
+                Ok(client) => match client.mounts().await {
+                    Ok(served) => adopting.adopt(&served),
+                    Err(error) => tracing::error!("failed to ask the shim for its mounts: {error}"),
+                },
+                Err(error) => tracing::error!("failed to start the shim: {error}"),
+            }
+        });
+
+        let containerd = Containerd::new(&config.containerd_address, config.rpc_deadline);
+        let reader = Containerd::new(&config.containerd_address, CONTENT_DEADLINE);
+        let delay = config.prefetch.then_some(config.prefetch_delay);
+        let lazy = Lazy::start(
+            LazyParts {
+                content: Arc::new(ContainerdContent::new(reader)),
+                metadata,
+                trees,
+                background: Background::new(Arc::clone(&layers), delay),
+                layers,
+                mounts,
+                metrics: lazy_metrics,
+            },
+            LazyOptions {
+                root: config.root.clone(),
+                trust: Trust::new(config.trusted_lazy.clone()),
+                read_deadline: config.read_deadline,
+                mount_grace: config.mount_grace,
+                file_grace: config.store_grace,
+            },
+        );
+
+        let listener = bind_private(&config.control_socket())?;
+        let service = ControlService::new(lazy.clone(), containerd, stop);
+        let control = tokio::spawn(async move {
+            if let Err(error) = service.serve(listener).await {
+                tracing::error!("control service ended: {error}");
+            }
+        });
         Ok(Self {
-            layers: Arc::new(NoLazy),
+            lazy,
+            fetcher,
+            store: chunks,
+            control,
+            attach,
         })
     }
 
     /// What the life cycle of snapshots asks.
     pub(super) fn layers(&self) -> Arc<dyn LazyLayers> {
-        Arc::clone(&self.layers)
+        Arc::new(self.lazy.clone())
     }
 
     /// Stops what runs, at most until the deadline. Mounts stay.
-    pub(super) async fn stop(self, _deadline: Duration) {}
+    pub(super) async fn stop(self, deadline: Duration) {
+        let Self {
+            lazy,
+            fetcher,
+            store,
+            control,
+            attach,
+        } = self;
+        attach.abort();
+        let ended = tokio::time::timeout(deadline, async {
+            // Both end by the daemon's own token; their results were logged.
+            let _ = control.await;
+            lazy.stop().await;
+            fetcher.shutdown().await;
+            tokio::task::spawn_blocking(move || store.stop()).await
+        })
+        .await;
+        match ended {
+            Ok(Ok(Ok(()))) => {}
+            Ok(Ok(Err(error))) => tracing::warn!("failed to mark the store clean: {error}"),
+            Ok(Err(error)) => tracing::warn!("failed to mark the store clean: {error}"),
+            Err(_) => tracing::warn!("the lazy side is still busy at the deadline"),
+        }
+    }
 }
 
-/// No layer is lazy: the daemon is an ordinary overlayfs snapshotter.
-#[derive(Debug)]
-struct NoLazy;
+struct Files {
+    indexes: Arc<IndexFiles>,
+    trees: Arc<TreeFiles>,
+    chunks: Arc<Store>,
+}
 
-#[async_trait]
-impl LazyLayers for NoLazy {
-    async fn decide(&self, _request: &PrepareRequest) -> LazyDecision {
-        LazyDecision::Ordinary {
-            reason: "lazy layers are not available".into(),
-        }
+/// Opens what is on disk. Blocks.
+fn open_files(root: PathBuf) -> Result<Files, Failure> {
+    Ok(Files {
+        indexes: Arc::new(IndexFiles::open(&root.join("indexes"))?),
+        trees: Arc::new(TreeFiles::open(&root.join("trees"))?),
+        chunks: Arc::new(Store::open(&root.join("devices"), StoreOptions::default())?),
+    })
+}
+
+fn registry_options(config: &Config) -> RegistryOptions {
+    let mut options = RegistryOptions::default();
+    for (host, written) in &config.registry_hosts {
+        let known: &mut HostOptions = options.host_mut(host);
+        known.plain_http = written.plain_http;
+        known.insecure_skip_verify = written.insecure_skip_verify;
+        known.ca_files.clone_from(&written.ca_files);
     }
+    options
+}
 
-    fn reused(&self, _request: &PrepareRequest, _existing: &SnapshotRecord) {}
-
-    async fn lowers(
-        &self,
-        _user: &SnapshotRecord,
-        chain: &[SnapshotRecord],
-    ) -> Result<Vec<PathBuf>, MountError> {
-        let chain_id = chain
-            .iter()
-            .find_map(|record| record.layer.as_ref())
-            .map(|l| l.chain_id);
-        match chain_id {
-            Some(chain_id) => Err(MountError::Unavailable {
-                chain_id,
-                reason: "lazy layers are not available".into(),
-            }),
-            None => Ok(Vec::new()),
-        }
+fn shim_program() -> io::Result<PathBuf> {
+    if let Some(path) = std::env::var_os(SHIM_VARIABLE) {
+        return Ok(path.into());
     }
-
-    fn released(&self, _removed: &SnapshotRecord) {}
-
-    fn usage(&self, _layer: &LazyLayerRecord) -> Usage {
-        Usage::default()
-    }
-
-    async fn cleanup(&self) {}
+    Ok(std::env::current_exe()?.with_file_name(SHIM_PROGRAM))
 }

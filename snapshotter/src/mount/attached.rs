@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The `fuse` back-end behind a shim that is started or found when it is first needed.
+//!
+//! The daemon starts, and serves images that are not lazy, also when the shim cannot be started; a
+//! mount then fails and says why, and the next one tries again. Whoever comes first attaches; others
+//! wait for it.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use tokio::sync::OnceCell;
+
+use super::fuse::FuseMount;
+use super::{ImageMount, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome};
+use crate::shim::client::{FillService, ShimClient, ShimError, ShimOptions};
+
+/// Mounts through a shim that may not be there yet.
+#[derive(Debug)]
+pub struct AttachedMount {
+    options: ShimOptions,
+    fills: Arc<dyn FillService>,
+    client: OnceCell<Arc<ShimClient>>,
+}
+
+impl AttachedMount {
+    /// Attaches when first used; `fills` answers the shim's questions.
+    #[must_use]
+    pub fn new(options: ShimOptions, fills: Arc<dyn FillService>) -> Self {
+        Self {
+            options,
+            fills,
+            client: OnceCell::new(),
+        }
+    }
+
+    /// The client, attached. **Cancel** safe.
+    pub async fn attach(&self) -> Result<&Arc<ShimClient>, ShimError> {
+        let start = || async {
+            let fills = Arc::clone(&self.fills);
+            ShimClient::start_or_attach(self.options.clone(), fills)
+                .await
+                .map(Arc::new)
+        };
+        self.client.get_or_try_init(start).await
+    }
+
+    async fn backend(&self, key: &str) -> Result<FuseMount, MountError> {
+        match self.attach().await {
+            Ok(client) => Ok(FuseMount::new(Arc::clone(client))),
+            Err(error) => {
+                tracing::error!("failed to attach to the shim: {error}");
+                let reason = format!("no shim: {error}");
+                Err(MountError::Refused {
+                    key: key.to_owned(),
+                    reason,
+                })
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl ImageMount for AttachedMount {
+    async fn mount(&self, spec: &MountSpec) -> Result<(), MountError> {
+        self.backend(&spec.key).await?.mount(spec).await
+    }
+
+    async fn check(&self, key: &str) -> Result<MountState, MountError> {
+        self.backend(key).await?.check(key).await
+    }
+
+    async fn unmount(&self, key: &str, mode: UnmountMode) -> Result<UnmountOutcome, MountError> {
+        self.backend(key).await?.unmount(key, mode).await
+    }
+}
