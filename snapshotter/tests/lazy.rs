@@ -1,0 +1,450 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Lazy layers on a real containerd and a real registry: an unpacker's calls, mounts, reads, restarts,
+//! removal. Needs root, containerd 1.6 or later and docker-registry.
+
+#[path = "lazy/image.rs"]
+mod image;
+#[path = "lazy/site.rs"]
+mod site;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use containerd_client::services::v1::snapshots as api;
+use containerd_client::services::v1::snapshots::snapshots_client::SnapshotsClient;
+use containerd_client::types::Mount;
+use image::{Image, commit_to_containerd, push, tar};
+use nix::mount::{MsFlags, mount, umount};
+use site::{
+    Process, Root, free_port, mounts_below, start_containerd, start_daemon, start_registry, until,
+};
+use sluice_proto::control::control_client::ControlClient;
+use sluice_proto::control::{CompleteContentRequest, StatusRequest, StatusResponse, WhyRequest};
+use sluice_snapshotter::resolve::{Containerd, ContainerdContent, ContentReader as _};
+use tonic::Code;
+use tonic::transport::Channel;
+
+const NS: &str = "default";
+
+/// What an unpacker and a runtime do.
+struct Client {
+    containerd: Containerd,
+    root: PathBuf,
+}
+
+impl Client {
+    fn snapshots(&self) -> SnapshotsClient<Channel> {
+        SnapshotsClient::new(self.containerd.channel())
+    }
+
+    async fn ready(&self) {
+        until("containerd serves our snapshotter", async || {
+            let request = api::StatSnapshotRequest {
+                snapshotter: "sluice".into(),
+                key: "none".into(),
+            };
+            let request = self.containerd.request(NS, request).unwrap();
+            let answer = self.snapshots().stat(request).await;
+            answer.is_err_and(|status| status.code() == Code::NotFound)
+        })
+        .await;
+    }
+
+    async fn prepare(
+        &self,
+        key: &str,
+        parent: &str,
+        labels: HashMap<String, String>,
+    ) -> Result<Vec<Mount>, tonic::Status> {
+        let request = api::PrepareSnapshotRequest {
+            snapshotter: "sluice".into(),
+            key: key.into(),
+            parent: parent.into(),
+            labels,
+        };
+        let request = self.containerd.request(NS, request)?;
+        Ok(self.snapshots().prepare(request).await?.into_inner().mounts)
+    }
+
+    /// Unpacks as clients do; gives the layers that they would have had to download.
+    async fn unpack(&self, image: &Image) -> Vec<usize> {
+        let mut parent = String::new();
+        let mut downloads = Vec::new();
+        for (number, layer) in image.layers.iter().enumerate() {
+            let name = layer.chain_id.to_string();
+            let mut labels: HashMap<String, String> =
+                layer.annotations.clone().into_iter().collect();
+            labels.insert("containerd.io/snapshot.ref".into(), name.clone());
+            match self
+                .prepare(&format!("extract-{number} {name}"), &parent, labels)
+                .await
+            {
+                Err(status) if status.code() == Code::AlreadyExists => {
+                    let stat = api::StatSnapshotRequest {
+                        snapshotter: "sluice".into(),
+                        key: name.clone(),
+                    };
+                    let stat = self.containerd.request(NS, stat).unwrap();
+                    self.snapshots().stat(stat).await.unwrap();
+                }
+                Ok(_) => {
+                    downloads.push(number);
+                    return downloads;
+                }
+                Err(status) => panic!("layer {number}: {status}"),
+            }
+            parent = name;
+        }
+        downloads
+    }
+
+    /// Prepares a container's snapshot and mounts it.
+    async fn container(&self, key: &str, parent: &str) -> PathBuf {
+        let mounts = self.prepare(key, parent, HashMap::new()).await.unwrap();
+        let [one] = &mounts[..] else {
+            panic!("{mounts:?}")
+        };
+        let target = self.root.join(key);
+        std::fs::create_dir_all(&target).unwrap();
+        assert_eq!(one.r#type, "overlay", "{one:?}");
+        let options = one.options.join(",");
+        mount(
+            Some("overlay"),
+            &target,
+            Some("overlay"),
+            MsFlags::empty(),
+            Some(&*options),
+        )
+        .unwrap_or_else(|error| panic!("mount {options}: {error}"));
+        target
+    }
+
+    async fn remove(&self, key: &str) {
+        let request = api::RemoveSnapshotRequest {
+            snapshotter: "sluice".into(),
+            key: key.into(),
+        };
+        let request = self.containerd.request(NS, request).unwrap();
+        self.snapshots().remove(request).await.unwrap();
+    }
+
+    async fn end(&self, key: &str) {
+        umount(&self.root.join(key)).unwrap();
+        self.remove(key).await;
+    }
+
+    /// The control API.
+    fn control(&self) -> ControlClient<Channel> {
+        let socket = self.root.join("run/control.sock");
+        ControlClient::new(Containerd::new(&socket, Duration::from_secs(10)).channel())
+    }
+
+    async fn status(&self) -> StatusResponse {
+        let request = StatusRequest {
+            r#match: String::new(),
+        };
+        self.control().status(request).await.unwrap().into_inner()
+    }
+}
+
+struct Setup {
+    client: Client,
+    port: u16,
+    registry: Option<Process>,
+    containerd: Process,
+    root: Root,
+}
+
+async fn setup() -> Setup {
+    assert!(
+        nix::unistd::geteuid().is_root(),
+        "this test mounts, so it needs root"
+    );
+    let root = Root::new();
+    let port = free_port();
+    let registry = Some(start_registry(&root, port));
+    let containerd = start_containerd(&root);
+    let connection = Containerd::new(&root.join("containerd.sock"), Duration::from_secs(20));
+    until("the registry listens", async || {
+        tokio::net::TcpStream::connect(("127.0.0.1", port))
+            .await
+            .is_ok()
+    })
+    .await;
+    until("containerd listens", async || {
+        connection.namespaces().await.is_ok()
+    })
+    .await;
+    let client = Client {
+        containerd: connection,
+        root: root.path.clone(),
+    };
+    Setup {
+        client,
+        port,
+        registry,
+        containerd,
+        root,
+    }
+}
+
+fn read(root: &Path, name: &str) -> Vec<u8> {
+    std::fs::read(root.join(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+/// Bytes that do not compress, different for each seed.
+fn noise(seed: u8, bytes: usize) -> Vec<u8> {
+    let mut state = u64::from(seed) + 1;
+    (0..bytes)
+        .map(|_| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            state.to_le_bytes()[7]
+        })
+        .collect()
+}
+
+fn three_layers() -> (Vec<Vec<u8>>, Vec<u8>) {
+    let large = noise(1, 6 << 20);
+    let tars = vec![
+        tar(&[
+            ("etc", None),
+            ("etc/one", Some(b"one")),
+            ("large", Some(&large)),
+            ("gone", Some(b"x")),
+        ]),
+        tar(&[("etc/two", Some(b"two")), (".wh.gone", Some(b""))]),
+        tar(&[("top", Some(b"top")), ("etc/one", Some(b"changed"))]),
+    ];
+    (tars, large)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_runs_before_its_bytes_are_here() {
+    let mut setup = setup().await;
+    let (tars, large) = three_layers();
+    let image = push(setup.port, "team/app", &tars, &[]).await;
+    let daemon = start_daemon(&setup.root, "[prefetch]\ndelay = \"2s\"\n").await;
+    let client = &setup.client;
+    client.ready().await;
+    commit_to_containerd(&image, &client.containerd, NS).await;
+
+    assert_eq!(
+        client.unpack(&image).await,
+        [] as [usize; 0],
+        "nothing is downloaded"
+    );
+    let one = client.container("one", &image.top()).await;
+    assert_eq!(read(&one, "etc/one"), b"changed");
+    assert_eq!(read(&one, "etc/two"), b"two");
+    assert!(!one.join("gone").exists());
+    let status = client.status().await;
+    let [seen] = &status.images[..] else {
+        panic!("{status:?}")
+    };
+    assert!(
+        !seen.sealed && seen.present_bytes < seen.total_bytes / 2,
+        "{seen:?}"
+    );
+    assert_eq!(read(&one, "large"), large);
+    std::fs::write(one.join("etc/two"), b"written").unwrap();
+
+    let two = client.container("two", &image.top()).await;
+    assert_eq!(read(&two, "etc/two"), b"two");
+    let status = client.status().await;
+    let [mounted] = &status.mounts[..] else {
+        panic!("one mount for both: {status:?}")
+    };
+    assert_eq!((mounted.layers, mounted.users), (3, 2));
+
+    until("the image is sealed", async || {
+        client.status().await.images[0].sealed
+    })
+    .await;
+    setup.registry = None;
+    let three = client.container("three", &image.top()).await;
+    assert_eq!(read(&three, "large"), large);
+
+    // The daemon comes back: mounts were never gone, and new containers start without a registry.
+    daemon.stop().await;
+    assert_eq!(read(&three, "etc/one"), b"changed");
+    let daemon = start_daemon(&setup.root, "").await;
+    client.ready().await;
+    let four = client.container("four", &image.top()).await;
+    assert_eq!(read(&four, "top"), b"top");
+
+    for key in ["one", "two", "three", "four"] {
+        client.end(key).await;
+    }
+    for layer in image.layers.iter().rev() {
+        client.remove(&layer.chain_id.to_string()).await;
+    }
+    let state = setup.root.join("sluice");
+    until("mounts and files are gone", async || {
+        let left = |name: &str| {
+            let entries = std::fs::read_dir(state.join(name)).unwrap().flatten();
+            entries
+                .filter(|entry| !entry.file_name().to_string_lossy().starts_with('.'))
+                .count()
+        };
+        mounts_below(&state).is_empty()
+            && left("mnt") + left("trees") + left("indexes") + left("devices") == 0
+    })
+    .await;
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_that_cannot_be_lazy_is_unpacked_below_lazy_ones() {
+    let setup = setup().await;
+    let (tars, large) = three_layers();
+    let image = push(setup.port, "team/mixed", &tars, &[1]).await;
+    let daemon = start_daemon(&setup.root, "[prefetch]\nenabled = false\n").await;
+    let client = &setup.client;
+    client.ready().await;
+    commit_to_containerd(&image, &client.containerd, NS).await;
+    assert_eq!(
+        client.unpack(&image).await,
+        [] as [usize; 0],
+        "nothing is downloaded"
+    );
+    let one = client.container("one", &image.top()).await;
+    for (name, content) in [
+        ("etc/one", &b"changed"[..]),
+        ("etc/two", b"two"),
+        ("large", &large),
+    ] {
+        assert!(read(&one, name) == content, "{name}");
+    }
+    assert!(
+        !one.join("gone").exists(),
+        "the whiteout of the unpacked layer"
+    );
+    assert_eq!(
+        client.status().await.mounts.len(),
+        2,
+        "one run below, one above"
+    );
+
+    let request = WhyRequest {
+        image: image.manifest.clone(),
+        namespace: NS.into(),
+    };
+    let why = client.control().why(request).await.unwrap().into_inner();
+    let lazy: Vec<bool> = why.layers.iter().map(|layer| layer.lazy).collect();
+    assert_eq!((lazy, why.lazy), (vec![true, false, true], false));
+    assert!(
+        why.layers[1].reason.contains("unpacked here"),
+        "{}",
+        why.layers[1].reason
+    );
+    client.end("one").await;
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn content_is_completed_for_tools_that_need_it() {
+    let setup = setup().await;
+    let (tars, _) = three_layers();
+    let image = push(setup.port, "team/content", &tars, &[]).await;
+    let daemon = start_daemon(&setup.root, "[prefetch]\nenabled = false\n").await;
+    let client = &setup.client;
+    client.ready().await;
+    commit_to_containerd(&image, &client.containerd, NS).await;
+    client.unpack(&image).await;
+    let content = ContainerdContent::new(client.containerd.clone());
+    for layer in &image.layers {
+        assert!(
+            content
+                .info(NS, &layer.blob.to_string())
+                .await
+                .unwrap()
+                .is_none()
+        );
+    }
+    for round in 0..2 {
+        let request = CompleteContentRequest {
+            image: image.manifest.clone(),
+            namespace: NS.into(),
+        };
+        let mut reports = client
+            .control()
+            .complete_content(request)
+            .await
+            .unwrap()
+            .into_inner();
+        let mut done = 0;
+        while let Some(report) = reports.message().await.unwrap() {
+            done += usize::from(report.done);
+        }
+        assert_eq!(done, image.layers.len(), "round {round}");
+    }
+    let manifest = content.info(NS, &image.manifest).await.unwrap().unwrap();
+    for layer in &image.layers {
+        let blob = layer.blob.to_string();
+        let info = content.info(NS, &blob).await.unwrap().unwrap();
+        assert!(
+            info.labels
+                .keys()
+                .any(|key| key.contains("distribution.source")),
+            "{info:?}"
+        );
+        assert!(
+            manifest.labels.values().any(|value| *value == blob),
+            "kept by the manifest"
+        );
+    }
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_registry_costs_an_image_one_budget() {
+    let mut setup = setup().await;
+    let (tars, _) = three_layers();
+    let image = push(setup.port, "team/dead", &tars, &[]).await;
+    let extra = "[prepare]\nbudget = \"2s\"\n[prefetch]\nenabled = false\n";
+    let daemon = start_daemon(&setup.root, extra).await;
+    let client = &setup.client;
+    client.ready().await;
+    commit_to_containerd(&image, &client.containerd, NS).await;
+    // A listener that never answers: connections are taken by the kernel and nothing comes.
+    setup.registry = None;
+    let silent = loop {
+        match std::net::TcpListener::bind(("127.0.0.1", setup.port)) {
+            Ok(listener) => break listener,
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    };
+    let begun = std::time::Instant::now();
+    assert_eq!(client.unpack(&image).await, [0], "ordinary");
+    assert!(
+        begun.elapsed() < Duration::from_secs(4),
+        "{:?}",
+        begun.elapsed()
+    );
+    let begun = std::time::Instant::now();
+    let first = &image.layers[0];
+    client
+        .remove(&format!("extract-0 {}", first.chain_id))
+        .await;
+    assert_eq!(client.unpack(&image).await, [0], "still ordinary");
+    assert!(
+        begun.elapsed() < Duration::from_secs(1),
+        "remembered: {:?}",
+        begun.elapsed()
+    );
+    let request = WhyRequest {
+        image: image.config.to_string(),
+        namespace: String::new(),
+    };
+    let why = client.control().why(request).await.unwrap().into_inner();
+    assert!(
+        !why.lazy && why.layers[0].reason.contains("budget"),
+        "{why:?}"
+    );
+    drop(silent);
+    daemon.stop().await;
+    drop(setup.containerd);
+}
