@@ -124,7 +124,7 @@ impl Drop for Turn<'_> {
 }
 
 impl Mounts {
-    /// An empty table for mounts at `directory/<run key>`.
+    /// An empty table for mounts at `directory/<run key>`; the directory exists.
     #[must_use]
     pub fn new(backend: Arc<dyn ImageMount>, directory: &Path) -> Self {
         Self {
@@ -223,15 +223,14 @@ impl Mounts {
         prepare: impl Future<Output = Result<MountSpec, E>>,
     ) -> Result<PathBuf, EnsureError<E>> {
         let spec = prepare.await.map_err(EnsureError::Prepare)?;
-        let path = &spec.mountpoint;
-        match tokio::fs::create_dir_all(path).await {
-            Ok(()) => {}
-            Err(source) => {
-                return Err(EnsureError::Mountpoint {
-                    path: path.clone(),
-                    source,
-                });
-            }
+        // Nothing looks at the directory: a dead mount may lie on it, which only the back-end touches.
+        if let Err(source) = tokio::fs::create_dir(&spec.mountpoint).await
+            && source.kind() != std::io::ErrorKind::AlreadyExists
+        {
+            return Err(EnsureError::Mountpoint {
+                path: spec.mountpoint,
+                source,
+            });
         }
         self.backend.mount(&spec).await?;
         if let Some(entry) = self.table().get_mut(&turn.key) {

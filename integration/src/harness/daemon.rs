@@ -16,7 +16,7 @@ use super::root::Root;
 use super::tools;
 
 /// Config that frees unused mounts and data after a second instead of minutes.
-pub const QUICK_REAPER: &str = "";
+pub const QUICK_REAPER: &str = "[mount]\ngrace = \"1s\"\n\n[store]\ngrace = \"1s\"\n";
 
 /// A running daemon and the shim it started.
 #[derive(Debug)]

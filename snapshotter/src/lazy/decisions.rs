@@ -2,6 +2,7 @@
 //! What `sluice why` and `sluice status` are told later: why a layer was not lazy, which images were
 //! seen. Written after the answer to containerd, by tasks of ours; losing one loses an explanation.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -11,7 +12,12 @@ use sluice_blockindex::digest::ChainId;
 use super::Inner;
 use crate::plan::Refusal;
 use crate::resolve::ResolvedImage;
-use crate::store::DocumentTable;
+use crate::snapshots::LABEL_SNAPSHOT_REF;
+use crate::store::{DocumentTable, StoreError};
+
+/// How long a document outlives its snapshots: an image is remembered before its first layer is
+/// committed, and a pull may take this long.
+const DOCUMENT_GRACE_SECONDS: u64 = 3600;
 
 /// Why a layer is as it is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,6 +56,8 @@ pub struct ImageDocument {
     pub config: String,
     /// Lowest first.
     pub layers: Vec<ImageLayer>,
+    /// Seconds since 1970.
+    pub at: u64,
 }
 
 /// The key of a [`Decision`].
@@ -123,6 +131,7 @@ impl Inner {
                     blob_bytes: descriptor.size_bytes,
                 })
                 .collect(),
+            at: now(),
         };
         let key = format!("{namespace}/{}", document.manifest);
         self.write(move |inner| {
@@ -131,6 +140,36 @@ impl Inner {
                 .metadata
                 .put_document(DocumentTable::Images, &key, &document)
         });
+    }
+
+    /// Drops what is remembered of layers that are gone. Blocks.
+    pub(super) fn sweep_documents(&self) -> Result<(), StoreError> {
+        let metadata = &self.parts.metadata;
+        let mut there = BTreeSet::new();
+        for record in metadata.list(|_| true)? {
+            let namespace = record.namespace().unwrap_or_default();
+            let wanted = record.labels.get(LABEL_SNAPSHOT_REF).cloned();
+            let chain_id = record
+                .chain_id()
+                .map(|chain_id| chain_id.to_string())
+                .or(wanted);
+            there.extend(chain_id.map(|chain_id| format!("{namespace}/{chain_id}")));
+        }
+        let old = |at: u64| now().saturating_sub(at) > DOCUMENT_GRACE_SECONDS;
+        for (key, decision) in metadata.documents::<Decision>(DocumentTable::Decisions)? {
+            if old(decision.at) && !there.contains(&key) {
+                metadata.remove_document(DocumentTable::Decisions, &key)?;
+            }
+        }
+        for (key, image) in metadata.documents::<ImageDocument>(DocumentTable::Images)? {
+            let mut layers = image.layers.iter();
+            let namespace = &image.namespace;
+            let alive = layers.any(|it| there.contains(&format!("{namespace}/{}", it.chain_id)));
+            if old(image.at) && !alive {
+                metadata.remove_document(DocumentTable::Images, &key)?;
+            }
+        }
+        Ok(())
     }
 
     /// Runs a short transaction after the answer.

@@ -110,8 +110,13 @@ impl Inner {
         self.blocking(move |inner| inner.sweep_trees(&kept)).await;
         self.sweep_devices(&needed.devices).await;
         let indexes: BTreeSet<IndexDigest> = needed.devices.iter().map(|key| key.index).collect();
-        self.blocking(move |inner| inner.sweep_indexes(&indexes))
-            .await;
+        let documents = self.blocking(move |inner| {
+            inner.sweep_indexes(&indexes);
+            inner.sweep_documents()
+        });
+        if let Err(error) = documents.await {
+            tracing::warn!("failed to sweep documents: {error}");
+        }
     }
 
     fn sweep_trees(&self, kept: &BTreeSet<RunKey>) {

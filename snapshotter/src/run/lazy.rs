@@ -22,6 +22,7 @@ use super::{Parts, bind_private};
 use crate::background::Background;
 use crate::config::Config;
 use crate::control::ControlService;
+use crate::durable;
 use crate::indexes::IndexFiles;
 use crate::layers::Layers;
 use crate::lazy::{Lazy, LazyMetrics, LazyOptions, LazyParts};
@@ -63,6 +64,7 @@ impl LazySide {
             stop,
             ..
         } = parts;
+        let listener = bind_private(&config.control_socket())?;
         let root = config.root.clone();
         let files = tokio::task::spawn_blocking(move || open_files(root)).await??;
         let Files {
@@ -125,7 +127,6 @@ impl LazySide {
             },
         );
 
-        let listener = bind_private(&config.control_socket())?;
         let service = ControlService::new(lazy.clone(), containerd, stop);
         let control = tokio::spawn(async move {
             if let Err(error) = service.serve(listener).await {
@@ -181,6 +182,7 @@ struct Files {
 
 /// Opens what is on disk. Blocks.
 fn open_files(root: PathBuf) -> Result<Files, Failure> {
+    durable::create_private_directory(&root.join("mnt"))?;
     Ok(Files {
         indexes: Arc::new(IndexFiles::open(&root.join("indexes"))?),
         trees: Arc::new(TreeFiles::open(&root.join("trees"))?),
