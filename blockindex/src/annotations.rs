@@ -24,6 +24,11 @@ pub const BLOB_SIZE: &str = "containerd.io/snapshot/sluice.blob.size";
 pub const DIFF: &str = "containerd.io/snapshot/sluice.diff";
 /// Digest of the image config, by which the daemon finds the manifests that name it.
 pub const CONFIG: &str = "containerd.io/snapshot/sluice.config";
+/// Port of the registry that the image was converted to, decimal, where it is not the default one.
+///
+/// containerd's own `containerd.io/distribution.source.<host>` label drops the port. Only a number,
+/// never a host: an annotation cannot send the daemon to another machine.
+pub const PORT: &str = "containerd.io/snapshot/sluice.port";
 /// Why this layer cannot be lazy; stands alone, instead of all others.
 pub const NOT_LAZY: &str = "containerd.io/snapshot/sluice.not-lazy";
 
@@ -49,6 +54,8 @@ pub struct LayerAnnotations {
     pub diff_id: DiffId,
     /// Config of the image it belongs to.
     pub config: ConfigDigest,
+    /// Port of the registry that it was converted to, where that is not the default one.
+    pub port: Option<u16>,
 }
 
 /// What the annotations of a layer descriptor say about laziness.
@@ -115,6 +122,7 @@ impl LayerAnnotations {
             (CONFIG, self.config.to_string()),
         ]
         .into_iter()
+        .chain(self.port.map(|port| (PORT, port.to_string())))
         .map(|(name, value)| (name.to_owned(), value))
         .collect()
     }
@@ -159,10 +167,7 @@ impl LayerMark {
         let text = |name| get(name).ok_or(AnnotationError::Missing { name });
         let number = |name| {
             let value = text(name)?;
-            parse_decimal(value).ok_or_else(|| AnnotationError::Number {
-                name,
-                value: value.chars().take(100).collect(),
-            })
+            parse_decimal(value).ok_or_else(|| not_a_number(name, value))
         };
         let offset = number(INDEX_OFFSET)?;
         let index_bytes = number(INDEX_SIZE)?;
@@ -183,6 +188,9 @@ impl LayerMark {
             blob_bytes,
             diff_id: digest(DIFF, text(DIFF)?)?,
             config: digest(CONFIG, text(CONFIG)?)?,
+            port: get(PORT)
+                .map(|value| port(value).ok_or_else(|| not_a_number(PORT, value)))
+                .transpose()?,
         }))
     }
 }
@@ -194,6 +202,19 @@ where
     value
         .parse()
         .map_err(|source| AnnotationError::Digest { name, source })
+}
+
+fn not_a_number(name: &'static str, value: &str) -> AnnotationError {
+    AnnotationError::Number {
+        name,
+        value: value.chars().take(100).collect(),
+    }
+}
+
+fn port(value: &str) -> Option<u16> {
+    parse_decimal(value)
+        .and_then(|port| u16::try_from(port).ok())
+        .filter(|port| *port != 0)
 }
 
 /// A decimal number without sign, spaces or leading zeros: each value has one spelling.
@@ -214,6 +235,7 @@ mod tests {
             blob_bytes: 200,
             diff_id: DiffId::of(b"tar"),
             config: ConfigDigest::of(b"config"),
+            port: None,
         }
     }
 
@@ -225,6 +247,10 @@ mod tests {
     fn marks_round_trip() {
         for mark in [
             LayerMark::Lazy(example()),
+            LayerMark::Lazy(LayerAnnotations {
+                port: Some(5000),
+                ..example()
+            }),
             LayerMark::NotLazy("sparse file".to_owned()),
             LayerMark::Unmarked,
         ] {
@@ -262,6 +288,10 @@ mod tests {
             (BLOB, "x"),
             (DIFF, "md5:00"),
             (CONFIG, ""),
+            (PORT, ""),
+            (PORT, "0"),
+            (PORT, "65536"),
+            (PORT, "host:5000"),
         ];
         for (name, value) in cases {
             let mut map = example().to_map();

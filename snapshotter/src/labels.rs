@@ -75,6 +75,7 @@ mod tests {
             blob_bytes: 200,
             diff_id: DiffId::of(b"tar"),
             config: ConfigDigest::of(b"config"),
+            port: None,
         }
     }
 

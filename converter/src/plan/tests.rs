@@ -37,6 +37,7 @@ fn lazy(plan: &ImagePlan, layer: &PlannedLayer) -> Outcome {
         blob_bytes: 100,
         diff_id: layer.diff_id,
         config: plan.config_digest,
+        port: None,
     })
 }
 

@@ -27,6 +27,7 @@ fn layer(name: &str, diff_id: DiffId, config: Option<ConfigDigest>) -> serde_jso
             blob_bytes: 100,
             diff_id,
             config,
+            port: None,
         }
         .to_map()
     });
