@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Writes the seed corpus of the fuzz targets: `cargo run -p sluice-blockindex --example fuzz_seeds fuzz/corpus`.
+//!
+//! The files in the tree came from it; run it again when a format changes.
+
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use sluice_blockindex::digest::BlobDigest;
+use sluice_blockindex::encode::{EncodeOptions, encode_layer};
+use sluice_blockindex::extent::Extent;
+use sluice_blockindex::index::{INDEX_FILE_MAX_BYTES, UncheckedIndex, decompress_index};
+
+fn main() {
+    let directory = std::env::args_os().nth(1).expect("usage: seeds DIRECTORY");
+    let directory = PathBuf::from(directory);
+    let tar = tar();
+    let options = EncodeOptions {
+        writer: "seeds".into(),
+        ..EncodeOptions::default()
+    };
+    let (blob, trailer) = encode_layer(&tar, options).expect("the sample encodes");
+    let pin = trailer.index.expect("the sample is lazy");
+    let payload = slice(&blob, pin.extent);
+    let file = decompress_index(payload, INDEX_FILE_MAX_BYTES).expect("written just now");
+    let index = UncheckedIndex::parse(file.clone())
+        .expect("sound")
+        .validate()
+        .expect("valid");
+    write(&directory, "index", "file", &file);
+    write(&directory, "index", "payload", payload);
+    write(&directory, "tree", "image", index.tree_bytes());
+    write(&directory, "tar", "sample", &[&[99][..], &tar].concat());
+    let chunk = index.chunk_map().chunk(0).expect("one chunk");
+    let frame = slice(&blob, chunk.blob);
+    let claim = u16::try_from(chunk.device.len())
+        .expect("a small chunk")
+        .to_le_bytes();
+    write(&directory, "frame", "first", &[&claim[..], frame].concat());
+    // The chunk map is the second section of the file; its place stands in the section table.
+    let word = |at: usize| u64::from_le_bytes(file[at..at + 8].try_into().expect("8 bytes"));
+    let section: Extent<()> =
+        Extent::from_length(word(64 + 32 + 8), word(64 + 32 + 16)).expect("in the file");
+    let map = slice(&file, section);
+    write(
+        &directory,
+        "chunk_map",
+        "section",
+        &[&[0; 16][..], map].concat(),
+    );
+    write(&directory, "seek_table", "tail", &blob[blob.len() - 100..]);
+    let skeleton = slice(&blob, index.metadata().skeleton.extent);
+    let mut plain = u32::try_from(tar.len())
+        .expect("a small tar")
+        .to_le_bytes()
+        .to_vec();
+    zstd::Decoder::new(skeleton)
+        .expect("zstd")
+        .read_to_end(&mut plain)
+        .expect("sound");
+    write(&directory, "skeleton", "plain", &plain);
+    let digest = BlobDigest::of(b"");
+    let lazy =
+        format!("0=100\n1=50\n2={digest}\n3={digest}\n4=200\n5={digest}\n6={digest}\n7=5000\n");
+    write(&directory, "annotations", "lazy", lazy.as_bytes());
+    write(
+        &directory,
+        "annotations",
+        "digest",
+        digest.to_string().as_bytes(),
+    );
+    write(&directory, "annotations", "not-lazy", b"8=sparse file\n");
+}
+
+fn slice<S>(bytes: &[u8], extent: Extent<S>) -> &[u8] {
+    let at = |offset| usize::try_from(offset).expect("in memory");
+    &bytes[at(extent.start())..at(extent.end())]
+}
+
+fn write(directory: &Path, target: &str, name: &str, bytes: &[u8]) {
+    let directory = directory.join(target);
+    fs::create_dir_all(&directory).expect("corpus directory");
+    fs::write(directory.join(name), bytes).expect("corpus file");
+}
+
+/// A small tar with one of everything, written by hand so that it never changes.
+fn tar() -> Vec<u8> {
+    let xattr = b"31 SCHILY.xattr.user.key=value\n";
+    let entries: [(&str, u8, &str, &[u8]); 12] = [
+        ("etc/", b'5', "", b""),
+        ("etc/file", b'0', "", b"content"),
+        ("etc/hard", b'1', "etc/file", b""),
+        ("etc/soft", b'2', "../etc", b""),
+        ("dev/null", b'3', "", b""),
+        ("pipe", b'6', "", b""),
+        ("etc/.wh.gone", b'0', "", b""),
+        ("opaque/.wh..wh..opq", b'0', "", b""),
+        ("pax", b'x', "", xattr),
+        ("etc/soft/through", b'0', "", b"more content"),
+        ("long", b'L', "", b"etc/a-long-name\0"),
+        ("short", b'0', "", b"x"),
+    ];
+    let mut tar = Vec::new();
+    for (name, kind, link, content) in entries {
+        let mut header = [0; 512];
+        header[..name.len()].copy_from_slice(name.as_bytes());
+        header[157..157 + link.len()].copy_from_slice(link.as_bytes());
+        header[100..108].copy_from_slice(b"0000755\0");
+        header[124..136].copy_from_slice(format!("{:011o}\0", content.len()).as_bytes());
+        header[136..148].copy_from_slice(b"14524770400\0");
+        header[156] = kind;
+        header[257..265].copy_from_slice(b"ustar\x0000");
+        if kind == b'3' {
+            header[329..337].copy_from_slice(b"0000001\0");
+            header[337..345].copy_from_slice(b"0000003\0");
+        }
+        header[148..156].fill(b' ');
+        let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+        header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        tar.extend(header);
+        tar.extend(content);
+        tar.resize(tar.len().next_multiple_of(512), 0);
+    }
+    tar.extend([0; 1024]);
+    tar
+}
