@@ -605,3 +605,6 @@ fn check_file(tree: &TreeReader<'_>, nid: Nid, files: &FileTable<'_>) -> Result<
         }),
     }
 }
+
+#[cfg(test)]
+mod tests;
