@@ -176,6 +176,7 @@ impl Packed {
                 blob_bytes: self.blob_bytes,
                 diff_id,
                 config,
+                port: None,
             })
     }
 }

@@ -13,6 +13,7 @@ fn annotations() -> LayerAnnotations {
         blob_bytes: 100,
         diff_id: DiffId::of(b"d"),
         config: ConfigDigest::of(b"c"),
+        port: None,
     }
 }
 
