@@ -15,7 +15,7 @@ use crate::chunkmap::{Chunk, ChunkRecord, Codec};
 use crate::digest::{ChunkDigest, StrongAlgorithm};
 use crate::units::{CHUNK_MAX_BYTES, FRAME_MAX_BYTES};
 
-/// zstd level of chunks: see the measurement in `docs/decisions/002-zstd-level.md`.
+/// zstd level of chunks: see the measurement in `docs/decisions/003-zstd-level.md`.
 pub const DEFAULT_LEVEL: i32 = 3;
 
 /// A chunk that cannot be compressed.

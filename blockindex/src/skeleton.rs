@@ -29,7 +29,7 @@ const MAGIC: [u8; 8] = *b"SLUICESK";
 const VERSION: u32 = 1;
 /// Literals are flushed at this size; a reader refuses longer ones before it allocates.
 const LITERAL_MAX_BYTES: usize = 64 * 1024;
-/// zstd level: headers compress a hundredfold at any level, and they are few.
+/// zstd level: headers shrink to a thirtieth; each further level gains a few hundredths of that.
 const LEVEL: i32 = 6;
 /// Largest zstd window that a reader allocates (2^23 bytes); the writer's level needs 2^21.
 const WINDOW_LOG_MAX: u32 = 23;

@@ -561,4 +561,4 @@ impl fmt::Display for Scanner {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

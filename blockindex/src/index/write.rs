@@ -15,8 +15,8 @@ use crate::chunkmap::{ChunkMapError, ChunkRecord, write_chunk_map};
 use crate::digest::{DIGEST_BYTES, DiffId, StrongAlgorithm};
 use crate::extent::{BlobSpace, Extent};
 
-/// zstd level of the payload. Most of it is digests, which no level compresses; above this level
-/// the tree shrinks by less than a hundredth and the time doubles.
+/// zstd level of the payload. Most of it is digests, which no level compresses; level 12 takes more
+/// than twice the time for a five-hundredth of the size.
 const LEVEL: i32 = 9;
 
 /// Where the skeleton lies in the blob.
