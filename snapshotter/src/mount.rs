@@ -42,8 +42,6 @@ pub struct DeviceSpec {
     pub index_digest: IndexDigest,
     /// Its directory in the chunk store, which holds `data` and `present`.
     pub directory: PathBuf,
-    /// The layer's index file, for its chunk map.
-    pub index: PathBuf,
 }
 
 /// Whether a mount is there.
@@ -145,7 +143,7 @@ impl MountSpec {
             return Err(wrong("the key is not a plain name"));
         }
         let paths = [&self.mountpoint, &self.tree].into_iter();
-        let device_paths = self.devices.iter().flat_map(|d| [&d.directory, &d.index]);
+        let device_paths = self.devices.iter().map(|device| &device.directory);
         for path in paths.chain(device_paths) {
             if !path.is_absolute() || path.to_str().is_none() {
                 return Err(wrong("a path is not absolute or not UTF-8"));

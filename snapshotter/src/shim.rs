@@ -22,7 +22,18 @@
 //! in docs/formats/shim.md.
 
 pub mod client;
+pub mod device;
+pub mod filesystem;
+pub mod fills;
+pub mod holder;
+pub mod keeper;
+mod link;
+mod mounts;
 pub mod protocol;
+pub mod record;
+pub mod session;
+pub mod waiting;
+pub mod worker;
 
 /// Newest version of the shim protocol that we speak.
 pub const PROTOCOL_VERSION: u32 = 1;

@@ -93,7 +93,6 @@ impl Inner {
                 diff_id: record.diff_id,
                 index_digest: record.index_digest,
                 directory: directory.join(key.diff_id.hex()).join(key.index.hex()),
-                index: self.parts.layers.indexes().path(record.index_digest),
             });
         }
         Ok(MountSpec {

@@ -133,7 +133,6 @@ impl From<&MountSpec> for wire::Mount {
                     diff_id: device.diff_id.to_string(),
                     index_digest: device.index_digest.to_string(),
                     directory: text(&device.directory),
-                    index: text(&device.index),
                 })
                 .collect(),
             read_deadline_ms: deadline_to_wire(spec.read_deadline),
@@ -155,7 +154,6 @@ impl TryFrom<wire::Mount> for MountSpec {
                     .parse()
                     .map_err(|_| bad("index_digest"))?,
                 directory: device.directory.into(),
-                index: device.index.into(),
             });
         }
         let spec = MountSpec {
@@ -238,7 +236,6 @@ mod tests {
                 diff_id: DiffId::of(b"d"),
                 index_digest: IndexDigest::of(b"i"),
                 directory: "/d".into(),
-                index: "/i".into(),
             }],
             read_deadline: Some(Duration::from_micros(10)),
         };

@@ -20,17 +20,12 @@ const INIT_REQUEST_BYTES: u32 = 104;
 const FUSE_INIT: u32 = 26;
 /// Notification that makes the kernel hand out unanswered requests again (Linux 6.9).
 const FUSE_NOTIFY_RESEND: u32 = 7;
-/// Flag that says that the second half of the flags is there.
-const FUSE_INIT_EXT: u64 = 1 << 30;
 
-/// What the kernel offered when the connection began; part of the mount record.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct InitOffer {
-    /// Capabilities, both halves.
-    pub flags: u64,
-    /// Readahead in bytes.
-    pub max_readahead: u32,
-}
+/// Readahead in the synthetic offer; the kernel has long taken its own.
+const READAHEAD_BYTES: u32 = 128 * 1024;
+
+// The protocol is in the byte order of the host; we only build where that is little-endian.
+const _: () = assert!(cfg!(target_endian = "little"));
 
 /// Opens `/dev/fuse`, close-on-exec.
 pub fn open() -> io::Result<OwnedFd> {
@@ -44,24 +39,23 @@ pub fn open() -> io::Result<OwnedFd> {
 
 /// A socket on which a FUSE_INIT request waits; a new session starts on it. The second end must live
 /// until the session has answered.
-pub fn synthetic_connection(offer: InitOffer) -> io::Result<(OwnedFd, PacketSocket)> {
+pub fn synthetic_connection() -> io::Result<(OwnedFd, PacketSocket)> {
     let (session, kernel) = PacketSocket::pair()?;
-    kernel.send(&init_request(offer), &[])?;
+    kernel.send(&init_request(), &[])?;
     Ok((session.into_owned(), kernel))
 }
 
-fn init_request(offer: InitOffer) -> Vec<u8> {
-    let flags = offer.flags | FUSE_INIT_EXT;
-    let half = |value: u64| u32::try_from(value & 0xffff_ffff).unwrap_or(u32::MAX);
+fn init_request() -> Vec<u8> {
     let mut words = vec![0u32; INIT_REQUEST_BYTES as usize / 4];
     words[0] = INIT_REQUEST_BYTES;
     words[1] = FUSE_INIT;
     words[2] = 2; // unique: any even number, as the kernel gives
     words[10] = 7; // major
     words[11] = 41; // minor: fuser speaks the lower of this and its own
-    words[12] = offer.max_readahead;
-    words[13] = half(flags);
-    words[14] = half(flags >> 32);
+    words[12] = READAHEAD_BYTES;
+    // Every capability: the answer goes nowhere, the kernel keeps what it agreed to long ago.
+    words[13] = u32::MAX;
+    words[14] = u32::MAX;
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
@@ -99,37 +93,11 @@ mod tests {
 
     #[test]
     fn the_init_request_is_what_the_kernel_would_write() {
-        let bytes = init_request(InitOffer {
-            flags: 1 << 39 | 1 << 13,
-            max_readahead: 131_072,
-        });
+        let bytes = init_request();
         assert_eq!(bytes.len(), 104);
         assert_eq!(&bytes[..12], [104, 0, 0, 0, 26, 0, 0, 0, 2, 0, 0, 0]);
-        assert_eq!(
-            &bytes[40..60],
-            [
-                7,
-                0,
-                0,
-                0,
-                41,
-                0,
-                0,
-                0,
-                0,
-                0,
-                2,
-                0,
-                0,
-                0x20,
-                0,
-                0x40,
-                1 << 7,
-                0,
-                0,
-                0
-            ]
-        );
+        assert_eq!(&bytes[40..52], [7, 0, 0, 0, 41, 0, 0, 0, 0, 0, 2, 0]);
+        assert_eq!(&bytes[52..60], [0xff; 8]);
         assert!(bytes[60..].iter().all(|&byte| byte == 0));
     }
 }

@@ -6,6 +6,7 @@ use std::io;
 use std::path::Path;
 
 use memmap2::{Mmap, MmapOptions};
+use sluice_blockindex::erofs::TreeReader;
 
 /// Maps a whole file for reading; an empty file gives an empty mapping.
 ///
@@ -16,4 +17,40 @@ pub fn read_only(path: &Path) -> io::Result<Mmap> {
     // SAFETY: files mapped here are immutable once they have their name (see above), in directories
     // that only root may write.
     unsafe { MmapOptions::new().map(&file) }
+}
+
+/// A mapped EROFS tree, and the reader that borrows from the mapping.
+///
+/// Opened once: the reader checks the superblock, which a server should not repeat for each request.
+pub struct MappedTree {
+    /// Borrows from `map`; declared first, so dropped first.
+    reader: TreeReader<'static>,
+    /// Never touched again; keeps the bytes where they are.
+    _map: Mmap,
+}
+
+impl MappedTree {
+    /// Maps the tree at `path` and checks its superblock.
+    pub fn open(path: &Path) -> io::Result<MappedTree> {
+        let map = read_only(path)?;
+        // SAFETY: the bytes live as long as the mapping, which does not move when `map` does and is
+        // dropped after the reader; `reader()` hands out no borrow longer than that of `self`.
+        let bytes: &'static [u8] = unsafe { std::slice::from_raw_parts(map.as_ptr(), map.len()) };
+        let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
+        let reader = TreeReader::open(bytes).map_err(invalid)?;
+        Ok(MappedTree { reader, _map: map })
+    }
+
+    /// The reader.
+    pub fn reader(&self) -> TreeReader<'_> {
+        self.reader
+    }
+}
+
+impl std::fmt::Debug for MappedTree {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MappedTree")
+            .field("root", &self.reader.root())
+            .finish_non_exhaustive()
+    }
 }

@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Starting the shim, and the socket it connects to.
 
-use std::fs::{File, OpenOptions, Permissions};
+use std::fs::{File, OpenOptions, Permissions, TryLockError};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::fcntl::{Flock, FlockArg};
 use tokio::net::UnixListener;
 use tokio::process::Command;
 
@@ -99,14 +98,14 @@ fn is_locked(run_dir: &Path) -> Result<bool, ShimError> {
         path: path.clone(),
         source,
     })?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        // Dropped, it is free again: the holder takes it for itself, and loses against another.
-        Ok(_lock) => Ok(false),
-        Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(true),
-        Err((_, error)) => Err(ShimError::Io {
+    match file.try_lock() {
+        // Closed, it is free again: the holder takes it for itself, and loses against another.
+        Ok(()) => Ok(false),
+        Err(TryLockError::WouldBlock) => Ok(true),
+        Err(TryLockError::Error(source)) => Err(ShimError::Io {
             what: "lock",
             path,
-            source: error.into(),
+            source,
         }),
     }
 }

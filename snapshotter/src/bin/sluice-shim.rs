@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `sluice-shim`: the processes that serve mounts. Started by `sluiced` and by itself, not by people.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use sluice_snapshotter::shim::{holder, worker};
+use tracing_subscriber::EnvFilter;
+
+#[derive(Debug, Parser)]
+#[command(version, about = "Serves the mounts of sluiced, and outlives it")]
+struct Arguments {
+    #[command(subcommand)]
+    role: Role,
+}
+
+#[derive(Debug, Subcommand)]
+enum Role {
+    /// Keeps what keeps the mounts alive, and a worker running.
+    Holder {
+        /// Holds socket, lock and log.
+        #[arg(long)]
+        run_dir: PathBuf,
+        /// Take over from a dead holder the worker at standard input.
+        #[arg(long)]
+        adopt: bool,
+    },
+    /// Serves; its holder is at standard input.
+    Worker {
+        /// Holds socket, lock and log.
+        #[arg(long)]
+        run_dir: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    let filter = EnvFilter::try_from_env("SLUICE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(false);
+    log.with_writer(std::io::stderr).init();
+    let ended = match Arguments::parse().role {
+        Role::Holder { run_dir, adopt } => holder::run(&run_dir, adopt),
+        Role::Worker { run_dir } => worker::run(&run_dir).map(|never| match never {}),
+    };
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(%error, "shim ends");
+            ExitCode::FAILURE
+        }
+    }
+}

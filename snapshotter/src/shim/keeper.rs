@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The worker's side of the holder: hands descriptors over, and finds a new holder when it dies.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
+use nix::sys::time::{TimeVal, TimeValLike};
+use prost::Message;
+use sluice_proto::shim as wire;
+use sluice_proto::shim::holder_packet::Body;
+
+use crate::sys::fdpass::PacketSocket;
+use crate::sys::process;
+
+/// How long the holder may take to answer. It does nothing else; only a stopped one is this slow.
+const ANSWER_DEADLINE_SECONDS: i64 = 5;
+
+/// What the holder gave to this worker.
+#[derive(Debug)]
+pub struct Inheritance {
+    /// Descriptors by name.
+    pub entries: BTreeMap<String, Vec<OwnedFd>>,
+    /// The holder.
+    pub holder_pid: u32,
+}
+
+/// The connection to the holder, and a duplicate of all that it keeps.
+#[derive(Debug)]
+pub struct Keeper {
+    run_dir: PathBuf,
+    /// As it was when we started: after an upgrade, the path names the new binary.
+    binary: PathBuf,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    socket: PacketSocket,
+    holder_pid: u32,
+    /// Duplicates, for a new holder.
+    kept: BTreeMap<String, Vec<OwnedFd>>,
+    /// A holder that we have started ourselves, to be reaped.
+    child: Option<Child>,
+}
+
+fn duplicate(fds: &[BorrowedFd<'_>]) -> io::Result<Vec<OwnedFd>> {
+    fds.iter().map(BorrowedFd::try_clone_to_owned).collect()
+}
+
+impl Keeper {
+    /// Takes what the holder hands over on standard input.
+    pub fn inherit(run_dir: &Path) -> io::Result<(Keeper, Inheritance)> {
+        let socket = PacketSocket::from_owned(io::stdin().as_fd().try_clone_to_owned()?);
+        nix::unistd::dup2_stdin(File::open("/dev/null")?)?;
+        let mut entries = BTreeMap::new();
+        let holder_pid = loop {
+            let Some(packet) = socket.recv()? else {
+                return Err(io::Error::new(
+                    io::ErrorKind::UnexpectedEof,
+                    "the holder is gone",
+                ));
+            };
+            let body = wire::HolderPacket::decode(packet.bytes.as_slice())
+                .map_err(io::Error::other)?
+                .body;
+            match body {
+                Some(Body::Inherit(inherit)) => {
+                    entries.insert(inherit.name, packet.fds);
+                }
+                Some(Body::InheritEnd(end)) => break end.holder_pid,
+                // What a newer holder may add.
+                _ => tracing::debug!("ignore a packet while inheriting"),
+            }
+        };
+        set_answer_deadline(&socket)?;
+        let mut kept = BTreeMap::new();
+        for (name, fds) in &entries {
+            let fds: Vec<BorrowedFd<'_>> = fds.iter().map(OwnedFd::as_fd).collect();
+            kept.insert(name.clone(), duplicate(&fds)?);
+        }
+        let inner = Inner {
+            socket,
+            holder_pid,
+            kept,
+            child: None,
+        };
+        let binary = std::env::current_exe()?;
+        let keeper = Keeper {
+            run_dir: run_dir.to_owned(),
+            binary,
+            inner: Mutex::new(inner),
+        };
+        Ok((
+            keeper,
+            Inheritance {
+                entries,
+                holder_pid,
+            },
+        ))
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The holder now.
+    pub fn holder_pid(&self) -> u32 {
+        self.inner().holder_pid
+    }
+
+    /// Has descriptors kept under a name; when it returns, they outlive this process.
+    pub fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let mut inner = self.inner();
+        inner.kept.insert(name.to_owned(), duplicate(fds)?);
+        let told = inner.tell(
+            Body::Keep(wire::Keep {
+                name: name.to_owned(),
+            }),
+            name,
+            fds,
+        );
+        if told.is_err() {
+            inner.kept.remove(name);
+        }
+        told
+    }
+
+    /// Has a name forgotten. A failure leaves the entry with the holder, which costs descriptors and
+    /// is put right when the next worker finds that its connection has ended.
+    pub fn forget(&self, name: &str) {
+        let mut inner = self.inner();
+        inner.kept.remove(name);
+        let forget = Body::Forget(wire::Forget {
+            name: name.to_owned(),
+        });
+        if let Err(error) = inner.tell(forget, name, &[]) {
+            tracing::warn!(%error, name, "have the holder forget an entry");
+        }
+    }
+
+    /// Says that this worker ends on purpose.
+    pub fn retire(&self) -> io::Result<()> {
+        let bytes = wire::HolderPacket {
+            body: Some(Body::Retire(wire::Retire {})),
+        };
+        self.inner().socket.send(&bytes.encode_to_vec(), &[])
+    }
+
+    /// Waits for the death of holder after holder, and starts a new one each time. Never returns;
+    /// the caller gives it a thread.
+    pub fn replace_dead_holders(&self) -> ! {
+        loop {
+            self.wait_for_death();
+            tracing::warn!("the holder died, starting another");
+            while let Err(error) = self.start_holder() {
+                tracing::error!(%error, "start a holder");
+                std::thread::sleep(Duration::from_secs(1));
+            }
+        }
+    }
+
+    fn wait_for_death(&self) {
+        let pid = self.holder_pid();
+        // No such process: it is dead already.
+        let Ok(ended) = process::pidfd(pid) else {
+            return;
+        };
+        let mut polls = [PollFd::new(ended.as_fd(), PollFlags::POLLIN)];
+        while poll(&mut polls, PollTimeout::NONE).is_err() {}
+        if let Some(mut child) = self.inner().child.take() {
+            let _status = child.wait();
+        }
+    }
+
+    fn start_holder(&self) -> io::Result<()> {
+        let (ours, theirs) = PacketSocket::pair()?;
+        let mut inner = self.inner();
+        let child = Command::new(&self.binary)
+            .arg("holder")
+            .arg("--adopt")
+            .arg("--run-dir")
+            .arg(&self.run_dir)
+            .stdin(theirs.into_owned())
+            .spawn()?;
+        set_answer_deadline(&ours)?;
+        inner.holder_pid = child.id();
+        inner.child = Some(child);
+        inner.socket = ours;
+        let kept = std::mem::take(&mut inner.kept);
+        let mut result = Ok(());
+        for (name, fds) in &kept {
+            let fds: Vec<BorrowedFd<'_>> = fds.iter().map(OwnedFd::as_fd).collect();
+            let told = inner.tell(Body::Keep(wire::Keep { name: name.clone() }), name, &fds);
+            result = result.and(told);
+        }
+        inner.kept = kept;
+        result
+    }
+}
+
+impl Inner {
+    /// Sends one packet and waits for its Done.
+    fn tell(&mut self, body: Body, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let packet = wire::HolderPacket { body: Some(body) }.encode_to_vec();
+        self.socket.send(&packet, fds)?;
+        loop {
+            let Some(packet) = self.socket.recv()? else {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            };
+            let body = wire::HolderPacket::decode(packet.bytes.as_slice())
+                .ok()
+                .and_then(|p| p.body);
+            match body {
+                Some(Body::Done(done)) if done.name == name && done.error.is_empty() => {
+                    return Ok(());
+                }
+                Some(Body::Done(done)) if done.name == name => {
+                    return Err(io::Error::other(done.error));
+                }
+                // The late answer to something that we gave up.
+                _ => {}
+            }
+        }
+    }
+}
+
+fn set_answer_deadline(socket: &PacketSocket) -> io::Result<()> {
+    Ok(setsockopt(
+        socket,
+        ReceiveTimeout,
+        &TimeVal::seconds(ANSWER_DEADLINE_SECONDS),
+    )?)
+}

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The worker's connection to the daemon: comes back with back-off, whenever and as often as the
+//! daemon does. Nothing is lost with a connection: reads that wait are asked for again.
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::time::Duration;
+
+use sluice_proto::shim as wire;
+use sluice_proto::shim::envelope::Body;
+
+use super::keeper::Keeper;
+use super::mounts::Mounts;
+use super::protocol::{self, Unframer};
+use super::waiting::WaitingReads;
+use super::{OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, SOCKET_NAME};
+use crate::mount::{MountSpec, UnmountMode, UnmountOutcome};
+
+/// First pause between attempts: a daemon that restarts is back within seconds.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+/// Longest pause: readers of missing data wait for it.
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+
+/// An operation of the daemon, and where its answer goes.
+#[derive(Debug)]
+struct Operation {
+    id: u64,
+    body: Body,
+    answer: Sender<Vec<u8>>,
+}
+
+/// The worker's side of the shim protocol.
+#[derive(Debug)]
+pub struct Link {
+    run_dir: PathBuf,
+    keeper: Arc<Keeper>,
+    mounts: Arc<Mounts>,
+    waiting: Arc<WaitingReads>,
+    operations: Sender<Operation>,
+}
+
+impl Link {
+    /// Starts the thread for operations.
+    pub fn new(
+        run_dir: &Path,
+        keeper: Arc<Keeper>,
+        mounts: Arc<Mounts>,
+        waiting: Arc<WaitingReads>,
+    ) -> io::Result<Link> {
+        let (operations, todo) = channel::<Operation>();
+        let (keeper_too, mounts_too) = (keeper.clone(), mounts.clone());
+        super::worker::thread("operate", move || {
+            while let Ok(operation) = todo.recv() {
+                let (answer, last) = operate(&keeper_too, &mounts_too, operation.body);
+                // A broken link: the daemon asks again on the next.
+                let _gone = operation.answer.send(protocol::frame(operation.id, answer));
+                if last {
+                    // The answer is on its way; the holder ends when we do.
+                    std::thread::sleep(Duration::from_millis(100));
+                    std::process::exit(0);
+                }
+            }
+        })?;
+        let run_dir = run_dir.to_owned();
+        Ok(Link {
+            run_dir,
+            keeper,
+            mounts,
+            waiting,
+            operations,
+        })
+    }
+
+    /// Connects again and again. Never returns.
+    pub fn run(&self) -> ! {
+        let path = self.run_dir.join(SOCKET_NAME);
+        let mut pause = FIRST_PAUSE;
+        loop {
+            match UnixStream::connect(&path) {
+                Ok(stream) => {
+                    let served = self.serve(stream);
+                    self.waiting.disconnected();
+                    match served {
+                        Ok(true) => pause = FIRST_PAUSE,
+                        Ok(false) => pause = LONGEST_PAUSE,
+                        Err(error) => tracing::info!(%error, "the daemon is gone"),
+                    }
+                }
+                Err(error) => tracing::debug!(%error, "connect to the daemon"),
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// One connection, to its end. False: the daemon does not want us.
+    fn serve(&self, stream: UnixStream) -> io::Result<bool> {
+        let (outgoing, queue) = channel::<Vec<u8>>();
+        let mut writer = stream.try_clone()?;
+        super::worker::thread("link-out", move || {
+            while let Ok(bytes) = queue.recv() {
+                if writer.write_all(&bytes).is_err() {
+                    // The reader sees it too.
+                    let _gone = writer.shutdown(Shutdown::Both);
+                    return;
+                }
+            }
+        })?;
+        let hello = wire::Hello {
+            version: PROTOCOL_VERSION,
+            oldest_version: OLDEST_PROTOCOL_VERSION,
+            build: env!("CARGO_PKG_VERSION").to_owned(),
+            worker_pid: std::process::id(),
+            holder_pid: self.keeper.holder_pid(),
+            mounts: self.mounts.specs().iter().map(wire::Mount::from).collect(),
+        };
+        let _gone = outgoing.send(protocol::frame(0, Body::Hello(hello)));
+        let mut reader = stream;
+        let mut unframer = Unframer::default();
+        let mut buffer = vec![0u8; 16 * 1024];
+        loop {
+            let count = match reader.read(&mut buffer) {
+                Ok(0) => return Ok(true),
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            };
+            unframer.push(&buffer[..count]);
+            while let Some(envelope) = unframer.take().map_err(io::Error::other)? {
+                if !self.take(envelope, &outgoing) {
+                    return Ok(false);
+                }
+            }
+        }
+    }
+
+    /// False: the daemon speaks no version that we speak.
+    fn take(&self, envelope: wire::Envelope, outgoing: &Sender<Vec<u8>>) -> bool {
+        let id = envelope.id;
+        match envelope.body {
+            Some(Body::HelloReply(reply)) if !reply.error.is_empty() => {
+                tracing::error!(error = reply.error, "the daemon does not understand us");
+                return false;
+            }
+            Some(Body::HelloReply(_)) => self.waiting.connected(outgoing.clone()),
+            Some(Body::FillReply(reply)) => self.waiting.answered(id, &reply),
+            Some(
+                body @ (Body::Mount(_) | Body::Unmount(_) | Body::List(_) | Body::Shutdown(_)),
+            ) => {
+                let operation = Operation {
+                    id,
+                    body,
+                    answer: outgoing.clone(),
+                };
+                // The thread lives as long as the process.
+                let _gone = self.operations.send(operation);
+            }
+            None
+            | Some(
+                Body::Hello(_)
+                | Body::Fill(_)
+                | Body::MountReply(_)
+                | Body::UnmountReply(_)
+                | Body::ListReply(_)
+                | Body::ShutdownReply(_),
+            ) => tracing::debug!(id, "ignore a message that is not for us"),
+        }
+        true
+    }
+}
+
+/// Does one operation; gives the answer, and whether it was the last.
+fn operate(keeper: &Keeper, mounts: &Arc<Mounts>, body: Body) -> (Body, bool) {
+    match body {
+        Body::Mount(mount) => {
+            let key = mount.key.clone();
+            let done = MountSpec::try_from(mount)
+                .map_err(io::Error::other)
+                .and_then(|spec| mounts.mount(spec));
+            let error = done
+                .err()
+                .map(|error| error.to_string())
+                .unwrap_or_default();
+            tracing::info!(key, error, "mount");
+            (Body::MountReply(wire::MountReply { error }), false)
+        }
+        Body::Unmount(unmount) => {
+            let mode = match unmount.detach {
+                true => UnmountMode::Detach,
+                false => UnmountMode::IfUnused,
+            };
+            let (busy, error) = match mounts.unmount(&unmount.key, mode) {
+                Ok(outcome) => (outcome == UnmountOutcome::Busy, String::new()),
+                Err(error) => (false, error.to_string()),
+            };
+            tracing::info!(key = unmount.key, busy, error, "unmount");
+            (
+                Body::UnmountReply(wire::UnmountReply { error, busy }),
+                false,
+            )
+        }
+        Body::Shutdown(_) => {
+            let busy = !mounts.is_empty() || keeper.retire().is_err();
+            (Body::ShutdownReply(wire::ShutdownReply { busy }), !busy)
+        }
+        _ => {
+            let mounts = mounts.specs().iter().map(wire::Mount::from).collect();
+            (Body::ListReply(wire::ListReply { mounts }), false)
+        }
+    }
+}

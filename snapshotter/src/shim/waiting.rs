@@ -1,0 +1,280 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Reads of missing data: asked of the daemon, awaited beside the FUSE threads, answered from here.
+//!
+//! A FUSE thread that finds data missing hands the reply over and serves on; so a reader of present
+//! data never waits behind one of missing data, however many there are. Three kinds of thread work
+//! here: the link (one) reads the daemon's answers and the clock (one) finds expired reads, both of
+//! which only move reads to a channel; finishers (a few) read the data and answer the kernel.
+//!
+//! **Locks** one, around the register, held for map operations and for putting a message into the
+//! link's queue.
+
+use std::cell::RefCell;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use fuser::{Errno, ReplyData};
+use sluice_proto::shim as wire;
+use sluice_proto::shim::envelope::Body;
+
+use super::device::{DeviceRead, OpenDevice};
+use super::fills::Fills;
+use super::protocol;
+use crate::mount::errno::FillErrno;
+
+/// Threads that finish reads. They copy from the page cache; two keep a slow disk from stopping all.
+const FINISHERS: usize = 2;
+
+/// How often a read is asked again when the daemon says "present" and it is not, before it fails.
+/// More than once happens only if chunks are taken away between answer and read.
+const ATTEMPTS: u32 = 16;
+
+/// A read in flight.
+#[derive(Debug)]
+pub struct PendingRead {
+    /// Where its bytes are.
+    pub device: Arc<OpenDevice>,
+    /// First byte on the device.
+    pub start: u64,
+    /// How many.
+    pub length: usize,
+    /// When it fails; `None`: never.
+    pub deadline: Option<Instant>,
+    /// Who waits.
+    pub reply: ReplyData,
+    attempts: u32,
+}
+
+/// What a finisher is to do.
+#[derive(Debug)]
+enum Finish {
+    /// The daemon says the data is there.
+    Present(PendingRead),
+    /// The read fails.
+    Failed(PendingRead, FillErrno),
+}
+
+/// All reads of missing data of this process.
+#[derive(Debug)]
+pub struct WaitingReads {
+    register: Mutex<Register>,
+    /// Wakes the clock when an earlier deadline appears.
+    earlier: Condvar,
+    finish: Sender<Finish>,
+}
+
+#[derive(Debug, Default)]
+struct Register {
+    fills: Fills<PendingRead>,
+    /// Queue of the present link.
+    link: Option<Sender<Vec<u8>>>,
+}
+
+impl PendingRead {
+    /// A read that has just found its data missing.
+    pub fn new(
+        device: Arc<OpenDevice>,
+        start: u64,
+        length: usize,
+        deadline: Option<Instant>,
+        reply: ReplyData,
+    ) -> PendingRead {
+        PendingRead {
+            device,
+            start,
+            length,
+            deadline,
+            reply,
+            attempts: 0,
+        }
+    }
+
+    fn request(&self, id: u64, now: Instant) -> Vec<u8> {
+        let key = self.device.key();
+        let length = u64::try_from(self.length).unwrap_or(u64::MAX);
+        let left = self
+            .deadline
+            .map(|deadline| deadline.saturating_duration_since(now));
+        protocol::frame(
+            id,
+            Body::Fill(wire::Fill {
+                diff_id: key.diff_id.to_string(),
+                index_digest: key.index.to_string(),
+                start: self.start,
+                end: self.start.saturating_add(length),
+                deadline_ms: protocol::deadline_to_wire(left),
+            }),
+        )
+    }
+}
+
+thread_local! {
+    /// One buffer per serving thread: as large as the largest read it has seen, at most a megabyte.
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Reads into this thread's buffer, and gives what came of it with the bytes.
+pub fn with_read<T>(
+    device: &OpenDevice,
+    start: u64,
+    length: usize,
+    then: impl FnOnce(DeviceRead, &[u8]) -> T,
+) -> T {
+    BUFFER.with_borrow_mut(|buffer| {
+        if buffer.len() < length {
+            buffer.resize(length, 0);
+        }
+        let read = device.read(start, &mut buffer[..length]);
+        then(read, &buffer[..length])
+    })
+}
+
+/// The kernel's number as fuser has it.
+pub fn errno(failure: FillErrno) -> Errno {
+    Errno::from_i32(failure.number())
+}
+
+impl WaitingReads {
+    /// Starts the clock and the finishers, which live as long as the process.
+    pub fn start() -> std::io::Result<Arc<WaitingReads>> {
+        let (finish, todo) = channel();
+        let waiting = Arc::new(WaitingReads {
+            register: Mutex::default(),
+            earlier: Condvar::new(),
+            finish,
+        });
+        let todo = Arc::new(Mutex::new(todo));
+        for _ in 0..FINISHERS {
+            let (waiting, todo) = (waiting.clone(), todo.clone());
+            super::worker::thread("finish", move || waiting.finish_all(&todo))?;
+        }
+        let clock = waiting.clone();
+        super::worker::thread("clock", move || clock.watch_deadlines())?;
+        Ok(waiting)
+    }
+
+    fn register(&self) -> MutexGuard<'_, Register> {
+        self.register.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a read over: it will be answered, with data or an error, not before its data is there
+    /// or its deadline has passed. Returns at once.
+    pub fn enter(&self, read: PendingRead) {
+        let mut register = self.register();
+        let deadline = read.deadline;
+        let earlier = match (deadline, register.fills.next_deadline()) {
+            (Some(ours), Some(first)) => ours < first,
+            (Some(_), None) => true,
+            (None, _) => false,
+        };
+        let id = register.fills.enter(read, deadline);
+        register.ask(id);
+        if earlier {
+            self.earlier.notify_one();
+        }
+    }
+
+    /// A link is there: asks it for all that waits.
+    pub fn connected(&self, link: Sender<Vec<u8>>) {
+        let mut register = self.register();
+        register.link = Some(link);
+        let ids: Vec<u64> = register.fills.iter().map(|(id, ..)| id).collect();
+        if !ids.is_empty() {
+            tracing::info!(fills = ids.len(), "ask again for what readers wait for");
+        }
+        for id in ids {
+            register.ask(id);
+        }
+    }
+
+    /// The link is gone; what waits goes on waiting.
+    pub fn disconnected(&self) {
+        self.register().link = None;
+    }
+
+    /// The daemon's answer to a fill.
+    pub fn answered(&self, id: u64, reply: &wire::FillReply) {
+        // A read that expired meanwhile has had its answer.
+        let Some(read) = self.register().fills.answered(id) else {
+            return;
+        };
+        let finish = match i32::try_from(reply.errno) {
+            Ok(0) => Finish::Present(read),
+            Ok(number) => {
+                tracing::warn!(device = %read.device.key(), start = read.start, error = reply.error, "fill fails");
+                Finish::Failed(read, FillErrno::from_number(number))
+            }
+            Err(_) => Finish::Failed(read, FillErrno::Io),
+        };
+        self.hand_to_finishers(finish);
+    }
+
+    fn hand_to_finishers(&self, finish: Finish) {
+        // The finishers live as long as the process; if they were gone, dropping the read would
+        // still answer it with EIO.
+        let _gone = self.finish.send(finish);
+    }
+
+    fn finish_all(&self, todo: &Mutex<Receiver<Finish>>) {
+        loop {
+            let next = todo.lock().unwrap_or_else(PoisonError::into_inner).recv();
+            match next {
+                Ok(Finish::Present(read)) => self.finish(read),
+                Ok(Finish::Failed(read, failure)) => read.reply.error(errno(failure)),
+                Err(_) => return,
+            }
+        }
+    }
+
+    fn finish(&self, mut read: PendingRead) {
+        let device = read.device.clone();
+        with_read(
+            &device,
+            read.start,
+            read.length,
+            |outcome, bytes| match outcome {
+                DeviceRead::Done => read.reply.data(bytes),
+                DeviceRead::Failed(failure) => read.reply.error(errno(failure)),
+                DeviceRead::Missing if read.attempts < ATTEMPTS => {
+                    read.attempts += 1;
+                    self.enter(read);
+                }
+                DeviceRead::Missing => {
+                    tracing::error!(device = %device.key(), start = read.start, "the daemon says present, the store says missing");
+                    read.reply.error(Errno::EIO);
+                }
+            },
+        );
+    }
+
+    fn watch_deadlines(&self) {
+        let mut register = self.register();
+        loop {
+            let now = Instant::now();
+            for read in register.fills.expired(now) {
+                tracing::error!(device = %read.device.key(), start = read.start, length = read.length, "read deadline passed");
+                self.hand_to_finishers(Finish::Failed(read, FillErrno::Deadline));
+            }
+            let idle = Duration::from_secs(3600);
+            let next = register.fills.next_deadline();
+            let wait = next.map_or(idle, |at| at.saturating_duration_since(now));
+            let woken = self.earlier.wait_timeout(register, wait);
+            register = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+impl Register {
+    /// Puts the request of `id` into the link's queue; without a link it is asked for later.
+    fn ask(&mut self, id: u64) {
+        let Some(link) = &self.link else { return };
+        let now = Instant::now();
+        let Some(request) = self.fills.get(id).map(|read| read.request(id, now)) else {
+            return;
+        };
+        if link.send(request).is_err() {
+            self.link = None;
+        }
+    }
+}
