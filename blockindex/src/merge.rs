@@ -55,9 +55,14 @@ pub trait LowerAttributes {
     /// The directory at `path` (names from the root on, none for the root itself) as it is seen
     /// below the merged layers. It is asked for few directories: implicit ones, and those with whiteouts.
     ///
-    /// **Shape**: `None` must mean that there certainly is no directory, because whiteouts are then left out.
-    fn directory(&self, path: &[&[u8]]) -> Option<DirectoryAttributes>;
+    /// **Shape**: `None` must mean that there certainly is no directory, because whiteouts are then
+    /// left out, and what they hide would come back.
+    /// **Errors**: whatever keeps it from knowing; the merge fails with it.
+    fn directory(&self, path: &[&[u8]]) -> Result<Option<DirectoryAttributes>, LowerError>;
 }
+
+/// Why [`LowerAttributes`] cannot tell.
+pub type LowerError = Box<dyn std::error::Error + Send + Sync>;
 
 /// What lies below the merged layers.
 #[derive(Clone, Copy)]
@@ -78,7 +83,7 @@ impl std::fmt::Debug for MergeBase<'_> {
 }
 
 /// Why layers cannot be merged.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MergeError {
     /// A layer's tree is malformed.
@@ -100,6 +105,15 @@ pub enum MergeError {
         layer: usize,
         /// How many devices it has.
         devices: usize,
+    },
+    /// It cannot be told what lies below the layers.
+    #[error("look up {:?} below the layers", String::from_utf8_lossy(.path))]
+    Lower {
+        /// The directory that was looked for.
+        path: Box<[u8]>,
+        /// Why it was not found out.
+        #[source]
+        source: LowerError,
     },
     /// There are no layers, or more than a tree can have devices.
     #[error("cannot merge {0} layers")]
@@ -243,7 +257,8 @@ impl<'a> Merger<'_, 'a> {
             listings.push(listing);
         }
         let mut open = directory.open;
-        let mut asked = false;
+        // There always is a root below.
+        let mut asked = directory.path.is_none();
         let mut entries: Vec<(usize, DirEntry<'a>)> = Vec::new();
         while let Some(name) = listings.iter().filter_map(|l| l.head).map(|e| e.name).min() {
             entries.clear();
@@ -264,7 +279,7 @@ impl<'a> Merger<'_, 'a> {
             if view.is_whiteout() {
                 if open && !asked {
                     asked = true;
-                    open = self.lower_directory(&directory.path).is_some();
+                    open = self.lower_directory(&directory.path)?.is_some();
                 }
                 if !open {
                     continue;
@@ -347,7 +362,7 @@ impl<'a> Merger<'_, 'a> {
             ..Inode::implicit_directory()
         };
         if *open {
-            match self.lower_directory(path) {
+            match self.lower_directory(path)? {
                 Some(lower) => {
                     let DirectoryAttributes {
                         permissions,
@@ -370,13 +385,19 @@ impl<'a> Merger<'_, 'a> {
                             .any(|prefix| name.starts_with(prefix))
                     });
                 }
-                None => *open = false,
+                None => *open = path.is_none(),
             }
         }
         Ok(inode)
     }
 
-    fn lower_directory(&self, path: &Option<Rc<Path<'a>>>) -> Option<DirectoryAttributes> {
+    fn lower_directory(
+        &self,
+        path: &Option<Rc<Path<'a>>>,
+    ) -> Result<Option<DirectoryAttributes>, MergeError> {
+        let Some(lower) = self.lower else {
+            return Ok(None);
+        };
         let mut names = Vec::new();
         let mut at = path;
         while let Some(step) = at {
@@ -384,7 +405,10 @@ impl<'a> Merger<'_, 'a> {
             at = &step.parent;
         }
         names.reverse();
-        self.lower?.directory(&names)
+        lower.directory(&names).map_err(|source| {
+            let path = names.join(&b'/').into();
+            MergeError::Lower { path, source }
+        })
     }
 
     /// Names a file in the result, and adds its inode unless another of its names has done so.

@@ -14,7 +14,7 @@ use sluice_blockindex::erofs::{
     DeviceSlot, TreeError, TreeLimits, TreeReader, to_tree, validate, write_tree,
 };
 use sluice_blockindex::merge::{
-    DirectoryAttributes, LowerAttributes, MergeBase, MergeError, merge, merged_devices,
+    DirectoryAttributes, LowerAttributes, LowerError, MergeBase, MergeError, merge, merged_devices,
 };
 use sluice_blockindex::tree::{FileRun, Inode, InodeKind, Tree};
 use trees::device;
@@ -136,16 +136,16 @@ fn tree(entries: &[(&str, Inode)]) -> Tree {
 struct Everything;
 
 impl LowerAttributes for Everything {
-    fn directory(&self, path: &[&[u8]]) -> Option<DirectoryAttributes> {
+    fn directory(&self, path: &[&[u8]]) -> Result<Option<DirectoryAttributes>, LowerError> {
         let permissions = u16::try_from(path.len()).unwrap();
         let inode = Inode::implicit_directory();
-        Some(DirectoryAttributes {
+        Ok(Some(DirectoryAttributes {
             permissions,
             uid: 7,
             gid: 8,
             mtime: inode.mtime,
             xattrs: inode.xattrs,
-        })
+        }))
     }
 }
 
@@ -230,21 +230,56 @@ fn links_of_a_layer_stay_links_where_an_upper_layer_replaces_one_name() {
 
 #[test]
 fn layers_that_are_no_layers_are_refused() {
-    assert_eq!(
-        merge(&[], MergeBase::Bottom).unwrap_err(),
-        MergeError::LayerCount(0)
-    );
+    let error = merge(&[], MergeBase::Bottom).unwrap_err();
+    assert!(matches!(error, MergeError::LayerCount(0)), "{error:?}");
     let slots: Vec<DeviceSlot> = vec![device(); 2];
     let image = write_tree(&Tree::new(), &slots).unwrap();
     let reader = TreeReader::open(&image).unwrap();
     let error = merge(&[reader], MergeBase::Bottom).unwrap_err();
-    assert_eq!(
-        error,
-        MergeError::Devices {
-            layer: 0,
-            devices: 2
-        }
+    assert!(
+        matches!(
+            error,
+            MergeError::Devices {
+                layer: 0,
+                devices: 2
+            }
+        ),
+        "{error:?}"
     );
+}
+
+#[test]
+fn a_merge_fails_where_what_is_below_cannot_be_told() {
+    struct Broken;
+    impl LowerAttributes for Broken {
+        fn directory(&self, path: &[&[u8]]) -> Result<Option<DirectoryAttributes>, LowerError> {
+            match path {
+                [] => Everything.directory(path),
+                _ => Err("out of order".into()),
+            }
+        }
+    }
+    let layer = tree(&[("d", directory(1)), ("d/gone", Inode::whiteout())]);
+    let images = images(&[layer]);
+    let error = merge(&readers(&images), MergeBase::Above(&Broken)).unwrap_err();
+    assert!(
+        matches!(&error, MergeError::Lower { path, .. } if **path == *b"d"),
+        "{error:?}"
+    );
+}
+
+#[test]
+fn whiteouts_in_the_root_stay_whatever_is_said_of_it() {
+    struct Nothing;
+    impl LowerAttributes for Nothing {
+        fn directory(&self, _: &[&[u8]]) -> Result<Option<DirectoryAttributes>, LowerError> {
+            Ok(None)
+        }
+    }
+    let layer = tree(&[("gone", Inode::whiteout()), ("d/gone", Inode::whiteout())]);
+    let merged = merged(&[layer], MergeBase::Above(&Nothing));
+    assert!(merged.lookup([&b"gone"[..]]).is_some());
+    assert!(merged.lookup([&b"d"[..], b"gone"]).is_none());
 }
 
 #[test]

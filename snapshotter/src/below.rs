@@ -22,7 +22,7 @@ use std::path::Path;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::Mode;
 use sluice_blockindex::erofs::{FileType, Nid, TreeError, TreeReader};
-use sluice_blockindex::merge::{DirectoryAttributes, LowerAttributes};
+use sluice_blockindex::merge::{DirectoryAttributes, LowerAttributes, LowerError};
 use sluice_blockindex::tree::{MARK_VALUE, OPAQUE_XATTR, RESERVED_XATTR_PREFIXES, Timestamp};
 use xattr::FileExt as _;
 
@@ -66,33 +66,28 @@ pub fn open_directory(path: &Path) -> io::Result<File> {
 }
 
 impl LowerAttributes for Below<'_> {
-    fn directory(&self, path: &[&[u8]]) -> Option<DirectoryAttributes> {
+    fn directory(&self, path: &[&[u8]]) -> Result<Option<DirectoryAttributes>, LowerError> {
         for lower in &self.lowers {
             let verdict = match lower {
-                Lower::Tree(tree) => in_tree(tree, path).map_err(io::Error::other),
-                Lower::Directory(root) => in_directory(root, path),
+                Lower::Tree(tree) => in_tree(tree, path)?,
+                Lower::Directory(root) => in_directory(root, path)?,
             };
             match verdict {
-                Ok(Verdict::Directory(attributes)) => return Some(attributes),
-                Ok(Verdict::Nothing) => return None,
-                Ok(Verdict::Silent) => {}
-                Err(error) => {
-                    let path = path.join(&b'/');
-                    let path = String::from_utf8_lossy(&path);
-                    tracing::error!(%path, "look up a directory in a lower layer: {error}");
-                    return None;
-                }
+                Verdict::Directory(attributes) => return Ok(Some(attributes)),
+                Verdict::Nothing => return Ok(None),
+                Verdict::Silent => {}
             }
         }
-        None
+        Ok(None)
     }
 }
 
 fn in_tree(tree: &TreeReader<'_>, path: &[&[u8]]) -> Result<Verdict, TreeError> {
     let mut nid: Nid = tree.root();
     let mut opaque = false;
-    for name in path {
-        opaque |= tree.xattr(nid, OPAQUE_XATTR)? == Some(MARK_VALUE);
+    for (depth, name) in path.iter().enumerate() {
+        // overlayfs does not look at the mark on the root of a layer.
+        opaque |= depth > 0 && tree.xattr(nid, OPAQUE_XATTR)? == Some(MARK_VALUE);
         let Some(child) = tree.lookup(nid, name)? else {
             return Ok(if opaque {
                 Verdict::Nothing
@@ -128,8 +123,10 @@ fn in_tree(tree: &TreeReader<'_>, path: &[&[u8]]) -> Result<Verdict, TreeError> 
 fn in_directory(root: &File, path: &[&[u8]]) -> io::Result<Verdict> {
     let mut here = root.try_clone()?;
     let mut opaque = false;
-    for name in path {
-        opaque |= here.get_xattr(OsStr::from_bytes(OPAQUE_XATTR))?.as_deref() == Some(MARK_VALUE);
+    for (depth, name) in path.iter().enumerate() {
+        // overlayfs does not look at the mark on the root of a layer.
+        opaque |= depth > 0
+            && here.get_xattr(OsStr::from_bytes(OPAQUE_XATTR))?.as_deref() == Some(MARK_VALUE);
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let next: Result<OwnedFd, _> = openat(&here, OsStr::from_bytes(name), flags, Mode::empty());
         here = match next {

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::collections::HashMap;
 
-use sluice_blockindex::merge::{DirectoryAttributes, LowerAttributes};
+use sluice_blockindex::merge::{DirectoryAttributes, LowerAttributes, LowerError};
 use sluice_blockindex::tree::{Inode, InodeId, InodeKind, Tree};
 
 /// Which inode of which layer a file is, so that hard links can be told from copies.
@@ -148,21 +148,24 @@ impl Directory {
 }
 
 impl LowerAttributes for Directory {
-    fn directory(&self, path: &[&[u8]]) -> Option<DirectoryAttributes> {
-        let Inode {
-            permissions,
-            uid,
-            gid,
-            mtime,
-            xattrs,
-            ..
-        } = self.find(path)?.inode.clone();
-        Some(DirectoryAttributes {
-            permissions,
-            uid,
-            gid,
-            mtime,
-            xattrs,
-        })
+    fn directory(&self, path: &[&[u8]]) -> Result<Option<DirectoryAttributes>, LowerError> {
+        Ok(self.find(path).map(|directory| {
+            let inode = directory.inode.clone();
+            let Inode {
+                permissions,
+                uid,
+                gid,
+                mtime,
+                xattrs,
+                ..
+            } = inode;
+            DirectoryAttributes {
+                permissions,
+                uid,
+                gid,
+                mtime,
+                xattrs,
+            }
+        }))
     }
 }

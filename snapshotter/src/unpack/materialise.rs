@@ -144,7 +144,7 @@ impl Writer<'_> {
                 self.children(id, &fd)?;
                 let resolved;
                 let inode = if inode.implicit {
-                    resolved = self.implicit(inode);
+                    resolved = self.implicit(inode)?;
                     &resolved
                 } else {
                     inode
@@ -185,11 +185,12 @@ impl Writer<'_> {
     }
 
     /// A directory that the tar only implies looks like the one below, or like a new one.
-    fn implicit(&self, inode: &Inode) -> Inode {
+    fn implicit(&self, inode: &Inode) -> Result<Inode, MaterialiseError> {
         let path: Vec<&[u8]> = self.path.iter().map(|name| &**name).collect();
         let mut resolved = inode.clone();
         resolved.implicit = false;
-        match self.below.directory(&path) {
+        let below = self.below.directory(&path).map_err(io::Error::other);
+        match below.map_err(self.failed("look below"))? {
             Some(attributes) => {
                 resolved.permissions = attributes.permissions;
                 (resolved.uid, resolved.gid) = (attributes.uid, attributes.gid);
@@ -198,7 +199,7 @@ impl Writer<'_> {
             }
             None => resolved.permissions = DEFAULT_DIRECTORY_PERMISSIONS,
         }
-        resolved
+        Ok(resolved)
     }
 
     fn link(
