@@ -95,6 +95,8 @@ fn daemon_killed_under_readers() -> Result<()> {
         output.stdout
     );
 
+    site.daemon.stop()?;
+    site.daemon_again()?;
     // All goes on: it completes, and a new container starts.
     site.wait_sealed(Duration::from_secs(240))?;
     let again = site

@@ -157,7 +157,7 @@ fn whole_life(release: Release) -> Result<()> {
     // A restart of everything but the disk: the image still starts.
     site.nerdctl("lazy").ok(&["rm", "-f", "one", "two"])?;
     site.daemon.stop()?;
-    site.daemon.start_again()?;
+    site.daemon_again()?;
     site.containerd.restart()?;
     let again = site
         .nerdctl("lazy")
@@ -169,7 +169,7 @@ fn whole_life(release: Release) -> Result<()> {
     site.daemon.kill_shim();
     mounts::abort_fuse(site.daemon.state());
     ensure!(mounts::unmount_all(site.daemon.state()).is_empty());
-    site.daemon.start_again()?;
+    site.daemon_again()?;
     let again = site
         .nerdctl("lazy")
         .ok(&["run", "--rm", "--net", "none", &reference])?;

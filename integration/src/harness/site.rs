@@ -93,6 +93,22 @@ impl Site {
         Nerdctl::new(&self.root, &self.containerd, namespace, snapshotter)
     }
 
+    /// Starts the daemon again and waits until containerd has found it: its connection backs off for up to 3 s.
+    pub fn daemon_again(&mut self) -> Result<()> {
+        self.daemon.start_again()?;
+        let start = Instant::now();
+        loop {
+            let answer = self
+                .containerd
+                .ctr_ok("default", &["snapshots", "--snapshotter", "sluice", "ls"]);
+            match answer {
+                Ok(_) => return Ok(()),
+                Err(e) if start.elapsed() > Duration::from_secs(15) => return Err(e),
+                Err(_) => std::thread::sleep(Duration::from_millis(100)),
+            }
+        }
+    }
+
     /// `sluice status --json`.
     pub fn status(&self) -> Result<serde_json::Value> {
         let output = self.daemon.sluice_ok(&["status", "--json"])?;
