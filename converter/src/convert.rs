@@ -56,6 +56,8 @@ pub struct Options {
     pub work_directory: Option<PathBuf>,
     /// Convert also what the destination is known to have.
     pub force: bool,
+    /// Port of the destination's registry, if its name has one: written into the annotations.
+    pub port: Option<u16>,
 }
 
 impl Default for Options {
@@ -67,6 +69,7 @@ impl Default for Options {
             caps: Caps::default(),
             work_directory: None,
             force: false,
+            port: None,
         }
     }
 }
@@ -460,7 +463,7 @@ impl Conversion {
                         found.ok_or_else(|| ConvertError::Run("a layer was lost".into()))?;
                     ordered.push(with_config(found, plan.config_digest));
                 }
-                let document = finish_image(plan, &ordered);
+                let document = finish_image(plan, &ordered, self.options.port);
                 summary.images += 1;
                 self.reporter.event(&Event::ManifestDone {
                     platform: plan.platform.to_string(),

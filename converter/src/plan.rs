@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 use serde_json::Value;
-use sluice_blockindex::annotations::{LayerAnnotations, LayerMark};
+use sluice_blockindex::annotations::{INDEX_DIGEST, LayerAnnotations, LayerMark, PORT};
 use sluice_blockindex::digest::{BlobDigest, ConfigDigest, DiffId};
 
 use crate::image::document::{DOCKER_CONFIG, OCI_CONFIG, OCI_INDEX, OCI_LAYER_ZSTD, OCI_MANIFEST};
@@ -299,17 +299,31 @@ pub fn is_converted(plan: &ImagePlan) -> bool {
         })
 }
 
-/// The manifest of a converted image. `outcomes` are those of `plan.layers`, in order.
-pub fn finish_image(plan: &ImagePlan, outcomes: &[Outcome]) -> Document {
+/// The manifest of a converted image. `outcomes` are those of `plan.layers`, in order; `port` is
+/// that of the registry it goes to, if its name has one.
+pub fn finish_image(plan: &ImagePlan, outcomes: &[Outcome], port: Option<u16>) -> Document {
     debug_assert_eq!(plan.layers.len(), outcomes.len());
-    if is_converted(plan) {
+    if is_converted(plan) && plan.layers.iter().all(|layer| has_port(layer, port)) {
         return plan.source.clone();
     }
     let layers: Vec<Descriptor> = plan
         .layers
         .iter()
         .zip(outcomes)
-        .map(|(layer, outcome)| finish_layer(layer, outcome))
+        .map(|(layer, outcome)| {
+            let mut descriptor = finish_layer(layer, outcome);
+            match (outcome, port) {
+                (Outcome::Lazy(_), Some(port)) => {
+                    descriptor
+                        .annotations
+                        .insert(PORT.to_owned(), port.to_string());
+                }
+                _ => {
+                    descriptor.annotations.remove(PORT);
+                }
+            }
+            descriptor
+        })
         .collect();
     let mut value = plan.source.value.clone();
     value["schemaVersion"] = 2.into();
@@ -317,6 +331,13 @@ pub fn finish_image(plan: &ImagePlan, outcomes: &[Outcome]) -> Document {
     value["config"] = to_value(&plan.config);
     value["layers"] = layers.iter().map(to_value).collect();
     Document::of_value(OCI_MANIFEST, value)
+}
+
+/// Whether the layer's port hint, if it can have one, says `port`.
+fn has_port(layer: &PlannedLayer, port: Option<u16>) -> bool {
+    let annotations = &layer.descriptor.annotations;
+    !annotations.contains_key(INDEX_DIGEST)
+        || annotations.get(PORT).map(String::as_str) == port.map(|p| p.to_string()).as_deref()
 }
 
 /// The descriptor of a layer in the output.

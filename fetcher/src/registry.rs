@@ -50,7 +50,8 @@ pub use manifests::{FetchedManifest, ManifestBody, Resolved};
 pub use media::{MANIFEST_TYPES, is_image_index, is_image_manifest};
 pub use options::{HostOptions, RegistryOptions};
 pub use reference::{
-    DOCKER_HUB, ImageReference, ReferenceError, Repository, api_host, is_plain_http_default,
+    DOCKER_HUB, ImageReference, ReferenceError, Repository, api_host, host_name,
+    is_plain_http_default, port_of,
 };
 pub use upload::{MountOutcome, Upload};
 

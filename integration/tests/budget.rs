@@ -29,12 +29,12 @@ fn image(site: &Site, name: &str, layers: usize) -> Result<String> {
     }
     let directory = tempfile::tempdir()?;
     let layout = layout::write(directory.path(), &mut all, &["/bin/sh", "-c", "cat /*-*"])?;
-    let direct = site.registry.direct();
+    let (host, direct) = (site.registry.host(), site.registry.direct());
     images::push_layout(&layout, &format!("{direct}/budget-{name}:original"))?;
     site.daemon.sluice_ok(&[
         "convert",
-        &format!("docker://{direct}/budget-{name}:original"),
-        &format!("docker://{direct}/budget-{name}:sluice"),
+        &format!("docker://{host}/budget-{name}:original"),
+        &format!("docker://{host}/budget-{name}:sluice"),
     ])?;
     Ok(format!("{}/budget-{name}:sluice", site.registry.host()))
 }

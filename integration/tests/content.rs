@@ -30,8 +30,8 @@ fn push_save_and_export_after_completion() -> Result<()> {
     images::push_layout(&layout, &format!("{direct}/content:original"))?;
     site.daemon.sluice_ok(&[
         "convert",
-        &format!("docker://{direct}/content:original"),
-        &format!("docker://{direct}/content:sluice"),
+        &format!("docker://{host}/content:original"),
+        &format!("docker://{host}/content:sluice"),
     ])?;
     let reference = format!("{host}/content:sluice");
     let nerdctl = site.nerdctl("content");

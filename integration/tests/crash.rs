@@ -36,8 +36,8 @@ fn daemon_killed_under_readers() -> Result<()> {
     )?;
     site.daemon.sluice_ok(&[
         "convert",
-        &format!("docker://{direct}/crash/python:original"),
-        &format!("docker://{direct}/crash/python:sluice"),
+        &format!("docker://{host}/crash/python:original"),
+        &format!("docker://{host}/crash/python:sluice"),
     ])?;
     let expected = {
         let ordinary = site.nerdctl_with("crash", "overlayfs");

@@ -78,8 +78,8 @@ fn chains_of_every_mixture() -> Result<()> {
     images::push_layout(&layout, &format!("{direct}/mixed:original"))?;
     site.daemon.sluice_ok(&[
         "convert",
-        &format!("docker://{direct}/mixed:original"),
-        &format!("docker://{direct}/mixed:lazy"),
+        &format!("docker://{host}/mixed:original"),
+        &format!("docker://{host}/mixed:lazy"),
     ])?;
     // Which layers keep their index: lazy/ordinary/lazy and so on.
     let mixtures: [(&str, &[usize]); 6] = [

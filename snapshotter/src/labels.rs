@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 
-use sluice_blockindex::annotations::{AnnotationError, LayerMark};
+use sluice_blockindex::annotations::{AnnotationError, LayerMark, PORT};
 use sluice_blockindex::digest::{ConfigDigest, ManifestDigest};
 
 /// The image reference by which kubelet asked for the image; CRI passes it on.
@@ -25,6 +25,8 @@ pub struct LayerLabels {
     pub image_reference: Option<String>,
     /// The manifest that CRI pulls.
     pub manifest: Option<ManifestDigest>,
+    /// The port that the converter's hint names.
+    pub port: Option<u16>,
 }
 
 impl LayerLabels {
@@ -40,6 +42,7 @@ impl LayerLabels {
             manifest: labels
                 .get(CRI_MANIFEST_DIGEST)
                 .and_then(|text| text.parse().ok()),
+            port: port_hint(labels),
         }
     }
 
@@ -58,6 +61,12 @@ impl LayerLabels {
 /// **Errors** annotations of ours that are incomplete or contradict themselves.
 pub fn mark_of(map: &BTreeMap<String, String>) -> Result<LayerMark, AnnotationError> {
     LayerMark::parse(|name| map.get(name).map(String::as_str))
+}
+
+/// The port that annotations hint at; nonsense is no hint.
+#[must_use]
+pub fn port_hint(map: &BTreeMap<String, String>) -> Option<u16> {
+    map.get(PORT)?.parse().ok().filter(|port| *port > 0)
 }
 
 #[cfg(test)]
@@ -88,6 +97,7 @@ mod tests {
             ManifestDigest::of(b"m").to_string(),
         );
         map.insert("containerd.io/snapshot.ref".into(), "sha256:00".into());
+        map.insert(PORT.into(), "5000".into());
         let labels = LayerLabels::parse(&map);
         assert_eq!(labels.mark, Ok(LayerMark::Lazy(annotations())));
         assert_eq!(labels.config(), Some(ConfigDigest::of(b"config")));
@@ -96,6 +106,9 @@ mod tests {
             Some("registry.example/a:1")
         );
         assert_eq!(labels.manifest, Some(ManifestDigest::of(b"m")));
+        assert_eq!(labels.port, Some(5000));
+        map.insert(PORT.into(), "70000".into());
+        assert_eq!(LayerLabels::parse(&map).port, None);
     }
 
     #[test]

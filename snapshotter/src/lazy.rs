@@ -50,6 +50,8 @@ pub struct LazyOptions {
     pub root: PathBuf,
     /// Which repositories may be lazy.
     pub trust: Trust,
+    /// Registries of the configuration, `host[:port]`.
+    pub registry_hosts: Vec<String>,
     /// How long a read of missing data may wait; `None`: for ever.
     pub read_deadline: Option<Duration>,
     /// How long a mount that nobody uses stays: a container that restarts finds it.

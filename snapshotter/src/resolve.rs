@@ -19,6 +19,7 @@ mod containerd;
 mod manifest;
 #[cfg(test)]
 mod memory;
+mod ports;
 #[cfg(test)]
 mod tests;
 
@@ -26,6 +27,7 @@ pub use containerd::{Containerd, ContainerdContent};
 pub use manifest::{Config, Descriptor, Manifest, ManifestError, ManifestList};
 #[cfg(test)]
 pub use memory::MemoryContent;
+pub use ports::with_ports;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

@@ -20,7 +20,11 @@ use crate::grpc;
 #[derive(Debug, Clone, Args)]
 pub(super) struct DaemonArguments {
     /// Control socket of sluiced.
-    #[arg(long, default_value = "/run/sluice/control.sock")]
+    #[arg(
+        long,
+        env = "SLUICE_CONTROL_SOCKET",
+        default_value = "/run/sluice/control.sock"
+    )]
     socket: PathBuf,
     /// One JSON object on standard output.
     #[arg(long)]

@@ -59,6 +59,7 @@ pub(super) async fn run(arguments: Convert) -> anyhow::Result<()> {
         },
         work_directory: arguments.work_dir,
         force: arguments.force,
+        port: arguments.destination.port(),
     };
     let source = arguments.registry.reader(&arguments.source)?;
     let destination = arguments.registry.writer(&arguments.destination)?;

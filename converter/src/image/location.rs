@@ -5,6 +5,8 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use sluice_fetcher::registry::{ImageReference, port_of};
+
 /// Where an image is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Location {
@@ -59,6 +61,15 @@ impl Location {
             return Err(format!("{text:?}: empty reference"));
         }
         Ok(Self::Registry(rest.to_owned()))
+    }
+
+    /// The port that a registry reference names, if it names one.
+    #[must_use]
+    pub fn port(&self) -> Option<u16> {
+        match self {
+            Self::Registry(reference) => port_of(reference.parse::<ImageReference>().ok()?.host()),
+            Self::Layout { .. } => None,
+        }
     }
 }
 

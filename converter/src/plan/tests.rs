@@ -58,7 +58,7 @@ fn docker_manifests_become_oci_and_keep_what_is_not_ours() {
     let plan = planned(DOCKER_MANIFEST, layer);
     assert_eq!(plan.platform.to_string(), "linux/arm64/v8");
     let outcome = lazy(&plan, &plan.layers[0]);
-    let document = finish_image(&plan, std::slice::from_ref(&outcome));
+    let document = finish_image(&plan, std::slice::from_ref(&outcome), None);
     assert_eq!(document.media_type, OCI_MANIFEST);
     assert_eq!(document.value["mediaType"], OCI_MANIFEST);
     assert_eq!(document.value["annotations"], json!({"z": "1", "a": "2"}));
@@ -93,7 +93,7 @@ fn docker_manifests_become_oci_and_keep_what_is_not_ours() {
             .all(|(k, v)| k.len() < 4096 && v.len() < 4096)
     );
     // The same once more gives the same bytes.
-    assert_eq!(finish_image(&plan, &[outcome]).bytes, document.bytes);
+    assert_eq!(finish_image(&plan, &[outcome], None).bytes, document.bytes);
 }
 
 #[test]
@@ -103,7 +103,7 @@ fn a_converted_image_is_recognised_and_kept_to_the_byte() {
         Descriptor::new(OCI_LAYER_GZIP, BlobDigest::of(b"old"), 3),
     );
     let outcome = lazy(&plan, &plan.layers[0]);
-    let converted = finish_image(&plan, &[outcome]);
+    let converted = finish_image(&plan, &[outcome], None);
     let config = config(&[DiffId::of(b"tar")]);
     let again = plan_image(converted.clone(), config.as_bytes()).unwrap();
     let Action::Copy(outcome) = &again.layers[0].action else {
@@ -111,7 +111,10 @@ fn a_converted_image_is_recognised_and_kept_to_the_byte() {
     };
     assert!(is_converted(&again));
     let outcome = outcome.clone();
-    assert_eq!(finish_image(&again, &[outcome]).bytes, converted.bytes);
+    assert_eq!(
+        finish_image(&again, &[outcome], None).bytes,
+        converted.bytes
+    );
 
     let mut reusable = Reusable::default();
     reusable.add(&converted);
@@ -149,7 +152,7 @@ fn layers_that_are_not_lazy_keep_their_reason_and_are_found_again() {
         blob: BlobDigest::of(b"plain"),
         blob_bytes: 9,
     };
-    let document = finish_image(&plan, std::slice::from_ref(&outcome));
+    let document = finish_image(&plan, std::slice::from_ref(&outcome), None);
     let mut reusable = Reusable::default();
     reusable.add(&document);
     assert_eq!(reusable.find(&plan.layers[0], &plan), Some(outcome));

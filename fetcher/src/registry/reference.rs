@@ -293,6 +293,16 @@ pub fn is_plain_http_default(host: &str) -> bool {
         .is_ok_and(|v6| v6.is_loopback() || v6.to_ipv4_mapped().is_some_and(|v4| v4.is_loopback()))
 }
 
+/// The port that `host` (`host[:port]`) names; `None` where it leaves it to the scheme.
+pub fn port_of(host: &str) -> Option<u16> {
+    split_port(host).1.and_then(|port| port.parse().ok())
+}
+
+/// `host` (`host[:port]`) without its port.
+pub fn host_name(host: &str) -> &str {
+    split_port(host).0
+}
+
 /// Splits `host[:port]`; an IPv6 address keeps its brackets.
 fn split_port(host: &str) -> (&str, Option<&str>) {
     if let Some(after) = host.strip_prefix('[') {

@@ -38,8 +38,8 @@ fn main() -> Result<()> {
     println!("2. sluice convert (once, in a pipeline)");
     let converted = site.daemon.sluice_ok(&[
         "convert",
-        &format!("docker://{direct}/demo/python:original"),
-        &format!("docker://{direct}/demo/python:sluice"),
+        &format!("docker://{host}/demo/python:original"),
+        &format!("docker://{host}/demo/python:sluice"),
     ])?;
     println!("   {:.1} s", converted.elapsed.as_secs_f64());
     print!(
@@ -47,7 +47,7 @@ fn main() -> Result<()> {
         indent(
             &site
                 .daemon
-                .sluice_ok(&["inspect", &format!("docker://{direct}/demo/python:sluice")])?
+                .sluice_ok(&["inspect", &format!("docker://{host}/demo/python:sluice")])?
                 .stdout
         )
     );

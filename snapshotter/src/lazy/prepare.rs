@@ -19,13 +19,13 @@ use tokio::time::Instant;
 use super::Inner;
 use super::unpack_job::UnpackJob;
 use crate::indexes::{LayerIndex, LayerIndexError};
-use crate::labels::LayerLabels;
+use crate::labels::{LayerLabels, port_hint};
 use crate::layers::device_key;
 use crate::plan::{
     Layout, LayoutLayer, Outcome, Plan, PlanKey, PlanState, PlannedLayer, Refusal, RefusalKind,
     check_layer,
 };
-use crate::resolve::{ResolveError, ResolvedImage, resolve_by_chain, resolve_image};
+use crate::resolve::{ResolveError, ResolvedImage, resolve_by_chain, resolve_image, with_ports};
 use crate::snapshots::{BlobOrigin, LazyDecision, LazyLayerRecord, PrepareRequest, SnapshotRecord};
 use crate::unpack::LayerBlob;
 
@@ -206,8 +206,10 @@ impl Inner {
         deadline: Instant,
         state: watch::Sender<PlanState>,
     ) {
+        let hint = seed.labels.port;
         let layout = tokio::time::timeout_at(deadline, self.layout(&key, seed)).await;
-        let layout = layout.unwrap_or_else(|_| Err(late())).map(Arc::new);
+        let layout = layout.unwrap_or_else(|_| Err(late()));
+        let layout = layout.map(|layout| Arc::new(self.located(layout, hint)));
         state.send_modify(|state| state.layout = Some(layout.clone()));
         let Ok(layout) = layout else { return };
         let slots = Arc::new(tokio::sync::Semaphore::new(PARALLEL_INDEXES));
@@ -272,6 +274,17 @@ impl Inner {
             return Err(Refusal::new(RefusalKind::Unresolved, error.to_string()));
         }
         Ok(Layout::of_layer(seed.chain_id, annotations, extra))
+    }
+
+    /// The layout with the ports that its registries are known to have.
+    fn located(&self, mut layout: Layout, hint: Option<u16>) -> Layout {
+        let descriptors = layout.layers.iter().filter_map(|l| l.descriptor.as_ref());
+        let hints = descriptors
+            .filter_map(|descriptor| port_hint(&descriptor.annotations))
+            .chain(hint)
+            .collect();
+        layout.origins = with_ports(&layout.origins, &self.options.registry_hosts, &hints);
+        layout
     }
 
     /// Where layers that exist have this blob from.

@@ -121,6 +121,7 @@ impl LazySide {
             LazyOptions {
                 root: config.root.clone(),
                 trust: Trust::new(config.trusted_lazy.clone()),
+                registry_hosts: config.registry_hosts.keys().cloned().collect(),
                 read_deadline: config.read_deadline,
                 mount_grace: config.mount_grace,
                 file_grace: config.store_grace,
