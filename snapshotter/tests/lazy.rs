@@ -21,6 +21,7 @@ use site::{
 };
 use sluice_proto::control::control_client::ControlClient;
 use sluice_proto::control::{CompleteContentRequest, StatusRequest, StatusResponse, WhyRequest};
+use sluice_snapshotter::control::ingest::Lease;
 use sluice_snapshotter::resolve::{Containerd, ContainerdContent, ContentReader as _};
 use tonic::Code;
 use tonic::transport::Channel;
@@ -30,6 +31,8 @@ const NS: &str = "default";
 /// What an unpacker and a runtime do.
 struct Client {
     containerd: Containerd,
+    /// Keeps what is prepared from containerd's GC, as clients do.
+    lease: Lease,
     root: PathBuf,
 }
 
@@ -63,8 +66,24 @@ impl Client {
             parent: parent.into(),
             labels,
         };
-        let request = self.containerd.request(NS, request)?;
-        Ok(self.snapshots().prepare(request).await?.into_inner().mounts)
+        let begun = std::time::Instant::now();
+        loop {
+            let mut request = self.containerd.request(NS, request.clone())?;
+            request
+                .metadata_mut()
+                .insert("containerd-lease", self.lease.id().parse().unwrap());
+            match self.snapshots().prepare(request).await {
+                // containerd looks for a daemon that was away with growing pauses.
+                Err(status)
+                    if status.code() == Code::Unavailable
+                        && status.message().contains("connection")
+                        && begun.elapsed() < Duration::from_secs(60) =>
+                {
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+                answer => return Ok(answer?.into_inner().mounts),
+            }
+        }
     }
 
     /// Unpacks as clients do; gives the layers that they would have had to download.
@@ -176,8 +195,10 @@ async fn setup() -> Setup {
         connection.namespaces().await.is_ok()
     })
     .await;
+    let lease = Lease::take(&connection, NS).await.unwrap();
     let client = Client {
         containerd: connection,
+        lease,
         root: root.path.clone(),
     };
     Setup {
@@ -267,8 +288,9 @@ async fn an_image_runs_before_its_bytes_are_here() {
     let three = client.container("three", &image.top()).await;
     assert_eq!(read(&three, "large"), large);
 
-    // The daemon comes back: mounts were never gone, and new containers start without a registry.
-    daemon.stop().await;
+    // The daemon dies and comes back: mounts were never gone, and new containers start without a
+    // registry.
+    daemon.kill();
     assert_eq!(read(&three, "etc/one"), b"changed");
     let daemon = start_daemon(&setup.root, "").await;
     client.ready().await;

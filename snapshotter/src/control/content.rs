@@ -135,30 +135,36 @@ impl ControlService {
         blob: BlobDigest,
     ) -> Result<Vec<BlobOrigin>, ControlError> {
         let layers = self.metadata(|metadata| metadata.layers()).await?;
-        let mut origins: BTreeSet<BlobOrigin> = found.origins.clone();
+        let mut origins = found.origins.clone();
         let same = layers
             .into_iter()
             .filter(|(_, layer)| layer.blob_digest == blob);
-        origins.extend(same.flat_map(|(_, layer)| layer.sources));
-        Ok(origins.into_iter().collect())
+        for origin in same.flat_map(|(_, layer)| layer.sources) {
+            if !origins.contains(&origin) {
+                origins.push(origin);
+            }
+        }
+        Ok(origins)
     }
 }
 
 /// The labels by which clients know where a content came from.
 fn source_labels(origins: &[BlobOrigin]) -> HashMap<String, String> {
-    let mut by_host: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    // As containerd writes them: without the port.
+    let mut by_host: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
     for origin in origins {
-        by_host
-            .entry(&origin.host)
-            .or_default()
-            .push(&origin.repository);
+        let host = origin
+            .host
+            .split_once(':')
+            .map_or(&*origin.host, |(host, _)| host);
+        by_host.entry(host).or_default().insert(&origin.repository);
     }
     by_host
         .into_iter()
         .map(|(host, repositories)| {
             (
                 format!("{SOURCE_LABEL_PREFIX}{host}"),
-                repositories.join(","),
+                repositories.into_iter().collect::<Vec<_>>().join(","),
             )
         })
         .collect()
@@ -217,7 +223,7 @@ mod tests {
         };
         let origins = [origin("h:1", "a"), origin("h:1", "b"), origin("g", "c")];
         let want = HashMap::from([
-            (format!("{SOURCE_LABEL_PREFIX}h:1"), "a,b".to_owned()),
+            (format!("{SOURCE_LABEL_PREFIX}h"), "a,b".to_owned()),
             (format!("{SOURCE_LABEL_PREFIX}g"), "c".to_owned()),
         ]);
         assert_eq!(source_labels(&origins), want);

@@ -7,7 +7,9 @@ use sluice_blockindex::digest::ConfigDigest;
 use sluice_fetcher::registry::ImageReference;
 
 use super::{ControlError, ControlService};
-use crate::resolve::{ContentError, DOCUMENT_CAP_BYTES, Manifest, ManifestList, repositories_of};
+use crate::resolve::{
+    ContentError, DOCUMENT_CAP_BYTES, Manifest, ManifestList, port_of, repositories_of, with_port,
+};
 use crate::snapshots::BlobOrigin;
 
 /// A manifest that an image leads to.
@@ -17,7 +19,7 @@ pub(super) struct FoundManifest {
     pub digest: String,
     pub manifest: Manifest,
     /// Where the image was seen.
-    pub origins: BTreeSet<BlobOrigin>,
+    pub origins: Vec<BlobOrigin>,
 }
 
 impl FoundManifest {
@@ -106,7 +108,11 @@ impl ControlService {
                 .await?;
             let Some(bytes) = read else { continue };
             if let Ok(manifest) = Manifest::parse(&bytes) {
-                let (namespace, origins) = (namespace.to_owned(), origins.clone());
+                let (namespace, origins) = (
+                    namespace.to_owned(),
+                    origins.iter().cloned().collect::<Vec<_>>(),
+                );
+                let origins = with_port(&origins, port_of(&manifest));
                 found.push(FoundManifest {
                     namespace,
                     digest,

@@ -106,6 +106,12 @@ impl Lease {
         })
     }
 
+    /// Its name, for the metadata key `containerd-lease` of other requests.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
     /// Ends the lease.
     pub async fn release(self) -> Result<(), ContentError> {
         let call = async {

@@ -14,8 +14,8 @@ use crate::lazy::ImageDocument;
 use crate::snapshots::{LazyLayerRecord, SnapshotRecord};
 use crate::store::DocumentTable;
 
-/// Lazy layers by namespace and chain ID.
-type Chains = BTreeMap<(String, String), LazyLayerRecord>;
+/// Lazy layers by chain ID. They serve all namespaces.
+type Chains = BTreeMap<String, LazyLayerRecord>;
 
 impl ControlService {
     pub(super) async fn status(&self, wanted: &str) -> Result<StatusResponse, ControlError> {
@@ -32,12 +32,11 @@ impl ControlService {
         let mut chains = Chains::new();
         let mut by_device: BTreeMap<DeviceKey, LazyLayerRecord> = BTreeMap::new();
         for record in records {
-            let namespace = record.namespace().unwrap_or_default().to_owned();
             let Some(layer) = record.layer else { continue };
             by_device
                 .entry(device_key(&layer))
                 .or_insert_with(|| layer.clone());
-            chains.insert((namespace, layer.chain_id.to_string()), layer);
+            chains.insert(layer.chain_id.to_string(), layer);
         }
         let mut layers = BTreeMap::new();
         for (key, record) in by_device {
@@ -113,7 +112,7 @@ impl ControlService {
             let lazy: Vec<&Layer> = document
                 .layers
                 .iter()
-                .filter_map(|layer| chains.get(&(namespace.clone(), layer.chain_id.clone())))
+                .filter_map(|layer| chains.get(&layer.chain_id))
                 .filter_map(|record| layers.get(&device_key(record)))
                 .collect();
             if lazy.is_empty() {

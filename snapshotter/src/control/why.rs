@@ -76,7 +76,8 @@ impl ControlService {
             .metadata(move |metadata| {
                 let wanted = |record: &SnapshotRecord| {
                     record.kind == SnapshotKind::Committed
-                        && record.namespace() == Some(&namespace)
+                        // A snapshot that answered a Prepare serves all namespaces.
+                        && record.namespace().is_none_or(|its| its == namespace)
                         && record
                             .chain_id()
                             .is_some_and(|chain_id| chains.contains(&chain_id))

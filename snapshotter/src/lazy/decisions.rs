@@ -145,26 +145,29 @@ impl Inner {
     /// Drops what is remembered of layers that are gone. Blocks.
     pub(super) fn sweep_documents(&self) -> Result<(), StoreError> {
         let metadata = &self.parts.metadata;
+        // By chain ID alone: a snapshot that answered a Prepare serves all namespaces.
         let mut there = BTreeSet::new();
         for record in metadata.list(|_| true)? {
-            let namespace = record.namespace().unwrap_or_default();
             let wanted = record.labels.get(LABEL_SNAPSHOT_REF).cloned();
-            let chain_id = record
-                .chain_id()
-                .map(|chain_id| chain_id.to_string())
-                .or(wanted);
-            there.extend(chain_id.map(|chain_id| format!("{namespace}/{chain_id}")));
+            there.extend(
+                record
+                    .chain_id()
+                    .map(|chain_id| chain_id.to_string())
+                    .or(wanted),
+            );
         }
         let old = |at: u64| now().saturating_sub(at) > DOCUMENT_GRACE_SECONDS;
         for (key, decision) in metadata.documents::<Decision>(DocumentTable::Decisions)? {
-            if old(decision.at) && !there.contains(&key) {
+            let chain_id = key.split_once('/').map_or("", |(_, chain_id)| chain_id);
+            if old(decision.at) && !there.contains(chain_id) {
                 metadata.remove_document(DocumentTable::Decisions, &key)?;
             }
         }
         for (key, image) in metadata.documents::<ImageDocument>(DocumentTable::Images)? {
-            let mut layers = image.layers.iter();
-            let namespace = &image.namespace;
-            let alive = layers.any(|it| there.contains(&format!("{namespace}/{}", it.chain_id)));
+            let alive = image
+                .layers
+                .iter()
+                .any(|layer| there.contains(&layer.chain_id));
             if old(image.at) && !alive {
                 metadata.remove_document(DocumentTable::Images, &key)?;
             }

@@ -3,7 +3,6 @@
 //!
 //! | name | labels | what |
 //! | --- | --- | --- |
-//! | `prepared_layers` | outcome | Prepares with `snapshot.ref`: `lazy`, `unpacked` or `ordinary` |
 //! | `refused_layers` | reason | why layers were not lazy |
 //! | `index_fetches` | | indexes fetched from a registry |
 //! | `index_bytes` | | compressed bytes of these |
@@ -16,11 +15,6 @@ use prometheus_client::registry::{Registry, Unit};
 use crate::plan::RefusalKind;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Outcome {
-    outcome: &'static str,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Reason {
     reason: &'static str,
 }
@@ -28,20 +22,14 @@ struct Reason {
 /// The counters. Clones count into the same ones.
 #[derive(Clone, Debug, Default)]
 pub struct LazyMetrics {
-    prepared: Family<Outcome, Counter>,
     refused: Family<Reason, Counter>,
     index_fetches: Counter,
     index_bytes: Counter,
 }
 
 impl LazyMetrics {
-    /// Exports the counters.
+    /// Exports the counters through `registry`, which adds its own prefix.
     pub fn register(&self, registry: &mut Registry) {
-        registry.register(
-            "prepared_layers",
-            "Prepares by outcome",
-            self.prepared.clone(),
-        );
         registry.register(
             "refused_layers",
             "Layers not made lazy",
@@ -54,10 +42,6 @@ impl LazyMetrics {
         );
         let help = "Compressed bytes of fetched indexes";
         registry.register_with_unit("index", help, Unit::Bytes, self.index_bytes.clone());
-    }
-
-    pub(super) fn prepared(&self, outcome: &'static str) {
-        self.prepared.get_or_create(&Outcome { outcome }).inc();
     }
 
     pub(super) fn refused(&self, kind: RefusalKind) {

@@ -70,24 +70,20 @@ impl Inner {
     pub(super) async fn decide(self: &Arc<Self>, request: &PrepareRequest) -> LazyDecision {
         let metrics = &self.parts.metrics;
         let Some(namespace) = &request.namespace else {
-            metrics.prepared("ordinary");
             let reason = "the key names no containerd namespace".to_owned();
             return LazyDecision::Ordinary { reason };
         };
         match self.decide_in(namespace, request).await {
             Ok(Decided::Lazy(record)) => {
-                metrics.prepared("lazy");
                 self.forget(namespace, request.chain_id);
                 LazyDecision::Lazy(record)
             }
             Ok(Decided::Unpack(job, refusal)) => {
-                metrics.prepared("unpacked");
                 metrics.refused(refusal.kind);
                 self.remember(namespace, request.chain_id, &refusal, true);
                 LazyDecision::Unpack(job)
             }
             Err(refusal) => {
-                metrics.prepared("ordinary");
                 metrics.refused(refusal.kind);
                 self.remember(namespace, request.chain_id, &refusal, false);
                 LazyDecision::Ordinary {
@@ -362,12 +358,11 @@ impl Inner {
         let mut context = ReadContext::new(Priority::Foreground);
         context.deadline = Some(deadline);
         let extent = annotations.index_extent;
-        let failed = |error: sluice_fetcher::source::SourceError| {
-            let kind = match error.class() {
-                Class::Cancelled => RefusalKind::Budget,
-                Class::Transient | Class::Permanent | Class::Corrupt => RefusalKind::Fetch,
-            };
-            Refusal::new(kind, format!("fetch index: {error}"))
+        let failed = |error: sluice_fetcher::source::SourceError| match error.class() {
+            Class::Cancelled => late(),
+            Class::Transient | Class::Permanent | Class::Corrupt => {
+                Refusal::new(RefusalKind::Fetch, format!("fetch index: {error}"))
+            }
         };
         let stream = source.open(&context, extent).await.map_err(failed)?;
         let stream = stream.narrow(extent).map_err(failed)?;

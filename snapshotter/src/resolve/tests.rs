@@ -27,7 +27,7 @@ fn layer(name: &str, diff_id: DiffId, config: Option<ConfigDigest>) -> serde_jso
             blob_bytes: 100,
             diff_id,
             config,
-            port: None,
+            port: Some(5000),
         }
         .to_map()
     });
@@ -99,9 +99,15 @@ async fn the_lazy_manifest_comes_first_and_all_repositories_are_known() {
         ChainId::child(Some(image.chain_ids[0]), images.diff_ids[1])
     );
     let places: Vec<String> = image.repositories.iter().map(ToString::to_string).collect();
+    // A label with a port stays as it is; one without gets the annotated port, and is kept.
     assert_eq!(
         places,
-        ["h:5000/a/lazy", "h:5000/a/plain", "mirror.example/b"]
+        [
+            "mirror.example:5000/b",
+            "h:5000/a/lazy",
+            "h:5000/a/plain",
+            "mirror.example/b"
+        ]
     );
 }
 
@@ -196,4 +202,17 @@ fn documents_are_parsed_or_refused() {
         .map(ToString::to_string)
         .collect();
     assert_eq!(all, ["h/a", "h/b"]);
+}
+
+#[test]
+fn ports_are_added_to_hosts_that_have_none() {
+    for (host, want) in [
+        ("localhost", Some("localhost:80")),
+        ("localhost:5000", None),
+        ("::1", Some("[::1]:80")),
+        ("[::1]", Some("[::1]:80")),
+        ("[::1]:5000", None),
+    ] {
+        assert_eq!(with_host_port(host, 80).as_deref(), want, "{host}");
+    }
 }

@@ -73,6 +73,7 @@ impl LazySide {
             chunks,
         } = files;
 
+        let registry = registry.sub_registry_with_prefix("sluice");
         let metrics = Metrics::new();
         metrics.register(registry);
         let lazy_metrics = LazyMetrics::default();

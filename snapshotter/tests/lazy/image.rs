@@ -53,7 +53,6 @@ pub struct Image {
     pub manifest_bytes: Vec<u8>,
     pub config: ConfigDigest,
     config_bytes: Vec<u8>,
-    host: String,
     repository: String,
 }
 
@@ -96,6 +95,7 @@ pub async fn push(port: u16, repository: &str, tars: &[Vec<u8>], not_lazy: &[usi
                 blob_bytes: blob.len() as u64,
                 diff_id: trailer.diff_id,
                 config,
+                port: Some(port),
             }
             .to_map()
         };
@@ -133,7 +133,6 @@ pub async fn push(port: u16, repository: &str, tars: &[Vec<u8>], not_lazy: &[usi
         manifest_bytes,
         config,
         config_bytes,
-        host,
         repository,
     }
 }
@@ -141,8 +140,9 @@ pub async fn push(port: u16, repository: &str, tars: &[Vec<u8>], not_lazy: &[usi
 /// Leaves manifest and config in containerd's content store with the labels that a pull gives them.
 pub async fn commit_to_containerd(image: &Image, containerd: &Containerd, namespace: &str) {
     let lease = Lease::take(containerd, namespace).await.unwrap();
+    // containerd drops the registry's port from this label.
     let source = (
-        format!("{SOURCE_LABEL_PREFIX}{}", image.host),
+        format!("{SOURCE_LABEL_PREFIX}127.0.0.1"),
         image.repository.clone(),
     );
     let root = ("containerd.io/gc.root".to_owned(), "1".to_owned());

@@ -6,6 +6,7 @@
 //! ends the test process when a test hangs, which a test over FUSE can do.
 
 use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -15,8 +16,6 @@ use std::time::{Duration, Instant};
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use sluice_snapshotter::config::{Config, Overrides};
-use tokio_util::sync::CancellationToken;
 
 /// A test takes seconds; a machine under load takes some of them longer.
 const WATCHDOG: Duration = Duration::from_secs(240);
@@ -42,20 +41,31 @@ impl Drop for Process {
     }
 }
 
-/// The daemon, in this process.
-pub struct Daemon {
-    stop: CancellationToken,
-    task: tokio::task::JoinHandle<Result<(), sluice_snapshotter::run::RunError>>,
+impl Process {
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(i32::try_from(self.0.id()).unwrap()), signal).unwrap();
+    }
 }
 
+/// The daemon.
+pub struct Daemon(Process);
+
 impl Daemon {
-    pub async fn stop(self) {
-        self.stop.cancel();
-        tokio::time::timeout(Duration::from_secs(60), self.task)
-            .await
-            .unwrap()
-            .unwrap()
-            .unwrap();
+    /// Asks it to stop and waits until it has.
+    pub async fn stop(mut self) {
+        self.0.signal(Signal::SIGTERM);
+        let mut code = None;
+        until("the daemon stops", async || {
+            code = self.0.0.try_wait().unwrap();
+            code.is_some()
+        })
+        .await;
+        assert!(code.unwrap().success(), "{code:?}");
+    }
+
+    /// Ends it as a crash does.
+    pub fn kill(self) {
+        drop(self);
     }
 }
 
@@ -100,7 +110,7 @@ impl Drop for Root {
         clean(&self.path);
         self.done.store(true, Ordering::SeqCst);
         if std::thread::panicking() {
-            for log in ["containerd.log", "run/shim.log"] {
+            for log in ["sluiced.log", "containerd.log", "run/shim.log"] {
                 let text = std::fs::read_to_string(self.path.join(log)).unwrap_or_default();
                 let tail: Vec<&str> = text.lines().rev().take(30).collect();
                 for line in tail.into_iter().rev() {
@@ -155,8 +165,16 @@ fn clean(path: &Path) {
     for (point, _) in mounts_below(path) {
         let _ = umount2(&point, MntFlags::MNT_DETACH);
     }
-    for pid in processes_of(path) {
-        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+    // Each of the shim's processes starts the other again, so look until none is left.
+    for _ in 0..100 {
+        let left = processes_of(path);
+        if left.is_empty() {
+            break;
+        }
+        for pid in left {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 
@@ -212,19 +230,8 @@ pub fn start_containerd(root: &Root) -> Process {
     )
 }
 
-/// Starts the daemon with quick reapers and prefetch as wanted.
+/// Starts the daemon with quick reapers and prefetch as wanted. Its shim's program lies beside it.
 pub async fn start_daemon(root: &Root, extra: &str) -> Daemon {
-    // The shim's program is built beside the tests.
-    if let Some(program) = option_env!("CARGO_BIN_EXE_sluice-shim") {
-        // SAFETY: set before other threads read it: the daemon that does is started below.
-        #[allow(
-            unsafe_code,
-            reason = "the environment is how a test tells where the shim is"
-        )]
-        unsafe {
-            std::env::set_var("SLUICE_SHIM", program);
-        }
-    }
     let text = format!(
         "[paths]\nroot = \"{}\"\nrun = \"{}\"\n[containerd]\naddress = \"{}\"\n[telemetry]\naddress = \"\"\n\
          [mount]\ngrace = \"1s\"\n[store]\ngrace = \"1s\"\n{extra}",
@@ -232,14 +239,17 @@ pub async fn start_daemon(root: &Root, extra: &str) -> Daemon {
         root.join("run").display(),
         root.join("containerd.sock").display(),
     );
-    let config = Config::parse(&text, Path::new("test"), Overrides::default()).unwrap();
-    let socket = config.snapshots_socket();
-    let stop = CancellationToken::new();
-    let task = tokio::spawn(sluice_snapshotter::run::run_until(config, stop.clone()));
+    let config = root.join("sluice.toml");
+    std::fs::write(&config, text).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sluiced"));
+    let daemon = Daemon(Process::start(
+        command.arg("--config").arg(&config),
+        &root.join("sluiced.log"),
+    ));
+    let socket = root.join("run/snapshots.sock");
     until("the daemon listens", async || {
-        socket.exists() || task.is_finished()
+        UnixStream::connect(&socket).is_ok()
     })
     .await;
-    assert!(!task.is_finished(), "{:?}", task.await);
-    Daemon { stop, task }
+    daemon
 }
