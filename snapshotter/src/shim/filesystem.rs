@@ -7,7 +7,7 @@
 //! All that can be cached is cached for ever, negative lookups too: a tree never changes.
 //!
 //! Answered once with ENOSYS, after which the kernel does not ask again: open and opendir (it then
-//! keeps file pages and listings cached), flush, fsync, access, poll.
+//! keeps file pages and listings cached), flush, fsync, access, and in a tree without xattrs, these.
 
 use std::ffi::OsStr;
 use std::io;
@@ -37,6 +37,8 @@ const ROOT: u64 = 1;
 /// What `stat` names as the best size of a read.
 const IO_BYTES: u32 = 4096;
 const GENERATION: Generation = Generation(0);
+/// The names under which POSIX ACLs stand.
+const ACLS: [&[u8]; 2] = [b"system.posix_acl_access", b"system.posix_acl_default"];
 
 /// A tree and its devices, served.
 #[derive(Debug)]
@@ -47,7 +49,26 @@ pub struct TreeFilesystem {
     devices: Vec<Arc<OpenDevice>>,
     waiting: Arc<WaitingReads>,
     read_deadline: Option<Duration>,
-    acl: bool,
+    xattrs: XattrUse,
+}
+
+/// Bytes on a device.
+#[derive(Debug)]
+struct Place<'a> {
+    device: &'a Arc<OpenDevice>,
+    start: u64,
+    length: usize,
+}
+
+/// Which xattrs a tree has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum XattrUse {
+    /// None at all. The kernel need not ask, and it asks often: `ls -l` for two of each file.
+    None,
+    /// Some, or nobody has looked: a connection that was taken over keeps what it agreed to.
+    Some,
+    /// POSIX ACLs among them.
+    Acl,
 }
 
 impl TreeFilesystem {
@@ -85,7 +106,6 @@ impl TreeFilesystem {
             }
         }
         let read_deadline = spec.read_deadline;
-        let acl = false;
         let key = spec.key.clone();
         Ok(TreeFilesystem {
             key,
@@ -94,40 +114,51 @@ impl TreeFilesystem {
             devices,
             waiting,
             read_deadline,
-            acl,
+            xattrs: XattrUse::Some,
         })
     }
 
-    /// Has the kernel honour POSIX ACLs if any file has one.
+    /// Looks which xattrs the tree has; before a new connection begins.
     ///
-    /// Without it the mode alone decides, which can grant what an ACL denies: the group bits of a
-    /// file with an ACL are its mask. With it the kernel asks once for each inode, so trees without
-    /// ACLs do without.
-    pub fn look_for_acls(&mut self) -> Result<(), TreeError> {
+    /// POSIX ACLs need the kernel's own check: without it the mode alone decides, which can grant
+    /// what an ACL denies, because the group bits of a file with an ACL are its mask. It costs a
+    /// message for each inode, so trees without ACLs do without.
+    pub fn look_for_xattrs(&mut self) -> Result<(), TreeError> {
+        self.xattrs = self.xattr_use()?;
+        if let Err(error) = self.tree.release_pages() {
+            tracing::debug!(%error, "release the pages of a tree");
+        }
+        Ok(())
+    }
+
+    fn xattr_use(&self) -> Result<XattrUse, TreeError> {
         let reader = self.tree.reader();
+        let mut found = XattrUse::None;
         let mut todo = vec![self.root];
         while let Some(directory) = todo.pop() {
             for entry in reader.read_dir(directory, 0)? {
                 let entry = entry?;
-                if entry.name == b".." || (entry.name == b"." && entry.nid != self.root) {
-                    continue;
-                }
-                if entry.file_type == erofs::FileType::Directory && entry.name != b"." {
+                let below = entry.name != b"." && entry.name != b"..";
+                if below && entry.file_type == erofs::FileType::Directory {
                     todo.push(entry.nid);
+                }
+                if !below && entry.nid != self.root {
+                    continue;
                 }
                 let inode = reader.inode(entry.nid)?;
                 if inode.has_no_xattrs() {
                     continue;
                 }
+                found = XattrUse::Some;
                 for xattr in reader.xattrs_of(&inode)? {
-                    if xattr?.0.prefix.starts_with(b"system.posix_acl_") {
-                        self.acl = true;
-                        return Ok(());
+                    let (name, _) = xattr?;
+                    if ACLS.iter().any(|acl| name.is(acl)) {
+                        return Ok(XattrUse::Acl);
                     }
                 }
             }
         }
-        Ok(())
+        Ok(found)
     }
 
     fn reader(&self) -> TreeReader<'_> {
@@ -184,14 +215,8 @@ impl TreeFilesystem {
         Errno::EIO
     }
 
-    /// Where the bytes `offset..offset + size` of a file stand: device, first byte, length. The
-    /// length is 0 behind the end of the file.
-    fn place(
-        &self,
-        nid: Nid,
-        offset: u64,
-        size: u32,
-    ) -> Result<Option<(&Arc<OpenDevice>, u64, usize)>, Errno> {
+    /// Where the bytes `offset..offset + size` of a file stand; `None` behind its end.
+    fn place(&self, nid: Nid, offset: u64, size: u32) -> Result<Option<Place<'_>>, Errno> {
         let reader = self.reader();
         let inode = reader.inode(nid).map_err(|error| self.broken(&error))?;
         if inode.file_type != erofs::FileType::Regular {
@@ -211,7 +236,11 @@ impl TreeFilesystem {
             .checked_mul(BLOCK_BYTES)
             .and_then(|s| s.checked_add(offset));
         match (device, start) {
-            (Some(device), Some(start)) => Ok(Some((device, start, length))),
+            (Some(device), Some(start)) => Ok(Some(Place {
+                device,
+                start,
+                length,
+            })),
             _ => {
                 tracing::error!(key = self.key, ?run, "a file lies on no device");
                 Err(Errno::EIO)
@@ -220,6 +249,9 @@ impl TreeFilesystem {
     }
 
     fn find_xattr(&self, ino: INodeNo, name: &OsStr) -> Result<&[u8], Errno> {
+        if self.xattrs == XattrUse::None {
+            return Err(Errno::ENOSYS);
+        }
         let found = self.reader().xattr(self.nid(ino), name.as_bytes());
         found
             .map_err(|error| self.broken(&error))?
@@ -228,6 +260,9 @@ impl TreeFilesystem {
 
     /// All names, each with a NUL behind it.
     fn xattr_names(&self, ino: INodeNo) -> Result<Vec<u8>, Errno> {
+        if self.xattrs == XattrUse::None {
+            return Err(Errno::ENOSYS);
+        }
         let mut names = Vec::new();
         let xattrs = self
             .reader()
@@ -288,7 +323,7 @@ impl Filesystem for TreeFilesystem {
             // Safe because the kernel checks permissions (default_permissions) and we never look at
             // who asks.
             | InitFlags::FUSE_ALLOW_IDMAP;
-        if self.acl {
+        if self.xattrs == XattrUse::Acl {
             wanted |= InitFlags::FUSE_POSIX_ACL;
         }
         for flag in wanted.iter() {
@@ -346,7 +381,11 @@ impl Filesystem for TreeFilesystem {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let (device, start, length) = match self.place(self.nid(ino), offset, size) {
+        let Place {
+            device,
+            start,
+            length,
+        } = match self.place(self.nid(ino), offset, size) {
             Ok(Some(place)) => place,
             Ok(None) => return reply.data(&[]),
             Err(errno) => return reply.error(errno),

@@ -133,7 +133,7 @@ mod tests {
                         model.push((id, deadline));
                     }
                     1 if !model.is_empty() => {
-                        let (id, _) = model.remove(value as usize % model.len());
+                        let (id, _) = model.remove(usize::try_from(value).unwrap() % model.len());
                         prop_assert!(fills.answered(id).is_some());
                         prop_assert!(fills.answered(id).is_none());
                     }

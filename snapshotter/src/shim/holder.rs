@@ -28,10 +28,11 @@ use crate::sys::process;
 /// Name of the entry that holds the lock: it must live as long as holder or worker.
 pub const LOCK_ENTRY: &str = "lock";
 
-/// A worker that lived shorter than this is started again after a pause.
-const QUICK_DEATH: Duration = Duration::from_secs(2);
+/// A worker that lived shorter than this is started again after a pause. One that cannot start dies
+/// within milliseconds; one that is killed again and again must not make readers wait longer.
+const QUICK_DEATH: Duration = Duration::from_millis(250);
 /// Longest pause: reads wait meanwhile, and a deadline is to be reported by a worker.
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// What the holder keeps.
 type Entries = BTreeMap<String, Vec<OwnedFd>>;
@@ -268,7 +269,7 @@ mod tests {
     #[test]
     fn pauses_grow_and_stop_growing() {
         let pauses = [0, 1, 2, 3, 4, 30].map(|deaths| pause_after(deaths).as_millis());
-        assert_eq!(pauses, [0, 0, 50, 100, 200, 2000]);
+        assert_eq!(pauses, [0, 0, 50, 100, 200, 1000]);
     }
 
     #[test]

@@ -201,6 +201,11 @@ impl Keeper {
             let told = inner.tell(Body::Keep(wire::Keep { name: name.clone() }), name, &fds);
             result = result.and(told);
         }
+        tracing::info!(
+            holder = inner.holder_pid,
+            entries = kept.len(),
+            "a new holder keeps all"
+        );
         inner.kept = kept;
         result
     }

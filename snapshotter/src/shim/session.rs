@@ -30,7 +30,7 @@ pub const KIND: &str = "fuse.sluice";
 
 /// What the kernel reads ahead of a sequential reader, and around a page fault. One chunk: more makes
 /// a cold start fetch what nobody asked for, and pages that are present are read fast enough
-/// (docs/decisions/008-fuse-readahead.md).
+/// (docs/decisions/010-fuse-requests.md).
 const READAHEAD_KIB: u32 = 128;
 
 /// Most threads that serve one mount. They copy from the page cache; a mount's load is rarely more
@@ -174,7 +174,7 @@ pub fn make(
 ) -> io::Result<Ready> {
     let mut files = filesystem(&spec, serving)?;
     files
-        .look_for_acls()
+        .look_for_xattrs()
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
     let fuse = fusefd::open()?;
     let record = Record::create(&payload(&spec, 0))?;

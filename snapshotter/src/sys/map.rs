@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
-use memmap2::{Mmap, MmapOptions};
+use memmap2::{Mmap, MmapOptions, UncheckedAdvice};
 use sluice_blockindex::erofs::TreeReader;
 
 /// Maps a whole file for reading; an empty file gives an empty mapping.
@@ -25,8 +25,8 @@ pub fn read_only(path: &Path) -> io::Result<Mmap> {
 pub struct MappedTree {
     /// Borrows from `map`; declared first, so dropped first.
     reader: TreeReader<'static>,
-    /// Never touched again; keeps the bytes where they are.
-    _map: Mmap,
+    /// Keeps the bytes where they are.
+    map: Mmap,
 }
 
 impl MappedTree {
@@ -38,7 +38,15 @@ impl MappedTree {
         let bytes: &'static [u8] = unsafe { std::slice::from_raw_parts(map.as_ptr(), map.len()) };
         let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
         let reader = TreeReader::open(bytes).map_err(invalid)?;
-        Ok(MappedTree { reader, _map: map })
+        Ok(MappedTree { reader, map })
+    }
+
+    /// Takes the pages out of this process; the page cache keeps them, and they come back when read.
+    /// After a walk over the whole tree this keeps memory to what is really used.
+    pub fn release_pages(&self) -> io::Result<()> {
+        // SAFETY: a shared mapping of a file, only read: a page taken away is read from the same
+        // file again, with the same bytes.
+        unsafe { self.map.unchecked_advise(UncheckedAdvice::DontNeed) }
     }
 
     /// The reader.

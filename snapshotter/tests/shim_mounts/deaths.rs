@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Deaths under readers: of worker, daemon and holder, one at a time.
+
+use std::time::{Duration, Instant};
+
+use super::LONG;
+use super::reader::{Reader, Task};
+use super::world::{Behaviour, World, can_run};
+
+/// How long readers read while somebody dies every now and then.
+const STORM: Duration = Duration::from_secs(8);
+
+fn storm(world: &World, mount: &std::path::Path, readers: u64) -> Vec<Reader> {
+    let millis = u64::try_from(STORM.as_millis()).unwrap();
+    let task = |seed| Task::Storm {
+        mount: mount.to_owned(),
+        expected: world.expected.clone(),
+        millis,
+        seed,
+    };
+    (0..readers)
+        .map(|seed| Reader::start(&task(seed)))
+        .collect()
+}
+
+fn finish(world: &World, readers: Vec<Reader>, wait_limit: Duration) {
+    for reader in readers {
+        let report = reader.finish(LONG);
+        println!(
+            "{} operations, the longest took {} ms",
+            report.done, report.worst_ms
+        );
+        assert_eq!(report.faults, [""; 0]);
+        assert!(report.done > 50, "{report:?}");
+        assert!(
+            u128::from(report.worst_ms) < wait_limit.as_millis(),
+            "{report:?}"
+        );
+    }
+    world.watchdog_slept();
+}
+
+#[test]
+fn no_read_fails_when_workers_die() {
+    if !can_run() {
+        return;
+    }
+    let world = World::new(11);
+    world.behave(Behaviour::Slow(Duration::from_millis(20)));
+    let mount = world.mount("a");
+    let readers = storm(&world, &mount, 4);
+    let begun = Instant::now();
+    let mut deaths = 0;
+    while begun.elapsed() < STORM {
+        std::thread::sleep(Duration::from_millis(400));
+        world.kill_worker();
+        deaths += 1;
+    }
+    assert!(deaths >= 5, "{deaths}");
+    finish(&world, readers, Duration::from_secs(20));
+    assert!(world.client().peer().unwrap().mounts.len() == 1);
+}
+
+#[test]
+fn no_read_fails_when_the_daemon_is_replaced() {
+    if !can_run() {
+        return;
+    }
+    let mut world = World::new(12);
+    world.behave(Behaviour::Slow(Duration::from_millis(20)));
+    let mount = world.mount("a");
+    let worker = world.client().peer().unwrap().worker_pid;
+    let readers = storm(&world, &mount, 4);
+    let begun = Instant::now();
+    while begun.elapsed() < STORM {
+        std::thread::sleep(Duration::from_millis(500));
+        world.kill_daemon();
+        std::thread::sleep(Duration::from_millis(500));
+        world.start_daemon();
+    }
+    finish(&world, readers, Duration::from_secs(20));
+    let peer = world.client().peer().unwrap();
+    assert_eq!((peer.worker_pid, peer.mounts.len()), (worker, 1));
+}
+
+#[test]
+fn no_read_fails_when_the_holder_dies_and_then_the_worker() {
+    if !can_run() {
+        return;
+    }
+    let world = World::new(13);
+    let mount = world.mount("a");
+    let readers = storm(&world, &mount, 2);
+    for _ in 0..3 {
+        world.kill_holder();
+        world.kill_worker();
+    }
+    finish(&world, readers, Duration::from_secs(20));
+}

@@ -1,0 +1,373 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A shim with its store below a temporary directory, a daemon side that can be killed and replaced,
+//! and a watchdog that ends hanging connections.
+
+use std::collections::HashMap;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use sluice_blockindex::chunkmap::{ChunkMap, ChunkRecord, write_chunk_map};
+use sluice_blockindex::digest::{ChunkDigest, DiffId, IndexDigest, StrongAlgorithm};
+use sluice_fetcher::store::{Device, DeviceKey, Store, StoreOptions};
+use sluice_snapshotter::mount::errno::FillErrno;
+use sluice_snapshotter::mount::{DeviceSpec, MountSpec};
+use sluice_snapshotter::shim::client::{FillRequest, FillService, ShimClient, ShimOptions};
+use sluice_snapshotter::sys::mountpoint;
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+
+use super::image::{self, Image, Xattrs};
+
+/// Chunk size of the test's devices: small, so that most files have several.
+const CHUNK: usize = 32 * 1024;
+
+/// Far above what a test takes, even on a busy machine.
+const WATCHDOG: Duration = Duration::from_secs(120);
+
+/// Fills from memory, as slowly and as badly as a test wants.
+#[derive(Debug, Default)]
+pub struct Fills {
+    devices: HashMap<(DiffId, IndexDigest), (Arc<Device>, Vec<u8>)>,
+    pub asked: AtomicU64,
+    pub behaviour: Mutex<Behaviour>,
+}
+
+/// How fills go.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Behaviour {
+    #[default]
+    Prompt,
+    Slow(Duration),
+    /// Those of this device (0 or 1) never end.
+    Held(usize),
+    Failing(FillErrno),
+    /// Says that it is done and does nothing.
+    Lying,
+}
+
+#[async_trait]
+impl FillService for Fills {
+    async fn fill(&self, request: FillRequest) -> Result<(), FillErrno> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        let (device, bytes) = &self.devices[&(request.diff_id, request.index_digest)];
+        let behaviour = *self.behaviour.lock().unwrap();
+        match behaviour {
+            Behaviour::Prompt => {}
+            Behaviour::Slow(pause) => tokio::time::sleep(pause).await,
+            Behaviour::Held(number) if request.diff_id == diff_id(number) => {
+                std::future::pending::<()>().await;
+            }
+            Behaviour::Held(_) => {}
+            Behaviour::Failing(failure) => return Err(failure),
+            Behaviour::Lying => return Ok(()),
+        }
+        for chunk in device.chunks().covering(request.extent) {
+            let extent = device.chunks().chunk(chunk).unwrap().device;
+            let range =
+                usize::try_from(extent.start()).unwrap()..usize::try_from(extent.end()).unwrap();
+            device.commit(chunk, &bytes[range]).unwrap();
+        }
+        Ok(())
+    }
+}
+
+fn diff_id(number: usize) -> DiffId {
+    DiffId::of(&[u8::try_from(number).unwrap()])
+}
+
+/// Everything that a test needs; cleaned up when dropped.
+pub struct World {
+    pub dir: TempDir,
+    pub expected: PathBuf,
+    pub fills: Arc<Fills>,
+    daemon: Option<(Runtime, Arc<ShimClient>)>,
+    specs: Vec<DeviceSpec>,
+    watchdog: Watchdog,
+    _store: Store,
+}
+
+/// Says whether the test can run here, and says so when not.
+pub fn can_run() -> bool {
+    let able = nix::unistd::geteuid().is_root() && Path::new("/dev/fuse").exists();
+    if !able {
+        println!("skipped: needs root and /dev/fuse");
+    }
+    able
+}
+
+impl World {
+    pub fn new(seed: u64) -> World {
+        println!("seed {seed}");
+        World::with_image(|whole| image::build(seed, whole, Xattrs::Usual))
+    }
+
+    pub fn with_image(build: impl FnOnce(&Path) -> Image) -> World {
+        let dir = tempfile::Builder::new()
+            .prefix("shim-test-")
+            .tempdir()
+            .unwrap();
+        // Users other than root reach the mounts.
+        std::fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).unwrap();
+        for name in ["run", "whole", "trees", "mnt"] {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        std::fs::set_permissions(dir.path().join("run"), Permissions::from_mode(0o700)).unwrap();
+        let image = build(&dir.path().join("whole"));
+        let expected = dir.path().join("expected.json");
+        std::fs::write(&expected, serde_json::to_vec(&image.expected).unwrap()).unwrap();
+        std::fs::write(dir.path().join("trees/tree"), &image.tree).unwrap();
+        let store = Store::open(&dir.path().join("devices"), StoreOptions::default()).unwrap();
+        let (fills, specs) = devices(&store, image);
+        let watchdog = Watchdog::start(dir.path().to_owned(), WATCHDOG);
+        let mut world = World {
+            dir,
+            expected,
+            fills: Arc::new(fills),
+            daemon: None,
+            specs,
+            watchdog,
+            _store: store,
+        };
+        world.start_daemon();
+        world
+    }
+
+    pub fn start_daemon(&mut self) {
+        let runtime = Runtime::new().unwrap();
+        let binary = PathBuf::from(env!("CARGO_BIN_EXE_sluice-shim"));
+        let options = ShimOptions::new(self.dir.path().join("run"), binary);
+        let client = runtime.block_on(ShimClient::start_or_attach(options, self.fills.clone()));
+        let client = client.unwrap_or_else(|error| {
+            let log = std::fs::read_to_string(self.dir.path().join("run/shim.log"));
+            panic!("{error}: {}", log.unwrap_or_default())
+        });
+        self.daemon = Some((runtime, Arc::new(client)));
+    }
+
+    /// As SIGKILL would: everything of the daemon's side is gone at once.
+    pub fn kill_daemon(&mut self) {
+        if let Some((runtime, client)) = self.daemon.take() {
+            drop(client);
+            runtime.shutdown_background();
+        }
+    }
+
+    pub fn client(&self) -> Arc<ShimClient> {
+        self.daemon.as_ref().unwrap().1.clone()
+    }
+
+    pub fn run<F: Future>(&self, future: F) -> F::Output {
+        self.daemon.as_ref().unwrap().0.block_on(future)
+    }
+
+    pub fn spec(&self, key: &str) -> MountSpec {
+        let mountpoint = self.dir.path().join("mnt").join(key);
+        if mountpoint::mount_at(&mountpoint).unwrap().is_none() {
+            std::fs::create_dir_all(&mountpoint).unwrap();
+        }
+        MountSpec {
+            key: key.to_owned(),
+            mountpoint,
+            tree: self.dir.path().join("trees/tree"),
+            devices: self.specs.clone(),
+            read_deadline: Some(Duration::from_secs(60)),
+        }
+    }
+
+    /// Mounts under a name; gives the mountpoint.
+    pub fn mount(&self, key: &str) -> PathBuf {
+        let spec = self.spec(key);
+        let client = self.client();
+        self.run(async { client.mount(&spec).await }).unwrap();
+        spec.mountpoint
+    }
+
+    pub fn behave(&self, behaviour: Behaviour) {
+        *self.fills.behaviour.lock().unwrap() = behaviour;
+    }
+
+    pub fn asked(&self) -> u64 {
+        self.fills.asked.load(Ordering::SeqCst)
+    }
+
+    /// Kills the worker and waits until another is attached.
+    pub fn kill_worker(&self) {
+        let before = self
+            .client()
+            .peer()
+            .expect("a worker is attached")
+            .worker_pid;
+        kill_pid(before);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while self
+            .client()
+            .peer()
+            .is_none_or(|peer| peer.worker_pid == before)
+        {
+            assert!(Instant::now() < deadline, "no new worker\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Kills the holder and waits until there is another.
+    pub fn kill_holder(&self) {
+        let replaced = || self.log().matches("a new holder keeps all").count();
+        let before = replaced();
+        kill_pid(
+            self.client()
+                .peer()
+                .expect("a worker is attached")
+                .holder_pid,
+        );
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while replaced() == before {
+            assert!(Instant::now() < deadline, "no new holder\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("run/shim.log")).unwrap_or_default()
+    }
+
+    /// How many mounts are below the test's directory.
+    pub fn mounted(&self) -> usize {
+        below(self.dir.path()).len()
+    }
+
+    pub fn watchdog_slept(&self) {
+        assert!(
+            !self.watchdog.fired(),
+            "the watchdog had to end connections\n{}",
+            self.log()
+        );
+    }
+}
+
+pub fn kill_pid(pid: u32) {
+    kill(Pid::from_raw(i32::try_from(pid).unwrap()), Signal::SIGKILL).unwrap();
+}
+
+fn devices(store: &Store, image: Image) -> (Fills, Vec<DeviceSpec>) {
+    let (mut fills, mut specs) = (Fills::default(), Vec::new());
+    for (number, bytes) in image.devices.into_iter().enumerate() {
+        let records: Vec<ChunkRecord> = (0u32..)
+            .zip(bytes.chunks(CHUNK))
+            .map(|(ordinal, chunk)| ChunkRecord {
+                ordinal,
+                device_bytes: u32::try_from(chunk.len()).unwrap(),
+                frame_bytes: 1,
+                crc32: crc32fast::hash(chunk),
+                digest: ChunkDigest::of(StrongAlgorithm::Blake3, chunk),
+            })
+            .collect();
+        let section = write_chunk_map(StrongAlgorithm::Blake3, &records).unwrap();
+        let chunks = ChunkMap::parse(section).unwrap();
+        let index_digest = IndexDigest::of(&[u8::try_from(number).unwrap()]);
+        let key = DeviceKey {
+            diff_id: diff_id(number),
+            index: index_digest,
+        };
+        let device = store.device(key, &chunks).unwrap();
+        let directory = store
+            .device_paths(&key)
+            .unwrap()
+            .data
+            .parent()
+            .unwrap()
+            .to_owned();
+        specs.push(DeviceSpec {
+            diff_id: key.diff_id,
+            index_digest,
+            directory,
+        });
+        fills
+            .devices
+            .insert((key.diff_id, index_digest), (device, bytes));
+    }
+    (fills, specs)
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            println!("{}", self.log());
+        }
+        let pids = self.daemon.as_ref().and_then(|(_, client)| client.peer());
+        for (mountpoint, connection) in below(self.dir.path()) {
+            abort(&mountpoint, connection);
+        }
+        if let Some(peer) = pids {
+            // The holder first to a stop: it would start another worker, and a worker another holder.
+            let holder = Pid::from_raw(i32::try_from(peer.holder_pid).unwrap());
+            let _gone = kill(holder, Signal::SIGSTOP);
+            for pid in [peer.worker_pid, peer.holder_pid] {
+                let _gone = kill(Pid::from_raw(i32::try_from(pid).unwrap()), Signal::SIGKILL);
+            }
+        }
+        self.kill_daemon();
+    }
+}
+
+/// Ends the connections of a test that takes too long.
+struct Watchdog {
+    _cancel: Sender<()>,
+    thread: JoinHandle<()>,
+}
+
+impl Watchdog {
+    fn start(dir: PathBuf, after: Duration) -> Watchdog {
+        if !Path::new("/sys/fs/fuse/connections/")
+            .read_dir()
+            .is_ok_and(|mut d| d.next().is_some())
+        {
+            let target = "/sys/fs/fuse/connections";
+            let _mounted = mount(
+                Some("fusectl"),
+                target,
+                Some("fusectl"),
+                MsFlags::empty(),
+                None::<&str>,
+            );
+        }
+        let (cancel, cancelled) = channel();
+        let thread = std::thread::spawn(move || {
+            if cancelled.recv_timeout(after) == Err(RecvTimeoutError::Timeout) {
+                println!("watchdog: ends the connections below {}", dir.display());
+                for (mountpoint, connection) in below(&dir) {
+                    abort(&mountpoint, connection);
+                }
+            }
+        });
+        Watchdog {
+            _cancel: cancel,
+            thread,
+        }
+    }
+
+    /// Its thread ends before it is cancelled only when it has had to act.
+    fn fired(&self) -> bool {
+        self.thread.is_finished()
+    }
+}
+
+fn below(dir: &Path) -> Vec<(PathBuf, u32)> {
+    let lines = mountpoint::mounts().unwrap().into_iter();
+    let ours = lines.filter(|line| line.mountpoint.starts_with(dir));
+    ours.map(|line| (line.mountpoint, line.device.1)).collect()
+}
+
+fn abort(mountpoint: &Path, connection: u32) {
+    let _aborted = std::fs::write(format!("/sys/fs/fuse/connections/{connection}/abort"), "1");
+    let _gone = umount2(mountpoint, MntFlags::MNT_FORCE | MntFlags::MNT_DETACH);
+}
