@@ -99,7 +99,11 @@ mod tests {
         map.insert("containerd.io/snapshot.ref".into(), "sha256:00".into());
         map.insert(PORT.into(), "5000".into());
         let labels = LayerLabels::parse(&map);
-        assert_eq!(labels.mark, Ok(LayerMark::Lazy(annotations())));
+        let pinned = LayerAnnotations {
+            port: Some(5000),
+            ..annotations()
+        };
+        assert_eq!(labels.mark, Ok(LayerMark::Lazy(pinned)));
         assert_eq!(labels.config(), Some(ConfigDigest::of(b"config")));
         assert_eq!(
             labels.image_reference.as_deref(),

@@ -133,6 +133,12 @@ impl Lazy {
         &self.0.options.root
     }
 
+    /// The registries of the configuration, `host[:port]`.
+    #[must_use]
+    pub fn registry_hosts(&self) -> &[String] {
+        &self.0.options.registry_hosts
+    }
+
     /// How many active snapshots and views stand on each run.
     pub async fn users(&self) -> Result<std::collections::BTreeMap<RunKey, u32>, StoreError> {
         self.0.blocking(|inner| inner.users()).await

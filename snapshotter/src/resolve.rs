@@ -36,10 +36,10 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
-use sluice_blockindex::annotations::{self, LayerMark};
+use sluice_blockindex::annotations;
 use sluice_blockindex::digest::{ChainId, ConfigDigest, DiffId, ManifestDigest};
 
-use crate::labels::mark_of;
+use crate::labels::port_hint;
 use crate::snapshots::BlobOrigin;
 
 /// Label of a manifest in containerd's content store: the digest of its config.
@@ -188,7 +188,7 @@ pub struct ResolvedImage {
     pub chain_ids: Vec<ChainId>,
     /// The manifests of that config with as many layers as the config, the most lazy one first.
     pub manifests: Vec<ResolvedManifest>,
-    /// Where the image was seen, each once; with the registry's port where the converter kept it.
+    /// Where the image was seen, each once, as containerd's labels name them.
     pub repositories: Vec<BlobOrigin>,
 }
 
@@ -205,60 +205,28 @@ pub fn repositories_of(labels: &BTreeMap<String, String>) -> BTreeSet<BlobOrigin
                 .map(str::trim)
                 .filter(|r| !r.is_empty())
                 .map(move |repository| BlobOrigin {
-                    host: host.to_owned(),
+                    host: bracketed(host),
                     repository: repository.to_owned(),
                 })
         })
         .collect()
 }
 
-/// The repositories with the registry's port, for hosts that name none: containerd's labels drop it,
-/// and the converter keeps it in an annotation. Places with the port come first, the others stay,
-/// because an image may have been copied to another registry.
-#[must_use]
-pub fn with_port(origins: &[BlobOrigin], port: Option<u16>) -> Vec<BlobOrigin> {
-    let Some(port) = port else {
-        return origins.to_vec();
-    };
-    let placed = origins.iter().filter_map(|origin| {
-        let host = with_host_port(&origin.host, port)?;
-        Some(BlobOrigin {
-            host,
-            repository: origin.repository.clone(),
-        })
-    });
-    let mut all: Vec<BlobOrigin> = placed.collect();
-    let others: Vec<BlobOrigin> = origins
-        .iter()
-        .filter(|origin| !all.contains(origin))
-        .cloned()
-        .collect();
-    all.extend(others);
-    all
-}
-
-/// `None` for a host that has a port.
-fn with_host_port(host: &str, port: u16) -> Option<String> {
-    match host.matches(':').count() {
-        0 => Some(format!("{host}:{port}")),
-        1 => None,
-        _ if host.starts_with('[') && !host.ends_with(']') => None,
-        _ if host.starts_with('[') => Some(format!("{host}:{port}")),
-        // An IPv6 address as containerd's label has it.
-        _ => Some(format!("[{host}]:{port}")),
+/// A host as references write it: containerd's labels have IPv6 addresses without brackets.
+fn bracketed(host: &str) -> String {
+    if host.starts_with('[') || host.matches(':').count() < 2 {
+        return host.to_owned();
     }
+    format!("[{host}]")
 }
 
-/// The port that the annotations of a manifest's layers name.
+/// The ports that the annotations of a manifest's layers hint at.
 #[must_use]
-pub fn port_of(manifest: &Manifest) -> Option<u16> {
-    manifest
-        .layers
-        .iter()
-        .find_map(|layer| match mark_of(&layer.annotations) {
-            Ok(LayerMark::Lazy(annotations)) => annotations.port,
-            Ok(LayerMark::NotLazy(_) | LayerMark::Unmarked) | Err(_) => None,
-        })
+pub fn port_hints(manifest: &Manifest) -> BTreeSet<u16> {
+    let layers = manifest.layers.iter();
+    layers
+        .filter_map(|layer| port_hint(&layer.annotations))
+        .collect()
 }
 
 /// Reads a content and checks it against its digest.
@@ -322,14 +290,12 @@ pub async fn resolve_image(
         return Err(ResolveError::NoManifest(config));
     }
     manifests.sort_by_key(|m| (std::cmp::Reverse(lazy_layers(&m.manifest)), m.digest));
-    let port = manifests.iter().find_map(|m| port_of(&m.manifest));
-    let repositories: Vec<BlobOrigin> = repositories.into_iter().collect();
     Ok(ResolvedImage {
         config,
         chain_ids: chain_ids(&parsed.diff_ids),
         diff_ids: parsed.diff_ids,
         manifests,
-        repositories: with_port(&repositories, port),
+        repositories: repositories.into_iter().collect(),
     })
 }
 

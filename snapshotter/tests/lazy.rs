@@ -2,6 +2,8 @@
 //! Lazy layers on a real containerd and a real registry: an unpacker's calls, mounts, reads, restarts,
 //! removal. Needs root, containerd 1.6 or later and docker-registry.
 
+#![allow(clippy::unwrap_used, reason = "a test, in functions of its own")]
+
 #[path = "lazy/image.rs"]
 mod image;
 #[path = "lazy/site.rs"]

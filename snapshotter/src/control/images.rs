@@ -8,7 +8,8 @@ use sluice_fetcher::registry::ImageReference;
 
 use super::{ControlError, ControlService};
 use crate::resolve::{
-    ContentError, DOCUMENT_CAP_BYTES, Manifest, ManifestList, port_of, repositories_of, with_port,
+    ContentError, DOCUMENT_CAP_BYTES, Manifest, ManifestList, port_hints, repositories_of,
+    with_ports,
 };
 use crate::snapshots::BlobOrigin;
 
@@ -112,7 +113,8 @@ impl ControlService {
                     namespace.to_owned(),
                     origins.iter().cloned().collect::<Vec<_>>(),
                 );
-                let origins = with_port(&origins, port_of(&manifest));
+                let hosts = self.lazy.registry_hosts();
+                let origins = with_ports(&origins, hosts, &port_hints(&manifest));
                 found.push(FoundManifest {
                     namespace,
                     digest,

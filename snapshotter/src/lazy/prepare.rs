@@ -25,7 +25,9 @@ use crate::plan::{
     Layout, LayoutLayer, Outcome, Plan, PlanKey, PlanState, PlannedLayer, Refusal, RefusalKind,
     check_layer,
 };
-use crate::resolve::{ResolveError, ResolvedImage, resolve_by_chain, resolve_image, with_ports};
+use crate::resolve::{
+    ResolveError, ResolvedImage, port_hints, resolve_by_chain, resolve_image, with_ports,
+};
 use crate::snapshots::{BlobOrigin, LazyDecision, LazyLayerRecord, PrepareRequest, SnapshotRecord};
 use crate::unpack::LayerBlob;
 
@@ -444,7 +446,10 @@ impl Inner {
             match resolve_image(&*inner.parts.content, &namespace, config).await {
                 Ok(image) => {
                     inner.remember_image(&namespace, &image);
-                    add_origins(&mut origins, image.repositories);
+                    let hosts = &inner.options.registry_hosts;
+                    let manifests = image.manifests.iter();
+                    let hints = manifests.flat_map(|it| port_hints(&it.manifest)).collect();
+                    add_origins(&mut origins, with_ports(&image.repositories, hosts, &hints));
                 }
                 Err(error) => tracing::debug!(%config, "resolve a reused layer: {error}"),
             }

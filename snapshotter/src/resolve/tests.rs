@@ -99,15 +99,13 @@ async fn the_lazy_manifest_comes_first_and_all_repositories_are_known() {
         ChainId::child(Some(image.chain_ids[0]), images.diff_ids[1])
     );
     let places: Vec<String> = image.repositories.iter().map(ToString::to_string).collect();
-    // A label with a port stays as it is; one without gets the annotated port, and is kept.
     assert_eq!(
         places,
-        [
-            "mirror.example:5000/b",
-            "h:5000/a/lazy",
-            "h:5000/a/plain",
-            "mirror.example/b"
-        ]
+        ["h:5000/a/lazy", "h:5000/a/plain", "mirror.example/b"]
+    );
+    assert_eq!(
+        port_hints(&image.manifests[0].manifest),
+        BTreeSet::from([5000])
     );
 }
 
@@ -205,14 +203,13 @@ fn documents_are_parsed_or_refused() {
 }
 
 #[test]
-fn ports_are_added_to_hosts_that_have_none() {
+fn ipv6_addresses_get_their_brackets_back() {
     for (host, want) in [
-        ("localhost", Some("localhost:80")),
-        ("localhost:5000", None),
-        ("::1", Some("[::1]:80")),
-        ("[::1]", Some("[::1]:80")),
-        ("[::1]:5000", None),
+        ("h", "h"),
+        ("h:5000", "h:5000"),
+        ("::1", "[::1]"),
+        ("[::1]:5", "[::1]:5"),
     ] {
-        assert_eq!(with_host_port(host, 80).as_deref(), want, "{host}");
+        assert_eq!(bracketed(host), want);
     }
 }
