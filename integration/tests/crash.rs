@@ -41,17 +41,11 @@ fn daemon_killed_under_readers() -> Result<()> {
     ])?;
     let expected = {
         let ordinary = site.nerdctl_with("crash", "overlayfs");
+        let original = format!("{host}/crash/python:original");
+        ordinary.ok(&["pull", "--quiet", &original])?;
         ordinary
             .ok(&[
-                "run",
-                "--quiet",
-                "--rm",
-                "--net",
-                "none",
-                &format!("{host}/crash/python:original"),
-                "python3",
-                "-c",
-                READ_ALL,
+                "run", "--rm", "--net", "none", &original, "python3", "-c", READ_ALL,
             ])?
             .stdout
     };

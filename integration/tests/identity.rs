@@ -243,6 +243,15 @@ fn identical(name: &str, layout: &std::path::Path) -> Result<()> {
     ensure!(why["lazy"].as_bool() == Some(true), "not lazy: {why:#}");
     let sluice_files = listing(&site, "sluice", &converted)?;
     assert_same(&original_files, &sluice_files, start)?;
+    // A container is what starts the completion in the background.
+    ctr(&[
+        "run",
+        "--rm",
+        "--snapshotter",
+        "sluice",
+        &converted,
+        "ready",
+    ])?;
     kernel_shows_the_same(&site, &sluice_files)
 }
 

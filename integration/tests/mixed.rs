@@ -11,14 +11,16 @@ use sluice_integration::harness::proxy::Line;
 use sluice_integration::harness::site::Site;
 use sluice_integration::harness::{command, http, images};
 
-/// Three layers; each adds a file, changes one below and removes one below.
-fn layers() -> Result<Vec<Layer>> {
+/// Three layers; each adds a file, changes one below and removes one below. `mark` makes the lowest one,
+/// and with it every chain ID, unlike that of any other mark: all namespaces share the snapshot of a chain.
+fn layers(mark: &str) -> Result<Vec<Layer>> {
     let root = Attributes::root;
     let mut base = Layer::new();
     base.directory("bin", root(0o755))?
         .file("bin/busybox", root(0o755), &layout::busybox()?)?
         .symlink("bin/sh", "busybox")?;
-    base.directory("d", root(0o750))?;
+    base.file("mark", root(0o644), mark.as_bytes())?
+        .directory("d", root(0o750))?;
     for name in ["one", "changed", "removed", "removed-later", "opaque/below"] {
         base.file(
             &format!("d/{name}"),
@@ -73,14 +75,21 @@ fn why(site: &Site, namespace: &str, reference: &str) -> Result<Vec<(bool, Strin
 fn chains_of_every_mixture() -> Result<()> {
     let site = Site::start("mixed", Release::V1, Line::OPEN, "")?;
     let (host, direct) = (site.registry.host(), site.registry.direct());
-    let directory = tempfile::tempdir()?;
-    let layout = layout::write(directory.path(), &mut layers()?, &["/bin/sh", "-c", LOOK])?;
-    images::push_layout(&layout, &format!("{direct}/mixed:original"))?;
-    site.daemon.sluice_ok(&[
-        "convert",
-        &format!("docker://{host}/mixed:original"),
-        &format!("docker://{host}/mixed:lazy"),
-    ])?;
+    let image = |mark: &str| -> Result<()> {
+        let directory = tempfile::tempdir()?;
+        let layout = layout::write(
+            directory.path(),
+            &mut layers(mark)?,
+            &["/bin/sh", "-c", LOOK],
+        )?;
+        images::push_layout(&layout, &format!("{direct}/mixed-{mark}:original"))?;
+        site.daemon.sluice_ok(&[
+            "convert",
+            &format!("docker://{host}/mixed-{mark}:original"),
+            &format!("docker://{host}/mixed-{mark}:lazy"),
+        ])?;
+        Ok(())
+    };
     // Which layers keep their index: lazy/ordinary/lazy and so on.
     let mixtures: [(&str, &[usize]); 6] = [
         ("lazy", &[]),
@@ -102,18 +111,20 @@ fn chains_of_every_mixture() -> Result<()> {
         .with_context(|| site.daemon.log_tail())?;
         Ok(output.stdout)
     };
-    let expected = run("plain", "overlayfs", &format!("{host}/mixed:original"))?;
+    image("lazy")?;
+    let expected = run("plain", "overlayfs", &format!("{host}/mixed-lazy:original"))?;
     ensure!(
         expected.contains("changed by middle") && !expected.contains("/d/opaque/below"),
         "{expected}"
     );
     for (tag, stripped) in mixtures {
         if !stripped.is_empty() {
-            http::strip_annotations(&direct, "mixed", "lazy", tag, stripped)?;
+            image(tag)?;
+            let repository = format!("mixed-{tag}");
+            http::strip_annotations(&direct, &repository, "lazy", tag, stripped)?;
         }
-        // One namespace per mixture: containerd keeps one snapshot per chain ID and namespace.
         let namespace = format!("mixed-{tag}");
-        let reference = format!("{host}/mixed:{tag}");
+        let reference = format!("{host}/mixed-{tag}:{tag}");
         let shown = run(&namespace, "sluice", &reference)?;
         ensure!(
             shown == expected,
@@ -134,10 +145,10 @@ fn chains_of_every_mixture() -> Result<()> {
         ensure!(layers.len() == 3, "{tag}: {layers:?}");
     }
     // The same chain again in a second namespace, and the first is still right after the second is gone.
-    let second = run("other", "sluice", &format!("{host}/mixed:lazy"))?;
+    let second = run("other", "sluice", &format!("{host}/mixed-lazy:lazy"))?;
     ensure!(second == expected, "{second}");
     site.nerdctl("other")
-        .ok(&["rmi", "-f", &format!("{host}/mixed:lazy")])?;
+        .ok(&["rmi", "-f", &format!("{host}/mixed-lazy:lazy")])?;
     let first = site
         .nerdctl("mixed-lazy")
         .ok(&[
@@ -145,7 +156,7 @@ fn chains_of_every_mixture() -> Result<()> {
             "--rm",
             "--net",
             "none",
-            &format!("{host}/mixed:lazy"),
+            &format!("{host}/mixed-lazy:lazy"),
         ])?
         .stdout;
     ensure!(first == expected, "{first}");

@@ -97,16 +97,20 @@ impl Site {
     pub fn daemon_again(&mut self) -> Result<()> {
         self.daemon.start_again()?;
         let start = Instant::now();
+        // Listing would not do: containerd answers that from its own metadata when it has none.
+        let probe = |args: &[&str]| {
+            let args = [&["snapshots", "--snapshotter", "sluice"], args].concat();
+            self.containerd.ctr_ok("probe", &args)
+        };
         loop {
-            let answer = self
-                .containerd
-                .ctr_ok("default", &["snapshots", "--snapshotter", "sluice", "ls"]);
-            match answer {
-                Ok(_) => return Ok(()),
+            match probe(&["prepare", "probe"]) {
+                Ok(_) => break,
                 Err(e) if start.elapsed() > Duration::from_secs(15) => return Err(e),
                 Err(_) => std::thread::sleep(Duration::from_millis(100)),
             }
         }
+        probe(&["rm", "probe"])?;
+        Ok(())
     }
 
     /// `sluice status --json`.
