@@ -15,3 +15,4 @@ pub mod registry;
 pub mod root;
 pub mod site;
 pub mod tools;
+pub mod view;

@@ -24,16 +24,26 @@ pub struct Options {
 }
 
 /// Writes one line per file below `root`, sorted by path: escaped path, type, mode, owner, size,
-/// mtime, rdev, link count, name of its hard-link group, xattrs, sha256.
+/// mtime, rdev, number of its names, the first of them if there are several, xattrs, sha256. A link count
+/// that is not the number of names is shown too: overlayfs counts the names that a layer above hides.
 pub fn list(root: &Path, options: Options, out: &mut dyn Write) -> Result<()> {
     let mut paths = Vec::new();
     collect(root, &mut paths)?;
     paths.sort_by(|a, b| a.as_os_str().as_bytes().cmp(b.as_os_str().as_bytes()));
-    let mut groups: BTreeMap<(u64, u64), PathBuf> = BTreeMap::new();
+    let mut files = Vec::new();
+    let mut names: BTreeMap<(u64, u64), (u64, PathBuf)> = BTreeMap::new();
     for path in paths {
         let meta =
             fs::symlink_metadata(&path).with_context(|| format!("stat {}", path.display()))?;
         let relative = path.strip_prefix(root)?.to_owned();
+        let first = || (0, relative.clone());
+        names
+            .entry((meta.dev(), meta.ino()))
+            .or_insert_with(first)
+            .0 += 1;
+        files.push((path, relative, meta));
+    }
+    for (path, relative, meta) in files {
         let kind = meta.file_type();
         let mut line = format!(
             "{} mode={:o} owner={}:{}",
@@ -52,12 +62,13 @@ pub fn list(root: &Path, options: Options, out: &mut dyn Write) -> Result<()> {
             line += &format!(" rdev={}", meta.rdev());
         }
         if !kind.is_dir() {
-            line += &format!(" links={}", meta.nlink());
-            if meta.nlink() > 1 {
-                let first = groups
-                    .entry((meta.dev(), meta.ino()))
-                    .or_insert_with(|| relative.clone());
-                line += &format!(" group={}", escape(first.as_os_str().as_bytes()));
+            let (count, first) = &names[&(meta.dev(), meta.ino())];
+            line += &format!(" names={count}");
+            if *count > 1 {
+                line += &format!(" first={}", escape(first.as_os_str().as_bytes()));
+            }
+            if meta.nlink() != *count {
+                line += &format!(" nlink={}", meta.nlink());
             }
         }
         if kind.is_symlink() {

@@ -10,7 +10,8 @@ use anyhow::{Context, Result, ensure};
 use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::proxy::Line;
 use sluice_integration::harness::site::Site;
-use sluice_integration::harness::{command, images, tools};
+use sluice_integration::harness::view::View;
+use sluice_integration::harness::{command, http, images, tools};
 
 const ROUNDS: usize = 5;
 const DEADLINE: Duration = Duration::from_secs(300);
@@ -110,21 +111,27 @@ fn file_systems(site: &Site, layout: &Path) -> Result<()> {
         "bench",
         &converted,
     ])?;
-    let mut targets = Vec::new();
-    for (snapshotter, reference) in [("overlayfs", &original), ("sluice", &converted)] {
+    let chain_id = http::chain_id(&direct, "bench", "original")?;
+    let mut views = Vec::new();
+    for snapshotter in ["overlayfs", "sluice"] {
         let target = site.root.directory(&format!("fs-{snapshotter}"))?;
-        ctr(&[
-            "images",
-            "mount",
-            "--snapshotter",
+        views.push(View::mount(
+            &site.containerd,
+            "bench",
             snapshotter,
-            reference,
-            &target.display().to_string(),
-        ])?;
-        targets.push(target);
+            &chain_id,
+            &target,
+        )?);
     }
-    // The first walk reads everything, so that the lazy image is complete; then it is sealed.
-    fstime("read", &targets[1])?;
+    // A container is what starts the completion in the background; then it is sealed.
+    ctr(&[
+        "run",
+        "--rm",
+        "--snapshotter",
+        "sluice",
+        &converted,
+        "ready",
+    ])?;
     site.wait_sealed(DEADLINE)?;
     println!(
         "\nfile system of the sealed image, {ROUNDS} rounds in turn ({} backend)",
@@ -138,7 +145,7 @@ fn file_systems(site: &Site, layout: &Path) -> Result<()> {
     ] {
         let mut seconds = [Vec::new(), Vec::new()];
         for _ in 0..ROUNDS {
-            for (i, target) in targets.iter().enumerate() {
+            for (i, target) in views.iter().map(View::path).enumerate() {
                 if cold {
                     std::fs::write("/proc/sys/vm/drop_caches", "3")?;
                 } else {
@@ -155,16 +162,6 @@ fn file_systems(site: &Site, layout: &Path) -> Result<()> {
             "sluice, mounted",
             &mut ours,
         );
-    }
-    for (snapshotter, target) in ["overlayfs", "sluice"].iter().zip(&targets) {
-        ctr(&[
-            "images",
-            "unmount",
-            "--snapshotter",
-            snapshotter,
-            "--rm",
-            &target.display().to_string(),
-        ])?;
     }
     Ok(())
 }

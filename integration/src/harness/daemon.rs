@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use nix::sys::signal::{Signal, kill, killpg};
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::command::{self, Output};
@@ -138,22 +138,39 @@ impl Daemon {
 
     /// Ends the shim: its mounts are dead afterwards, so unmount them next.
     pub fn kill_shim(&self) {
-        for pid in shim_pids(&self.run_dir) {
-            killpg(pid, Signal::SIGKILL).ok();
-            kill(pid, Signal::SIGKILL).ok();
+        // Holder and worker start each other again: until neither is left.
+        for _ in 0..100 {
+            let shims = shim_pids(&self.run_dir);
+            if shims.is_empty() {
+                return;
+            }
+            for pid in shims {
+                kill(pid, Signal::SIGKILL).ok();
+            }
+            std::thread::sleep(Duration::from_millis(10));
         }
     }
 }
 
-/// The holder's process ID as the shim wrote it; the holder leads its own process group.
+/// The processes of the shim that serves `run_dir`: those whose arguments name it. Only of processes
+/// with the shim's name are the arguments read: to read those of one that hangs in a mount would hang too.
 #[must_use]
 pub fn shim_pids(run_dir: &Path) -> Vec<Pid> {
-    std::fs::read_to_string(run_dir.join("shim.pid"))
-        .unwrap_or_default()
-        .split_whitespace()
-        .filter_map(|p| p.parse().ok())
-        .filter(|p| *p > 1)
+    let is_shim = |pid: &Pid| {
+        let process = Path::new("/proc").join(pid.to_string());
+        let arguments = || std::fs::read(process.join("cmdline")).unwrap_or_default();
+        std::fs::read(process.join("comm")).is_ok_and(|comm| comm == b"sluice-shim\n")
+            && arguments()
+                .split(|byte| *byte == 0)
+                .any(|argument| argument == run_dir.as_os_str().as_encoded_bytes())
+    };
+    std::fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
         .map(Pid::from_raw)
+        .filter(is_shim)
         .collect()
 }
 

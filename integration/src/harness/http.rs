@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
@@ -80,4 +81,23 @@ pub fn strip_annotations(
             .remove("annotations");
     }
     put_manifest(host, repository, new_tag, &manifest)
+}
+
+/// The chain ID of the image `repository:tag`: the name of its topmost snapshot.
+pub fn chain_id(host: &str, repository: &str, tag: &str) -> Result<String> {
+    let manifest = manifest(host, repository, tag)?;
+    let digest = manifest["config"]["digest"].as_str().context("config")?;
+    let head = format!("GET /v2/{repository}/blobs/{digest} HTTP/1.0");
+    let (status, body) = exchange(host, &head, b"")?;
+    ensure!(status == 200, "config {digest}: {status}");
+    let config: Value = serde_json::from_slice(&body)?;
+    let diff_ids = config["rootfs"]["diff_ids"]
+        .as_array()
+        .context("diff IDs")?;
+    let mut diff_ids = diff_ids.iter().filter_map(Value::as_str);
+    let lowest = diff_ids.next().context("a layer")?.to_owned();
+    Ok(diff_ids.fold(lowest, |below, diff_id| {
+        let both = format!("{below} {diff_id}");
+        format!("sha256:{}", hex::encode(Sha256::digest(both)))
+    }))
 }

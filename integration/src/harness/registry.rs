@@ -2,7 +2,6 @@
 //! A private docker-registry behind a [`Proxy`].
 
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -22,9 +21,9 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Starts Debian's docker-registry with its content in `store` (kept if it lies outside `root`).
-    pub fn start(root: &Root, store: &Path, line: Line) -> Result<Self> {
-        std::fs::create_dir_all(store)?;
+    /// Starts Debian's docker-registry, empty, below `root`.
+    pub fn start(root: &Root, line: Line) -> Result<Self> {
+        let store = root.directory("registry/store")?;
         let direct = free_address()?;
         let config = root.join("registry/config.yml")?;
         std::fs::write(

@@ -11,7 +11,6 @@ use super::nerdctl::Nerdctl;
 use super::proxy::Line;
 use super::registry::Registry;
 use super::root::Root;
-use super::tools;
 
 /// Fields drop in order: containers first, then containerd, the daemon with its shim, the registry,
 /// and last the root with what is still mounted.
@@ -65,7 +64,7 @@ impl Site {
     /// Starts everything below a new root named after `name`, with `extra` appended to sluiced's config.
     pub fn start(name: &str, release: Release, line: Line, extra: &str) -> Result<Self> {
         let root = Root::new(name)?;
-        let registry = Registry::start(&root, &tools::target().join("registry"), line)?;
+        let registry = Registry::start(&root, line)?;
         let socket = root.directory("c")?.join("c.sock");
         let daemon = Daemon::start(&root, &socket, extra)?;
         let containers = Containers {
