@@ -13,6 +13,6 @@ pub mod process;
 pub mod proxy;
 pub mod registry;
 pub mod root;
+pub mod rootfs;
 pub mod site;
 pub mod tools;
-pub mod view;

@@ -10,8 +10,8 @@ use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::images;
 use sluice_integration::harness::layout::{self, Attributes, Layer};
 use sluice_integration::harness::proxy::Line;
+use sluice_integration::harness::rootfs::Rootfs;
 use sluice_integration::harness::site::Site;
-use sluice_integration::harness::view::View;
 use sluice_integration::harness::{command, http, tools};
 use tar::EntryType;
 
@@ -94,11 +94,11 @@ fn strange_layers() -> Result<Vec<Layer>> {
 /// Lists the image of `namespace` as `snapshotter` shows it.
 fn listing(site: &Site, namespace: &str, snapshotter: &str, chain_id: &str) -> Result<Vec<String>> {
     let target = site.root.directory(&format!("look-{namespace}"))?;
-    let view = View::mount(&site.containerd, namespace, snapshotter, chain_id, &target)?;
+    let rootfs = Rootfs::mount(&site.containerd, namespace, snapshotter, chain_id, &target)?;
     let walk = command::run_ok(
         Command::new(tools::binary("treewalk")?)
             .arg("--directory-times")
-            .arg(view.path()),
+            .arg(rootfs.path()),
         Duration::from_secs(240),
     )?;
     Ok(walk.stdout.lines().map(str::to_owned).collect())

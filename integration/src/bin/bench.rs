@@ -9,8 +9,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::proxy::Line;
+use sluice_integration::harness::rootfs::Rootfs;
 use sluice_integration::harness::site::Site;
-use sluice_integration::harness::view::View;
 use sluice_integration::harness::{command, http, images, tools};
 
 const ROUNDS: usize = 5;
@@ -112,10 +112,10 @@ fn file_systems(site: &Site, layout: &Path) -> Result<()> {
         &converted,
     ])?;
     let chain_id = http::chain_id(&direct, "bench", "original")?;
-    let mut views = Vec::new();
+    let mut mounted = Vec::new();
     for snapshotter in ["overlayfs", "sluice"] {
         let target = site.root.directory(&format!("fs-{snapshotter}"))?;
-        views.push(View::mount(
+        mounted.push(Rootfs::mount(
             &site.containerd,
             "bench",
             snapshotter,
@@ -145,7 +145,7 @@ fn file_systems(site: &Site, layout: &Path) -> Result<()> {
     ] {
         let mut seconds = [Vec::new(), Vec::new()];
         for _ in 0..ROUNDS {
-            for (i, target) in views.iter().map(View::path).enumerate() {
+            for (i, target) in mounted.iter().map(Rootfs::path).enumerate() {
                 if cold {
                     std::fs::write("/proc/sys/vm/drop_caches", "3")?;
                 } else {

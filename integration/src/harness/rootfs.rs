@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! An image's files as a snapshotter shows them: a view of its topmost snapshot, mounted.
+//! An image's files as a container sees them: a snapshot prepared on its topmost one, mounted.
 //!
 //! Not by `ctr images mount`: that of containerd 1.6 unpacks into its default snapshotter, whatever it
-//! is told.
+//! is told. And no view: `ctr` lets containerd's collector take it away while it is mounted.
 
 use std::path::{Path, PathBuf};
 
@@ -11,9 +11,9 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use super::containerd::Containerd;
 
-/// A mounted view; dropped, it is unmounted and removed.
+/// A mounted snapshot; dropped, it is unmounted and removed.
 #[derive(Debug)]
-pub struct View<'a> {
+pub struct Rootfs<'a> {
     containerd: &'a Containerd,
     namespace: String,
     snapshotter: String,
@@ -21,8 +21,8 @@ pub struct View<'a> {
     target: PathBuf,
 }
 
-impl<'a> View<'a> {
-    /// Makes a view of the committed snapshot `chain_id` and mounts it at `target`, which exists.
+impl<'a> Rootfs<'a> {
+    /// Prepares a snapshot on the committed `chain_id` and mounts it at `target`, which exists.
     pub fn mount(
         containerd: &'a Containerd,
         namespace: &str,
@@ -30,7 +30,7 @@ impl<'a> View<'a> {
         chain_id: &str,
         target: &Path,
     ) -> Result<Self> {
-        let key = format!("view-{snapshotter}");
+        let key = format!("rootfs-{snapshotter}");
         let target_text = target.display().to_string();
         let output = containerd.ctr_ok(
             namespace,
@@ -38,14 +38,14 @@ impl<'a> View<'a> {
                 "snapshots",
                 "--snapshotter",
                 snapshotter,
-                "view",
+                "prepare",
                 "--target",
                 &target_text,
                 &key,
                 chain_id,
             ],
         )?;
-        let view = Self {
+        let rootfs = Self {
             containerd,
             namespace: namespace.to_owned(),
             snapshotter: snapshotter.to_owned(),
@@ -58,17 +58,20 @@ impl<'a> View<'a> {
         let [_, _, kind, source, _, _, options] = words[..] else {
             anyhow::bail!("one mount was expected: {line}");
         };
-        ensure!(options.split(',').any(|it| it == "ro") || kind == "overlay");
-        let (kind, flags, data) = match kind {
-            "bind" => (None, MsFlags::MS_BIND | MsFlags::MS_REC, None),
-            kind => {
-                let data: Vec<&str> = options.split(',').filter(|it| *it != "ro").collect();
-                (Some(kind), MsFlags::MS_RDONLY, Some(data.join(",")))
-            }
-        };
-        mount(Some(source), target, kind, flags, data.as_deref())
-            .with_context(|| format!("do what containerd says: {line}"))?;
-        Ok(view)
+        // What overlayfs of a container needs, and nothing that mount(8) alone understands.
+        ensure!(
+            kind == "overlay",
+            "a container's mount is an overlay: {line}"
+        );
+        mount(
+            Some(source),
+            target,
+            Some(kind),
+            MsFlags::empty(),
+            Some(options),
+        )
+        .with_context(|| format!("do what containerd says: {line}"))?;
+        Ok(rootfs)
     }
 
     /// Where its files are.
@@ -78,7 +81,7 @@ impl<'a> View<'a> {
     }
 }
 
-impl Drop for View<'_> {
+impl Drop for Rootfs<'_> {
     fn drop(&mut self) {
         umount2(&self.target, MntFlags::MNT_DETACH).ok();
         let remove = [
