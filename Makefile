@@ -4,9 +4,10 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup tools images build demo test unit e2e e2e-full fuzz check bench soak clean
+.PHONY: help setup tools images build install demo test unit e2e fuzz check bench soak clean
 PROFILE_DIR := target/debug
 FUZZ_SECONDS ?= 10
+PREFIX ?= /usr
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +27,13 @@ images: setup ## make the test image (Debian + Python) into target/images
 build: setup ## build all programs
 	@echo "== build: sluice, sluiced, sluice-shim and the test programs"
 	@cargo build --workspace --bins --locked
+
+install: setup ## build for production and install below $(DESTDIR)$(PREFIX) (default /usr)
+	@echo "== install: sluice, sluiced, sluice-shim and the systemd unit below $(DESTDIR)$(PREFIX)"
+	@cargo build --release --locked -p sluice-snapshotter -p sluice-converter --bins
+	@install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system
+	@install -m 755 target/release/sluice target/release/sluiced target/release/sluice-shim $(DESTDIR)$(PREFIX)/bin/
+	@sed 's|/usr/bin/|$(PREFIX)/bin/|' packaging/systemd/sluiced.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/sluiced.service
 
 demo: build images ## the whole job on real software: convert, run lazily, compare, clean up
 	@if command -v go >/dev/null; then $(MAKE) --no-print-directory tools; fi

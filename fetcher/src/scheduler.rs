@@ -67,7 +67,8 @@ pub struct FetcherOptions {
     /// The most compressed bytes of a background request while readers are about: what a reader's
     /// request may have to share the line with.
     pub shy_request_bytes: u64,
-    /// Device bytes read ahead of a reader that nothing is known of.
+    /// Device bytes read ahead of a reader that nothing is known of: about 200 kB of a blob, what a line of
+    /// 100 Mbit/s carries in a round trip of 20 ms. See docs/decisions/005-read-ahead.md.
     pub read_ahead_initial_bytes: u64,
     /// The most device bytes read ahead of a sequential reader at once; 0 turns reading ahead off.
     pub read_ahead_max_bytes: u64,
@@ -96,7 +97,7 @@ impl Default for FetcherOptions {
             first_request_bytes: 1 << 20,
             request_bytes: 4 << 20,
             shy_request_bytes: 1 << 20,
-            read_ahead_initial_bytes: 256 << 10,
+            read_ahead_initial_bytes: 512 << 10,
             read_ahead_max_bytes: 8 << 20,
             stall: Duration::from_secs(10),
             lull: Duration::from_millis(100),

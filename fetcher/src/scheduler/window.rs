@@ -3,8 +3,10 @@
 //!
 //! The fetcher only sees reads of what is missing, or still on its way; reads of present chunks go past
 //! it. A read that continues where an earlier one was (within the part fetched for it) belongs to the
-//! same *stream*. A stream's window starts small, because most first reads of an image are single
-//! small files, and doubles each time its reader gets into the part that was read ahead, up to a cap.
+//! same *stream*. A stream's window starts at what a round trip is worth, because most first reads of an
+//! image are single small files, doubles at the second, and then grows with the distance that the reader
+//! has come, up to a cap: a program that imports files near each other gets a little more than it reads, a
+//! long file the full line.
 //! The next window is asked for when the reader enters the present one, not when it reaches its end:
 //! so the line does not idle for a round trip between two windows.
 
@@ -14,6 +16,10 @@ use sluice_blockindex::extent::{DeviceSpace, Extent};
 
 /// Streams remembered per device: a few readers at once, and a short list to search.
 const STREAMS: usize = 16;
+
+/// The window is this part of the distance that a stream has come. Windows that double at each step made
+/// starts of Python programs fetch a third more, and no faster (docs/decisions/005-read-ahead.md).
+const DISTANCE_PER_WINDOW: u64 = 4;
 
 /// The windows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +32,8 @@ pub(crate) struct WindowLimits {
 
 #[derive(Clone, Copy, Debug)]
 struct Stream {
+    /// First byte of the first read.
+    origin: u64,
     /// First byte of the latest read.
     start: u64,
     /// A read that ends beyond this calls for the next window.
@@ -71,6 +79,7 @@ impl ReadAhead {
                 let window = self.limits.initial_bytes.min(self.limits.max_bytes);
                 let end = self.clip(read.end().saturating_add(window));
                 let stream = Stream {
+                    origin: read.start(),
                     start: read.start(),
                     marker: read.end(),
                     end,
@@ -83,11 +92,15 @@ impl ReadAhead {
                 (stream, None)
             }
             Some(stream) => {
-                let window = stream.window.saturating_mul(2).min(self.limits.max_bytes);
+                let come = read.start().saturating_sub(stream.origin);
+                let window = (come / DISTANCE_PER_WINDOW)
+                    .max(self.limits.initial_bytes.saturating_mul(2))
+                    .min(self.limits.max_bytes);
                 let from = stream.end.max(read.end());
                 let end = self.clip(from.saturating_add(window));
                 (
                     Stream {
+                        origin: stream.origin,
                         start: read.start(),
                         marker: from,
                         end,
@@ -130,19 +143,25 @@ mod tests {
     }
 
     #[test]
-    fn sequential_reads_double_the_window() {
+    fn the_window_grows_with_the_distance_come() {
         let mut ahead = windows(20, 100);
         let cases = [
             // A first read: the initial window.
             (device(0, 10), Some(device(10, 30))),
-            // Into the window: the next one, twice as large, behind it.
+            // Into the window: the next one, behind it, twice as large.
             (device(10, 20), Some(device(30, 70))),
             // Still in the first window: nothing new.
             (device(20, 30), None),
             // Into the second.
-            (device(30, 40), Some(device(70, 150))),
-            (device(60, 71), Some(device(150, 250))),
-            (device(149, 155), Some(device(250, 350))),
+            (device(30, 40), Some(device(70, 110))),
+            (device(109, 115), Some(device(115, 155))),
+            // A quarter of the distance, once that is more.
+            (device(150, 160), Some(device(160, 200))),
+            (device(195, 205), Some(device(205, 253))),
+            (device(250, 260), Some(device(260, 322))),
+            // As long as the reader stays near, up to the cap.
+            (device(380, 390), Some(device(390, 485))),
+            (device(500, 510), Some(device(510, 610))),
         ];
         for (read, expected) in cases {
             assert_eq!(ahead.on_read(read), expected, "{read}");
