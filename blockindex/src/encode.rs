@@ -17,12 +17,14 @@
 //! lazy, even a malformed one, still becomes a blob of frames and a seek table, so that conversion
 //! never makes an image worse; the reason is in the trailer.
 //!
-//! Memory: the open chunk, the tree, and the compressed skeleton; jobs are the caller's to bound.
+//! Memory: the open chunk, the tree, and the compressed skeleton, all of which have limits beyond
+//! which a layer is not lazy; jobs are the caller's to bound.
 
 mod cut;
 
 use std::io;
 
+use crate::annotations::INDEX_MAX_BYTES;
 use crate::chunkmap::ChunkRecord;
 use crate::digest::{DiffId, FileDigest, IndexDigest, Sha256Hasher, StrongAlgorithm, StrongHasher};
 use crate::erofs::{DeviceSlot, write_tree};
@@ -54,7 +56,8 @@ pub struct EncodeOptions {
     pub level: i32,
     /// Algorithm of the strong digests.
     pub algorithm: StrongAlgorithm,
-    /// Name and version of the program, for people who look into the index.
+    /// Name of the program, for people who look into the index. Without a version, lest each release
+    /// make other blobs of the same tars.
     pub writer: String,
 }
 
@@ -63,10 +66,14 @@ impl Default for EncodeOptions {
         Self {
             level: DEFAULT_LEVEL,
             algorithm: DEFAULT_ALGORITHM,
-            writer: concat!("sluice ", env!("CARGO_PKG_VERSION")).to_owned(),
+            writer: "sluice".to_owned(),
         }
     }
 }
+
+/// The most bytes of a compressed skeleton: twice what the most entries that a tree may have need.
+/// It is held in memory, and it is what a layer stores besides the tar.
+const SKELETON_MAX_BYTES: u64 = 256 * 1024 * 1024;
 
 /// Why a layer cannot be encoded at all.
 #[derive(Debug, thiserror::Error)]
@@ -133,7 +140,11 @@ pub struct LayerEncoder {
 /// What the scanner's bytes are made into.
 #[derive(Debug)]
 struct Gather {
-    skeleton: SkeletonWriter,
+    /// Gone once the layer cannot be lazy.
+    skeleton: Option<SkeletonWriter>,
+    skeleton_max_bytes: u64,
+    /// Whether it is gone because it was larger than that.
+    skeleton_too_large: bool,
     files: Vec<FileContent>,
     hasher: StrongHasher,
     /// Contents that began in the bytes pushed last.
@@ -143,22 +154,40 @@ struct Gather {
 }
 
 impl Gather {
-    fn keep(&mut self, result: io::Result<()>) {
-        if let Err(error) = result {
+    /// Adds to the skeleton, if there still is one.
+    fn write(&mut self, add: impl FnOnce(&mut SkeletonWriter) -> io::Result<()>) {
+        let Some(skeleton) = &mut self.skeleton else {
+            return;
+        };
+        if let Err(error) = add(skeleton) {
             self.failed.get_or_insert(error);
+        } else if skeleton.payload_bytes() > self.skeleton_max_bytes {
+            self.skeleton_too_large = true;
+            self.give_up();
         }
+    }
+
+    /// Frees what only a lazy layer needs.
+    fn give_up(&mut self) {
+        self.skeleton = None;
+        self.files = Vec::new();
+    }
+
+    /// The skeleton and the contents; `None` if one of them is gone.
+    fn finish(self) -> io::Result<Option<(Vec<u8>, Vec<FileContent>)>> {
+        let payload = self.skeleton.map(SkeletonWriter::finish).transpose()?;
+        let fits = |payload: &Vec<u8>| payload.len() as u64 <= self.skeleton_max_bytes;
+        Ok(payload.filter(fits).map(|payload| (payload, self.files)))
     }
 }
 
 impl TarSink for Gather {
     fn structure(&mut self, bytes: &[u8]) {
-        let result = self.skeleton.literal(bytes);
-        self.keep(result);
+        self.write(|skeleton| skeleton.literal(bytes));
     }
 
     fn content_start(&mut self, run: Extent<DeviceSpace>) {
-        let result = self.skeleton.content(run.len());
-        self.keep(result);
+        self.write(|skeleton| skeleton.content(run.len()));
         self.started.push(run);
         self.current = Some(run);
     }
@@ -169,7 +198,9 @@ impl TarSink for Gather {
 
     fn content_end(&mut self) {
         let digest = FileDigest(self.hasher.finish_reset());
-        if let Some(run) = self.current.take() {
+        if let Some(run) = self.current.take()
+            && self.skeleton.is_some()
+        {
             self.files.push(FileContent { run, digest });
         }
     }
@@ -181,7 +212,9 @@ impl LayerEncoder {
     /// **Errors**: zstd has no memory.
     pub fn new(options: EncodeOptions) -> Result<Self, EncodeError> {
         let gather = Gather {
-            skeleton: SkeletonWriter::new()?,
+            skeleton: Some(SkeletonWriter::new()?),
+            skeleton_max_bytes: SKELETON_MAX_BYTES,
+            skeleton_too_large: false,
             files: Vec::new(),
             hasher: options.algorithm.hasher(),
             started: Vec::new(),
@@ -213,6 +246,7 @@ impl LayerEncoder {
         if let Ok(scanner) = &mut self.scanner {
             if let Err(error) = scanner.push(bytes, &mut self.gather) {
                 self.scanner = Err(error);
+                self.gather.give_up();
             }
             if let Some(error) = self.gather.failed.take() {
                 return Err(error.into());
@@ -274,15 +308,33 @@ impl LayerEncoder {
     /// Ends the tar; the last chunk goes to `jobs`.
     pub fn finish(mut self, jobs: &mut Vec<ChunkJob>) -> Result<LayerPlan, EncodeError> {
         self.emit(jobs)?;
-        let scanned = self.scanner.and_then(Scanner::finish);
+        let too_large = format!(
+            "skeleton of more than {} bytes",
+            self.gather.skeleton_max_bytes
+        );
+        let lazy = match self.gather.skeleton_too_large {
+            true => Err(too_large),
+            false => match self.scanner.and_then(Scanner::finish) {
+                Ok(tree) => self
+                    .gather
+                    .finish()?
+                    .map_or(Err(too_large), |(skeleton, files)| {
+                        Ok(LazyParts {
+                            tree,
+                            skeleton,
+                            files,
+                        })
+                    }),
+                Err(error) => Err(error.to_string()),
+            },
+        };
         Ok(LayerPlan {
             options: self.options,
             diff_id: DiffId::from_bytes(self.diff.finish()),
             device_bytes: self.position,
             chunks: self.next_ordinal,
-            files: self.gather.files,
-            skeleton: self.gather.skeleton.finish()?,
-            scanned,
+            lazy,
+            index_max_bytes: INDEX_MAX_BYTES,
         })
     }
 }
@@ -294,9 +346,17 @@ pub struct LayerPlan {
     diff_id: DiffId,
     device_bytes: u64,
     chunks: u32,
-    files: Vec<FileContent>,
+    /// Or why there are none.
+    lazy: Result<LazyParts, String>,
+    index_max_bytes: u64,
+}
+
+/// What a lazy layer has besides its chunks.
+#[derive(Debug)]
+struct LazyParts {
+    tree: Tree,
     skeleton: Vec<u8>,
-    scanned: Result<Tree, ScanError>,
+    files: Vec<FileContent>,
 }
 
 /// What follows the frames, and what the annotations say.
@@ -344,7 +404,8 @@ impl LayerPlan {
     /// Writes what follows the frames.
     ///
     /// `records` are those of all chunks in order of their ordinals; their frames stand in the blob
-    /// in the same order from its first byte on. The index is validated before it is returned.
+    /// in the same order from its first byte on. The index is validated before it is returned. A
+    /// layer whose index would be larger than readers accept gets none.
     ///
     /// **Errors**: records of another layer, or a layer too large for the format.
     pub fn assemble(self, records: &[ChunkRecord]) -> Result<Trailer, EncodeError> {
@@ -369,10 +430,15 @@ impl LayerPlan {
             bytes: Vec::new(),
             entries: Vec::new(),
         };
-        let index = match self.tree_image() {
-            Ok(tree) => Ok(self.index(&tree, records, &mut blob)?),
-            Err(reason) => Err(reason),
+        let index = match &self.lazy {
+            Ok(parts) => self.index_or_reason(parts, records, &mut blob)?,
+            Err(reason) => Err(reason.clone()),
         };
+        if index.is_err() {
+            // A skeleton without an index would be of no use to anybody.
+            blob.bytes.clear();
+            blob.entries.clear();
+        }
         let entries = records.iter().map(|record| SeekEntry {
             compressed_bytes: record.frame_bytes,
             decompressed_bytes: record.device_bytes,
@@ -388,9 +454,26 @@ impl LayerPlan {
         })
     }
 
+    /// Adds the index to `blob`, or says why the layer cannot be lazy.
+    fn index_or_reason(
+        &self,
+        parts: &LazyParts,
+        records: &[ChunkRecord],
+        blob: &mut Tail,
+    ) -> Result<Result<IndexPin, String>, EncodeError> {
+        let tree = match self.tree_image(&parts.tree) {
+            Ok(tree) => tree,
+            Err(reason) => return Ok(Err(reason)),
+        };
+        match self.index(&tree, parts, records, blob) {
+            Ok(pin) => Ok(Ok(pin)),
+            Err(EncodeError::Index(error)) if error.is_too_large() => Ok(Err(error.to_string())),
+            Err(error) => Err(error),
+        }
+    }
+
     /// The EROFS image, or why the layer cannot be lazy.
-    fn tree_image(&self) -> Result<Vec<u8>, String> {
-        let tree = self.scanned.as_ref().map_err(ScanError::to_string)?;
+    fn tree_image(&self, tree: &Tree) -> Result<Vec<u8>, String> {
         let device = DeviceSlot {
             tag: *crate::index::device_tag(self.diff_id),
             blocks: blocks_for(self.device_bytes),
@@ -401,16 +484,17 @@ impl LayerPlan {
     fn index(
         &self,
         tree: &[u8],
+        parts: &LazyParts,
         records: &[ChunkRecord],
         blob: &mut Tail,
     ) -> Result<IndexPin, EncodeError> {
-        let extent = blob.skippable(SKELETON_FRAME_MAGIC, &self.skeleton)?;
+        let extent = blob.skippable(SKELETON_FRAME_MAGIC, &parts.skeleton)?;
         let mut hasher = Sha256Hasher::new();
-        hasher.update(&self.skeleton);
+        hasher.update(&parts.skeleton);
         let file = write_index(&IndexParts {
             tree,
             chunks: records,
-            files: &self.files,
+            files: &parts.files,
             diff_id: self.diff_id,
             skeleton: SkeletonPin {
                 extent,
@@ -420,6 +504,10 @@ impl LayerPlan {
             writer: &self.options.writer,
         })?;
         let payload = compress_index(&file)?;
+        let (bytes, cap) = (payload.len() as u64, self.index_max_bytes);
+        if bytes > cap {
+            return Err(IndexError::AboveCap { bytes, cap }.into());
+        }
         let file_bytes = file.len() as u64;
         UncheckedIndex::parse(file)?.validate()?;
         let extent = blob.skippable(INDEX_FRAME_MAGIC, &payload)?;

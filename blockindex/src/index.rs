@@ -181,6 +181,19 @@ pub enum IndexError {
     TooLarge,
 }
 
+impl IndexError {
+    /// Whether the layer has more of something than an index may have, though nothing is wrong.
+    pub(crate) fn is_too_large(&self) -> bool {
+        matches!(
+            self,
+            Self::AboveCap { .. }
+                | Self::TooLarge
+                | Self::ChunkMap(ChunkMapError::TooLarge)
+                | Self::Tree(TreeError::Limit { .. })
+        )
+    }
+}
+
 /// Decompresses the payload that the annotations pin.
 ///
 /// **Errors**: anything but one zstd frame of at most `cap` bytes; nothing is allocated before that
@@ -227,7 +240,7 @@ pub struct Metadata {
     pub file_count: u32,
     /// Algorithm of all strong digests of the index.
     pub algorithm: StrongAlgorithm,
-    /// Name and version of the program that wrote the index; for people only.
+    /// Name of the program that wrote the index; for people only.
     pub writer: String,
 }
 
@@ -404,7 +417,11 @@ fn parse_sections(bytes: &[u8]) -> Result<Vec<Section>, IndexError> {
             offset: raw.offset.get(),
             bytes: raw.bytes.get(),
         })?;
-        if raw.reserved.get() != 0 || bytes[end..section.range.start].iter().any(|b| *b != 0) {
+        let unknown_flags = raw.flags.get() & !FLAG_REQUIRED != 0;
+        if unknown_flags
+            || raw.reserved.get() != 0
+            || bytes[end..section.range.start].iter().any(|b| *b != 0)
+        {
             return Err(IndexError::Reserved {
                 place: "section table or padding",
             });

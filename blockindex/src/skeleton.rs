@@ -119,6 +119,11 @@ impl SkeletonWriter {
         Ok(())
     }
 
+    /// Bytes of the payload so far, without those that the compressor still holds.
+    pub fn payload_bytes(&self) -> u64 {
+        self.encoder.get_ref().len() as u64
+    }
+
     /// The compressed payload.
     pub fn finish(mut self) -> io::Result<Vec<u8>> {
         if !self.literal.is_empty() {

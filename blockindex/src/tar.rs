@@ -16,12 +16,14 @@
 //! What an entry means is decided as containerd's archive apply decides it for an overlayfs
 //! snapshotter (`apply.rs`), and headers are read as Go's `archive/tar` reads them (`header.rs`,
 //! `pax.rs`): a lazily mounted layer and an unpacked one must not differ. What that apply refuses,
-//! and what cannot be mapped to runs of the tar, is [`NotLazy`] with a reason.
+//! and what cannot be mapped to runs of the tar, is [`NotLazy`] with a reason; so is what would take
+//! more memory or time than a layer may (`budget.rs`).
 //!
 //! Invariants: the bytes given to a [`TarSink`] are exactly the bytes pushed, in order, until `push`
 //! fails; the outcome does not depend on how the tar was cut into pieces; no input panics.
 
 mod apply;
+mod budget;
 mod header;
 mod path;
 mod pax;
@@ -142,6 +144,14 @@ pub enum NotLazy {
     DirectoryGone {
         /// Its path.
         path: String,
+    },
+    /// More of something than one layer may have.
+    #[error("more than {limit} {what}")]
+    Limit {
+        /// Of what.
+        what: &'static str,
+        /// How much is allowed.
+        limit: u64,
     },
     /// More than a tree can hold.
     #[error("tree: {reason}")]
@@ -300,7 +310,7 @@ impl Scanner {
     /// Takes the next bytes of the tar and passes them on to `sink`.
     ///
     /// **Errors**: the tar is malformed or cannot be lazy. The sink then has all bytes up to and
-    /// including the header or record at fault, and the scanner takes no more.
+    /// including the header, record or content at fault, and the scanner takes no more.
     pub fn push(&mut self, mut bytes: &[u8], sink: &mut impl TarSink) -> Result<(), ScanError> {
         while !bytes.is_empty() {
             let taken = match self.step(bytes, sink) {
@@ -365,6 +375,9 @@ impl Scanner {
             sink.structure(&bytes[..taken]);
         }
         self.offset += taken as u64;
+        if let State::Trailer | State::Content { run: false, .. } = self.state {
+            self.apply.budget.loose(&bytes[..taken])?;
+        }
         if complete {
             self.advance(sink)?;
         }

@@ -286,6 +286,111 @@ fn what_cannot_be_lazy_is_still_a_blob() {
     }
 }
 
+/// Encodes on this thread, after `change` has had its way with the limits.
+fn encode_limited(
+    tar: &[u8],
+    piece: usize,
+    change: impl Fn(&mut LayerEncoder),
+    index_max_bytes: u64,
+) -> (Vec<u8>, Trailer) {
+    let mut encoder = LayerEncoder::new(EncodeOptions::default()).unwrap();
+    change(&mut encoder);
+    let (mut jobs, mut blob) = (Vec::new(), Vec::new());
+    for bytes in tar.chunks(piece) {
+        encoder.push(bytes, &mut jobs).unwrap();
+    }
+    let mut plan = encoder.finish(&mut jobs).unwrap();
+    plan.index_max_bytes = index_max_bytes;
+    let chunks: Vec<_> = jobs.iter().map(|job| job.run().unwrap()).collect();
+    let records: Vec<_> = chunks.iter().map(|chunk| chunk.record).collect();
+    blob.extend(chunks.into_iter().flat_map(|chunk| chunk.frame));
+    let trailer = plan.assemble(&records).unwrap();
+    blob.extend(&trailer.bytes);
+    (blob, trailer)
+}
+
+#[test]
+fn a_layer_beyond_a_limit_is_an_ordinary_blob_with_the_reason() {
+    let tar = example_tar();
+    let (_, lazy) = encode(&tar);
+    let pin = lazy.index.unwrap();
+    for (skeleton_max, index_max, reason) in [
+        (u64::MAX, pin.extent.len(), None),
+        (
+            u64::MAX,
+            pin.extent.len() - 1,
+            Some("bytes, at most".to_owned()),
+        ),
+        (
+            100,
+            u64::MAX,
+            Some("skeleton of more than 100 bytes".into()),
+        ),
+    ] {
+        let change = |encoder: &mut LayerEncoder| encoder.gather.skeleton_max_bytes = skeleton_max;
+        let (blob, trailer) = encode_limited(&tar, 100_000, change, index_max);
+        assert_eq!(zstd_binary(&blob), tar);
+        match (&trailer.index, reason) {
+            (Ok(found), None) => assert_eq!(*found, pin),
+            (Err(found), Some(reason)) => {
+                assert!(found.contains(&reason), "{found}");
+                let entries = seektable::parse(&blob).unwrap();
+                assert!(entries.iter().all(|entry| entry.decompressed_bytes > 0));
+                for piece in [77, 1 << 30] {
+                    assert!(encode_limited(&tar, piece, change, index_max).0 == blob);
+                }
+            }
+            (found, reason) => panic!("{found:?}, want {reason:?}"),
+        }
+    }
+}
+
+#[test]
+fn what_only_a_lazy_layer_needs_is_freed_with_the_hope_for_it() {
+    let mut tar = example_tar();
+    let end = tar.len() - 1024;
+    tar.splice(end.., sample(1024, 3));
+    let mut encoder = LayerEncoder::new(EncodeOptions::default()).unwrap();
+    let mut jobs = Vec::new();
+    encoder.push(&tar[..end], &mut jobs).unwrap();
+    assert!(encoder.gather.skeleton.is_some() && !encoder.gather.files.is_empty());
+    encoder.push(&tar[end..], &mut jobs).unwrap();
+    assert!(encoder.scanner.is_err());
+    assert!(encoder.gather.skeleton.is_none() && encoder.gather.files.capacity() == 0);
+}
+
+#[test]
+fn much_that_belongs_to_no_file_is_not_stored_twice() {
+    let mut tar = example_tar();
+    tar.extend(sample(17 << 20, 5));
+    let (blob, trailer) = encode(&tar);
+    let reason = trailer.index.expect_err("not lazy");
+    assert!(reason.contains("bytes that belong to no file"), "{reason}");
+    let plain = zstd::encode_all(&tar[..], 3).unwrap();
+    assert!(blob.len() < plain.len() + plain.len() / 8);
+}
+
+#[test]
+fn only_what_has_too_much_counts_as_too_large() {
+    use crate::chunkmap::ChunkMapError;
+    use crate::erofs::TreeError;
+    let limit = TreeError::Limit {
+        what: "inodes",
+        actual: 2,
+        limit: 1,
+    };
+    for (error, too_large) in [
+        (IndexError::AboveCap { bytes: 2, cap: 1 }, true),
+        (IndexError::TooLarge, true),
+        (IndexError::ChunkMap(ChunkMapError::TooLarge), true),
+        (IndexError::Tree(limit), true),
+        (IndexError::Payload, false),
+        (IndexError::Magic, false),
+    ] {
+        assert_eq!(error.is_too_large(), too_large, "{error}");
+    }
+}
+
 #[test]
 fn records_of_another_layer_are_refused() {
     let plan = |tar: &[u8]| {

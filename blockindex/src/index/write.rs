@@ -43,7 +43,7 @@ pub struct IndexParts<'a> {
     pub skeleton: SkeletonPin,
     /// Algorithm of all strong digests.
     pub algorithm: StrongAlgorithm,
-    /// Name and version of the program; its first 32 bytes are kept.
+    /// Name of the program; its first 32 bytes are kept.
     pub writer: &'a str,
 }
 

@@ -22,6 +22,7 @@ use crate::extent::{DeviceSpace, Extent};
 use crate::tree::{DeviceNumber, FileRun, Inode, InodeId, InodeKind, Timestamp, Tree};
 use crate::units::BLOCK_BYTES;
 
+use super::budget::Budget;
 use super::path::{PATH_MAX_BYTES, clean, length, resolve};
 use super::{NotLazy, shown};
 
@@ -69,6 +70,7 @@ pub(super) struct Apply {
     tree: Tree,
     /// Path and time of each directory entry, for rule 6.
     directories: Vec<(Box<[u8]>, Timestamp)>,
+    pub(super) budget: Budget,
 }
 
 impl Apply {
@@ -79,6 +81,7 @@ impl Apply {
         content: Extent<DeviceSpace>,
     ) -> Result<Applied, NotLazy> {
         let path = || shown(&entry.name);
+        self.budget.entry()?;
         if entry.sparse {
             return Err(NotLazy::Sparse { path: path() });
         }
@@ -116,7 +119,10 @@ impl Apply {
                     start_block: content.start() / BLOCK_BYTES,
                 }),
             },
-            b'2' => symlink(entry)?,
+            b'2' => {
+                self.budget.tree_bytes.take(entry.link_name.len())?;
+                symlink(entry)?
+            }
             b'3' => InodeKind::CharDevice(device_number(entry)?),
             b'4' => InodeKind::BlockDevice(device_number(entry)?),
             b'5' => InodeKind::Directory,
@@ -142,8 +148,9 @@ impl Apply {
         };
         self.set_attributes(id, entry)?;
         if entry.kind == b'5' {
-            self.directories
-                .push((components.join(&b'/').into(), bounded(entry.mtime)));
+            let path = components.join(&b'/');
+            self.budget.tree_bytes.take(path.len())?;
+            self.directories.push((path.into(), bounded(entry.mtime)));
         }
         Ok(if file { Applied::File } else { Applied::Other })
     }
@@ -152,7 +159,8 @@ impl Apply {
     pub(super) fn finish(mut self) -> Result<Tree, NotLazy> {
         for (path, mtime) in std::mem::take(&mut self.directories) {
             let components: Vec<&[u8]> = path.split(|byte| *byte == b'/').collect();
-            let id = self.lookup(&resolve(&self.tree, &components)?);
+            let resolved = resolve(&self.tree, &components, &mut self.budget.steps)?;
+            let id = self.lookup(&resolved);
             let id = id.ok_or_else(|| NotLazy::DirectoryGone { path: shown(&path) })?;
             self.tree.inode_mut(id).mtime = mtime;
         }
@@ -178,7 +186,7 @@ impl Apply {
             return Ok(at);
         }
         let mut at = self.tree.root();
-        for name in resolve(&self.tree, parents)? {
+        for name in resolve(&self.tree, parents, &mut self.budget.steps)? {
             at = match self.tree.child(at, &name) {
                 Some(child) if self.tree.inode(child).is_directory() => child,
                 Some(_) => {
@@ -187,6 +195,7 @@ impl Apply {
                     });
                 }
                 None => {
+                    self.budget.entries.take(1)?;
                     let id = self
                         .tree
                         .add(Inode::implicit_directory())
@@ -206,6 +215,7 @@ impl Apply {
         id: InodeId,
         entry: &Entry,
     ) -> Result<(), NotLazy> {
+        self.budget.tree_bytes.take(name.len())?;
         match self.tree.insert(directory, name, id) {
             Ok(_) => Ok(()),
             Err(_) => Err(NotLazy::Name {
@@ -240,7 +250,7 @@ impl Apply {
         }
     }
 
-    fn link_target(&self, entry: &Entry) -> Result<InodeId, NotLazy> {
+    fn link_target(&mut self, entry: &Entry) -> Result<InodeId, NotLazy> {
         let error = || NotLazy::HardLinkTarget {
             path: shown(&entry.name),
             target: shown(&entry.link_name),
@@ -253,7 +263,7 @@ impl Apply {
         if matches!(*base, b"" | b"." | b"..") {
             return Err(error());
         }
-        let mut target = resolve(&self.tree, parents)?;
+        let mut target = resolve(&self.tree, parents, &mut self.budget.steps)?;
         target.push(base.to_vec());
         self.lookup(&target)
             .filter(|id| {
@@ -299,6 +309,7 @@ impl Apply {
                     bytes: value.len(),
                 });
             }
+            self.budget.tree_bytes.take(name.len() + value.len())?;
             inode
                 .xattrs
                 .insert(name.as_slice().into(), value.as_slice().into());

@@ -40,17 +40,23 @@ pub(super) fn length(components: &[&[u8]]) -> usize {
 /// Follows all symlinks of `components`, the last one included, inside the root of `tree`.
 ///
 /// **Shape**: a component may be `..`, which takes away what was resolved before it. The result has
-/// no symlink; it may name what does not exist.
-pub(super) fn resolve(tree: &Tree, components: &[&[u8]]) -> Result<Vec<Vec<u8>>, NotLazy> {
+/// no symlink; it may name what does not exist. **Errors**: among others when more components are
+/// visited than `steps_left`, which is what all resolutions of a scan may still visit.
+pub(super) fn resolve(
+    tree: &Tree,
+    components: &[&[u8]],
+    steps_left: &mut u64,
+) -> Result<Vec<Vec<u8>>, NotLazy> {
     let shown = || super::shown(&components.join(&b'/'));
     let mut pending: Vec<Vec<u8>> = components.iter().rev().map(|c| c.to_vec()).collect();
     let mut done: Vec<(Vec<u8>, Option<InodeId>)> = Vec::new();
     let (mut links, mut steps) = (0, 0);
     while let Some(name) = pending.pop() {
         steps += 1;
-        if steps > STEPS_MAX {
+        if steps > STEPS_MAX || *steps_left == 0 {
             return Err(NotLazy::TooManyLinks { path: shown() });
         }
+        *steps_left -= 1;
         match name.as_slice() {
             b"" | b"." => continue,
             b".." => {
@@ -145,13 +151,13 @@ mod tests {
         ] {
             let components: Vec<&[u8]> = path.as_bytes().split(|b| *b == b'/').collect();
             assert_eq!(
-                join(&resolve(&tree, &components).unwrap()),
+                join(&resolve(&tree, &components, &mut 1000).unwrap()),
                 expected,
                 "{path}"
             );
         }
         assert!(matches!(
-            resolve(&tree, &[b"loop"]),
+            resolve(&tree, &[b"loop"], &mut 1000),
             Err(NotLazy::TooManyLinks { .. })
         ));
     }
@@ -166,8 +172,12 @@ mod tests {
         tree.insert_new(root, b"b", Inode::new(kind)).unwrap();
         let many = vec![&b"a"[..]; 5000];
         assert!(matches!(
-            resolve(&tree, &many),
+            resolve(&tree, &many, &mut (1 << 20)),
             Err(NotLazy::TooManyLinks { .. })
         ));
+        // What one path may visit is little; what all of a tar visit is bounded as well.
+        let (once, mut left) = (vec![&b"b"[..]; 10], 25);
+        let paths = (0..).take_while(|_| resolve(&tree, &once, &mut left).is_ok());
+        assert_eq!((paths.count(), left), (2, 0));
     }
 }

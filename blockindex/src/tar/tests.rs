@@ -596,6 +596,96 @@ fn spec() -> impl Strategy<Value = Spec> {
         })
 }
 
+#[test]
+fn what_takes_too_much_is_not_lazy() {
+    use super::budget::Allowance;
+    let mut attributes = Spec::file("a", "");
+    attributes.xattrs = vec![(b"user.k".to_vec(), vec![b'v'; 50])];
+    let loose = Spec {
+        content: vec![1; 600],
+        ..Spec::new(b'0', ".wh.a")
+    };
+    let after = |bytes: &[u8]| [&tar(&[])[..], bytes].concat();
+    let (entries, tree_bytes) = ("entries", "tree bytes");
+    // What may be had of each, and what is then exceeded.
+    let cases = [
+        (
+            tar(&[Spec::file("a", ""), Spec::file("a", "")]),
+            [2, 2, 0],
+            None,
+        ),
+        (
+            tar(&[Spec::file("a", ""), Spec::file("a", "")]),
+            [1, 2, 0],
+            Some(entries),
+        ),
+        (tar(&[Spec::file("a/b/c", "")]), [3, 3, 0], None),
+        (tar(&[Spec::file("a/b/c", "")]), [2, 3, 0], Some(entries)),
+        (tar(&[dir("abc")]), [1, 6, 0], None),
+        (tar(&[dir("abc")]), [1, 5, 0], Some(tree_bytes)),
+        (tar(&[Spec::link(b'2', "a", "bcde")]), [1, 5, 0], None),
+        (
+            tar(&[Spec::link(b'2', "a", "bcde")]),
+            [1, 4, 0],
+            Some(tree_bytes),
+        ),
+        (tar(&[attributes.clone()]), [1, 57, 0], None),
+        (tar(&[attributes]), [1, 56, 0], Some(tree_bytes)),
+        (tar(std::slice::from_ref(&loose)), [1, 1, 600], None),
+        (
+            tar(&[loose]),
+            [1, 1, 599],
+            Some("bytes that belong to no file"),
+        ),
+        (after(&[7; 5000]), [0, 0, 5000], None),
+        (
+            after(&[7; 5000]),
+            [0, 0, 4999],
+            Some("bytes that belong to no file"),
+        ),
+        (after(&[0; 5000]), [0, 0, 0], None),
+    ];
+    for (at, (tar, [entries_max, bytes_max, loose_max], exceeded)) in cases.iter().enumerate() {
+        for piece in [1, 511, 100_000] {
+            let mut scanner = Scanner::new();
+            scanner.apply.budget.entries = Allowance::new(entries, *entries_max);
+            scanner.apply.budget.tree_bytes = Allowance::new(tree_bytes, *bytes_max);
+            scanner.apply.budget.loose_bytes =
+                Allowance::new("bytes that belong to no file", *loose_max);
+            let pushed = tar
+                .chunks(piece)
+                .try_for_each(|bytes| scanner.push(bytes, &mut ()));
+            let what = match pushed.and_then(|()| scanner.finish()) {
+                Ok(_) => None,
+                Err(ScanError::NotLazy(NotLazy::Limit { what, .. })) => Some(what),
+                Err(other) => panic!("case {at}: {other}"),
+            };
+            assert_eq!(what, *exceeded, "case {at} in pieces of {piece}");
+        }
+    }
+}
+
+#[test]
+fn the_work_for_symlinks_is_bounded_over_the_whole_tar() {
+    // Each path below `s` visits some thousand components, as one path may.
+    let mut specs = vec![
+        Spec::link(b'2', "s", &"t/".repeat(200)),
+        Spec::link(b'2', "t", "."),
+    ];
+    specs.extend((0..3).map(|at| Spec::file(&format!("s/f{at}"), "")));
+    let tar = tar(&specs);
+    for (steps, refused) in [(1 << 20, false), (100, true)] {
+        let mut scanner = Scanner::new();
+        scanner.apply.budget.steps = steps;
+        let pushed = scanner.push(&tar, &mut ());
+        let links = matches!(
+            pushed,
+            Err(ScanError::NotLazy(NotLazy::TooManyLinks { .. }))
+        );
+        assert_eq!(links, refused, "{steps} steps: {pushed:?}");
+    }
+}
+
 /// Gathers what the sink sees, to compare it with the bytes pushed.
 #[derive(Default)]
 struct Recorder {
