@@ -282,6 +282,40 @@ fn every_flipped_bit_of_a_small_image_is_harmless() {
 }
 
 #[test]
+fn fields_with_one_value_have_no_other() {
+    let mut tree = Tree::new();
+    tree.insert_new(tree.root(), b"a", Inode::whiteout())
+        .unwrap();
+    let good = image(&tree);
+    let root = usize::from(u16::from_le_bytes([good[1038], good[1039]])) * 32;
+    for (what, at) in [
+        ("compatible features", 1024 + 8),
+        ("block size", 1024 + 12),
+        ("extension slots", 1024 + 13),
+        ("time base", 1024 + 24),
+        ("time base nanoseconds", 1024 + 32),
+        ("first block of inodes", 1024 + 40),
+        ("first block of shared xattrs", 1024 + 44),
+        ("UUID", 1024 + 48),
+        ("volume name", 1024 + 79),
+        ("incompatible features", 1024 + 80),
+        ("compression", 1024 + 84),
+        ("place of the device table", 1024 + 88),
+        ("reserved in the superblock", 1024 + 127),
+        ("place in a single device", 1152 + 68),
+        ("reserved in the device slot", 1152 + 127),
+        ("reserved in an inode", root + 6),
+        ("reserved at the end of an inode", root + 63),
+    ] {
+        let mut bad = good.clone();
+        bad[at] ^= 0x10;
+        mend(&mut bad);
+        assert!(check(&bad).is_err(), "{what}");
+    }
+    check(&good).unwrap();
+}
+
+#[test]
 fn an_image_is_as_it_always_was() {
     let mut tree = Tree::new();
     let root = tree.root();

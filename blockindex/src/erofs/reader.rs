@@ -15,9 +15,10 @@ use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
 use crate::erofs::format::{
     BLOCK_BITS, BLOCK_BYTES, CHUNK_FORMAT_BITS_MASK, CHUNK_FORMAT_INDEXES, CHUNK_INDEX_BYTES,
-    COMPAT_FEATURES, ChunkIndex, DEVICE_SLOT_BYTES, DataLayout, DeviceTableSlot, DiskInode,
-    FileType, INCOMPAT_FEATURES, INODE_BYTES, MAGIC, MODE_PERMISSIONS_MASK, NULL_BLOCK, SLOT_BYTES,
-    SUPERBLOCK_OFFSET, Superblock, XATTR_HEADER_BYTES, superblock_checksum,
+    COMPAT_FEATURES, ChunkIndex, DEVICE_SLOT_BYTES, DEVICE_TABLE_OFFSET, DataLayout,
+    DeviceTableSlot, DiskInode, FileType, INCOMPAT_FEATURES, INODE_BYTES, MAGIC,
+    MODE_PERMISSIONS_MASK, NULL_BLOCK, SLOT_BYTES, SUPERBLOCK_OFFSET, Superblock,
+    XATTR_HEADER_BYTES, superblock_checksum,
 };
 use crate::erofs::{DeviceSlot, TreeError};
 use crate::tree::{DeviceNumber, FileRun, Timestamp};
@@ -136,6 +137,14 @@ impl<'a> TreeReader<'a> {
         )?;
         field("block bits", BLOCK_BITS, superblock.block_bits)?;
         field("extension slots", 0, superblock.extension_slots)?;
+        field("time base", 0u64, superblock.epoch.get())?;
+        field(
+            "time base nanoseconds",
+            0u32,
+            superblock.fixed_nanoseconds.get(),
+        )?;
+        field("UUID", false, superblock.uuid != [0; 16])?;
+        field("volume name", false, superblock.volume_name != [0; 16])?;
         field("meta block", 0u32, superblock.meta_block.get())?;
         field("xattr block", 0u32, superblock.xattr_block.get())?;
         field("compression", 0u16, superblock.compression.get())?;
@@ -162,6 +171,11 @@ impl<'a> TreeReader<'a> {
         let image_blocks = bytes.len() as u64 / BLOCK_BYTES as u64;
         field("blocks", image_blocks, u64::from(superblock.blocks.get()))?;
         let device_table = u64::from(superblock.device_table_slot.get()) * DEVICE_SLOT_BYTES as u64;
+        field(
+            "place of the device table",
+            DEVICE_TABLE_OFFSET as u64,
+            device_table,
+        )?;
         let devices = superblock.devices.get();
         let table_bytes = u64::from(devices) * DEVICE_SLOT_BYTES as u64;
         slice(bytes, device_table, table_bytes, "device table")?;
@@ -214,6 +228,17 @@ impl<'a> TreeReader<'a> {
         self.devices().nth(usize::from(number.checked_sub(1)?))
     }
 
+    /// The first device, counted from 1, whose slot has bytes set that must be 0.
+    pub(crate) fn bad_device_slot(&self) -> Option<u64> {
+        (0..u64::from(self.devices))
+            .find(|ordinal| {
+                let offset = self.device_table + ordinal * DEVICE_SLOT_BYTES as u64;
+                record::<DeviceTableSlot>(self.bytes, offset, "device slot")
+                    .is_ok_and(|slot| slot.mapped_block.get() != 0 || slot.reserved != [0; 56])
+            })
+            .map(|ordinal| ordinal + 1)
+    }
+
     /// Where the device table stands: offset and bytes.
     pub(crate) fn device_table(&self) -> (u64, u64) {
         (
@@ -242,6 +267,9 @@ impl<'a> TreeReader<'a> {
         let size_bytes = inode.size.get();
         if i64::try_from(size_bytes).is_err() {
             return Err(bad("size", size_bytes));
+        }
+        if inode.reserved.get() != 0 || inode.reserved_end != [0; 16] {
+            return Err(bad("reserved", 1));
         }
         let nanoseconds = inode.mtime_nanoseconds.get();
         if nanoseconds >= 1_000_000_000 {

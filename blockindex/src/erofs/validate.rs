@@ -174,6 +174,13 @@ impl<'a> Walk<'a> {
                 actual,
             });
         }
+        if let Some(actual) = self.reader.bad_device_slot() {
+            return Err(TreeError::Field {
+                field: "device with reserved bytes",
+                expected: 0,
+                actual,
+            });
+        }
         let root = self.reader.inode(self.reader.root())?;
         expect_type(&root, FileType::Directory)?;
         self.enter(root, root.nid, 0)?;

@@ -209,6 +209,9 @@ fn each_rule_of_the_header_is_checked() {
     assert_eq!(damaged(96, &[9]), E::Section { id: 9 });
     assert_eq!(damaged(96, &[1]), E::Section { id: 1 });
     assert!(matches!(damaged(96 + 28, &[1]), E::Reserved { .. }));
+    for flags in [[3, 0, 0, 0], [1, 0, 0, 0x80]] {
+        assert!(matches!(damaged(64 + 4, &flags), E::Reserved { .. }));
+    }
     assert!(matches!(damaged(200, &[1]), E::Reserved { .. }));
     let mut without_seal = Parts::good().file();
     without_seal[16] ^= 1;
