@@ -56,7 +56,7 @@ pub struct Wanted {
 #[non_exhaustive]
 pub enum SetupError {
     /// The file is not TOML.
-    #[error("parse config: {0}")]
+    #[error("parse config")]
     Parse(#[from] toml_edit::TomlError),
     /// A key that must be a table is something else.
     #[error("config key {path} is not a table: write it as [{path}]")]
@@ -65,7 +65,7 @@ pub enum SetupError {
         path: String,
     },
     /// `version` is something that this code does not know.
-    #[error("config version {0} is unknown (1, 2 and 3 are known)")]
+    #[error("config version {0} is unknown (1 to 4 are known)")]
     Version(i64),
 }
 
@@ -90,6 +90,7 @@ pub fn apply(text: &str, wanted: &Wanted) -> Result<String, SetupError> {
         let path: &[&str] = match version {
             1 => &["plugins", "cri", "containerd"],
             2 => &["plugins", "io.containerd.grpc.v1.cri", "containerd"],
+            // Version 4, of containerd 2.3, kept what version 3 has for us.
             _ => &["plugins", "io.containerd.cri.v1.images"],
         };
         let cri = table_at(root, path)?;
@@ -109,11 +110,18 @@ pub fn undo(text: &str) -> Result<String, SetupError> {
     Ok(doc.to_string())
 }
 
+/// Whether `text` has anything that [`apply`] wrote.
+pub fn is_edited(text: &str) -> bool {
+    [TABLE_MARK, KEY_ADDED, KEY_REPLACED]
+        .iter()
+        .any(|mark| text.contains(mark))
+}
+
 /// The schema version that a configuration declares; 1 if it does not.
 pub fn config_version(doc: &DocumentMut) -> Result<i64, SetupError> {
     match doc.get("version").and_then(Item::as_integer) {
         None => Ok(1),
-        Some(version @ 1..=3) => Ok(version),
+        Some(version @ 1..=4) => Ok(version),
         Some(version) => Err(SetupError::Version(version)),
     }
 }
@@ -126,6 +134,17 @@ pub fn containerd_root(text: &str) -> Result<String, SetupError> {
         .and_then(Item::as_str)
         .filter(|root| !root.is_empty());
     Ok(root.unwrap_or("/var/lib/containerd").to_owned())
+}
+
+/// The root directory of `sluiced` that the configuration exports to containerd, if it does.
+pub fn exported_root(text: &str) -> Result<Option<String>, SetupError> {
+    let doc: DocumentMut = text.parse()?;
+    let path = ["proxy_plugins", PLUGIN, "exports", "root"];
+    let root = path
+        .iter()
+        .try_fold(doc.as_item(), |item, name| item.get(name))
+        .and_then(Item::as_str);
+    Ok(root.map(str::to_owned))
 }
 
 /// The table at `path`, made and marked where it does not exist.

@@ -507,18 +507,32 @@ fn privileged_containerd_imports_a_converted_image_and_pulls_it_with_overlayfs()
 
 #[test]
 fn containerd_accepts_the_configuration_that_setup_writes() {
+    accepts_what_setup_writes("containerd");
+    // Where the tools of the end-to-end tests were built, there is a containerd 2 as well.
+    let second = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tools/containerd2");
+    match second.exists() {
+        true => accepts_what_setup_writes(second.to_str().unwrap()),
+        false => println!("skipped for containerd 2: no {}", second.display()),
+    }
+}
+
+fn accepts_what_setup_writes(containerd: &str) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("config.toml");
-    let default = ok("containerd", &["config", "default"]);
+    let default = ok(containerd, &["config", "default"]);
     // A root of our own, so that the link for containerd 1.6 lands in this directory.
     let root = directory.path().join("root");
     let own_root = format!("root = \"{}\"", root.display());
-    let before = default.replace("root = \"/var/lib/containerd\"", &own_root);
+    let before = default
+        .replace("root = \"/var/lib/containerd\"", &own_root)
+        .replace("root = '/var/lib/containerd'", &own_root);
     assert_ne!(before, default);
     std::fs::write(&path, &before).unwrap();
     let config = path.to_str().unwrap();
 
-    let setup = ["setup", "containerd", "--config", config, "--cri", "--yes"];
+    let common = ["setup", "containerd", "--config", config];
+    let common = [&common[..], &["--containerd", containerd]].concat();
+    let setup = [&common[..], &["--cri", "--yes"]].concat();
     let output = sluice(&setup);
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(
@@ -527,10 +541,10 @@ fn containerd_accepts_the_configuration_that_setup_writes() {
         String::from_utf8_lossy(&output.stderr)
     );
     assert!(stdout.contains("+[proxy_plugins.sluice]"), "{stdout}");
-    let dump = ok("containerd", &["-c", config, "config", "dump"]);
+    let dump = ok(containerd, &["-c", config, "config", "dump"]).replace('\'', "\"");
     assert!(dump.contains("[proxy_plugins.sluice]"), "{dump}");
     assert!(dump.contains("snapshotter = \"sluice\""), "{dump}");
-    if ok("containerd", &["--version"]).contains(" 1.6.") {
+    if ok(containerd, &["--version"]).contains(" 1.6.") {
         let link = root.join("io.containerd.snapshotter.v1.sluice");
         assert_eq!(
             std::fs::read_link(link).unwrap(),
@@ -541,9 +555,9 @@ fn containerd_accepts_the_configuration_that_setup_writes() {
     let again = sluice(&setup);
     assert!(String::from_utf8_lossy(&again.stdout).contains("nothing to change"));
     // Without a terminal and without --yes nothing is written.
-    let unasked = sluice(&["setup", "containerd", "--config", config, "--undo"]);
+    let unasked = sluice(&[&common[..], &["--undo"]].concat());
     assert_eq!(unasked.status.code(), Some(1));
-    let undo = sluice(&["setup", "containerd", "--config", config, "--undo", "--yes"]);
+    let undo = sluice(&[&common[..], &["--undo", "--yes"]].concat());
     assert!(undo.status.success());
     assert_eq!(std::fs::read_to_string(&path).unwrap(), before);
 }

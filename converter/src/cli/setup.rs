@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 
-use crate::setup::{Wanted, apply, containerd_root, undo};
+use crate::setup::{Wanted, apply, containerd_root, exported_root, is_edited, undo};
 
 /// What can be prepared.
 #[derive(Debug, Subcommand)]
@@ -61,6 +61,13 @@ fn containerd(arguments: &Containerd) -> anyhow::Result<()> {
         Err(e) => return Err(e).with_context(|| format!("read {}", path.display())),
     };
     let version = containerd_version(&arguments.containerd);
+    if version.is_none() && !arguments.undo {
+        let program = arguments.containerd.display();
+        let _ = writeln!(
+            io::stderr(),
+            "sluice: {program} does not tell its version (see --containerd): what only 1.6 or only 2 needs may be left out"
+        );
+    }
     let after = if arguments.undo {
         undo(&before)
     } else {
@@ -76,16 +83,22 @@ fn containerd(arguments: &Containerd) -> anyhow::Result<()> {
     }
     .with_context(|| format!("edit {}", path.display()))?;
 
-    let link = RootLink::new(&before, &arguments.root, version)?;
+    // What an earlier run linked is what it exported, whatever the default is now.
+    let root = match arguments.undo {
+        true => exported_root(&before)?.unwrap_or_else(|| arguments.root.clone()),
+        false => arguments.root.clone(),
+    };
+    let link = RootLink::new(&before, &root, version)?;
     let link_change = link.change(arguments.undo);
+    // Nobody may be reading any more; that is no reason to leave the work undone.
     let mut out = io::stdout().lock();
     if after == before && link_change.is_none() {
-        writeln!(out, "{}: nothing to change", path.display())?;
+        let _ = writeln!(out, "{}: nothing to change", path.display());
         return Ok(());
     }
-    write!(out, "{}", diff(path, &before, &after))?;
+    let _ = write!(out, "{}", diff(path, &before, &after));
     if let Some(change) = &link_change {
-        writeln!(out, "{change}")?;
+        let _ = writeln!(out, "{change}");
     }
     if arguments.dry_run {
         return Ok(());
@@ -99,11 +112,11 @@ fn containerd(arguments: &Containerd) -> anyhow::Result<()> {
     if link_change.is_some() {
         link.make(arguments.undo)?;
     }
-    writeln!(
+    let _ = writeln!(
         out,
         "{} written; restart containerd to use it",
         path.display()
-    )?;
+    );
     Ok(())
 }
 
@@ -126,7 +139,8 @@ fn diff(path: &Path, before: &str, after: &str) -> String {
         .to_string()
 }
 
-/// Replaces the file whole, with its mode and owner, and keeps the old text beside it.
+/// Replaces the file whole, with its mode and owner, and keeps beside it the text that it had before
+/// the first of our edits.
 ///
 /// A symbolic link is followed: the file that it names is replaced, the link stays.
 fn write_config(path: &Path, before: &str, after: &str) -> io::Result<()> {
@@ -134,7 +148,7 @@ fn write_config(path: &Path, before: &str, after: &str) -> io::Result<()> {
     let directory = path.parent().unwrap_or(Path::new("/"));
     fs::create_dir_all(directory)?;
     let metadata = fs::metadata(&path).ok();
-    if !before.is_empty() {
+    if !before.is_empty() && !is_edited(before) {
         replace(
             &with_suffix(&path, ".before-sluice"),
             before,
@@ -276,11 +290,42 @@ mod tests {
             0o640
         );
         let backup = with_suffix(&arguments.config, ".before-sluice");
-        assert_eq!(fs::read_to_string(backup).unwrap(), text);
+        assert_eq!(fs::read_to_string(&backup).unwrap(), text);
 
+        arguments.address = "/run/other.sock".into();
+        containerd(&arguments).unwrap();
         arguments.undo = true;
         containerd(&arguments).unwrap();
         assert_eq!(fs::read_to_string(&arguments.config).unwrap(), text);
+        assert_eq!(
+            fs::read_to_string(&backup).unwrap(),
+            text,
+            "the backup is what was there before the first run"
+        );
+    }
+
+    #[test]
+    fn undo_takes_away_the_link_of_the_root_that_was_exported() {
+        let directory = tempfile::tempdir().unwrap();
+        let program = directory.path().join("containerd");
+        fs::write(
+            &program,
+            "#!/bin/sh\necho containerd c/containerd 1.6.20 x\n",
+        )
+        .unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let mut arguments = arguments(directory.path());
+        arguments.containerd = program;
+        let text = format!("root = \"{}\"\n", directory.path().display());
+        fs::write(&arguments.config, text).unwrap();
+        arguments.root = "/srv/sluice".into();
+        containerd(&arguments).unwrap();
+        let link = directory.path().join("io.containerd.snapshotter.v1.sluice");
+        assert_eq!(fs::read_link(&link).unwrap(), Path::new("/srv/sluice"));
+        arguments.root = "/var/lib/sluice".into();
+        arguments.undo = true;
+        containerd(&arguments).unwrap();
+        assert!(fs::symlink_metadata(&link).is_err());
     }
 
     #[test]

@@ -39,6 +39,10 @@ const SAMPLES: &[(&str, &str)] = &[
         "version = 3\n[[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\nplatform = \"linux/amd64\"\nsnapshotter = \"overlayfs\"\n",
     ),
     (
+        "version 4",
+        "version = 4\nroot = '/var/lib/containerd'\n\n[plugins]\n  [plugins.'io.containerd.cri.v1.images']\n    snapshotter = 'overlayfs'\n    disable_snapshot_annotations = true\n\n  [plugins.'io.containerd.transfer.v1.local']\n    max_concurrent_downloads = 3\n    max_concurrent_unpacks = 1\n\n[proxy_plugins]\n",
+    ),
+    (
         "k3s-like child tables only",
         "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc]\n  runtime_type = \"io.containerd.runc.v2\"\n",
     ),
@@ -50,6 +54,9 @@ fn apply_is_idempotent_and_undo_restores_every_byte() {
         for cri in [false, true] {
             let once = apply(text, &wanted(cri)).unwrap_or_else(|e| panic!("{name}: {e}"));
             assert_ne!(&once, text, "{name}");
+            assert!(is_edited(&once) && !is_edited(text), "{name}");
+            let root = exported_root(&once).expect(name);
+            assert_eq!(root.as_deref(), Some("/var/lib/sluice"), "{name}");
             let twice = apply(&once, &wanted(cri)).expect(name);
             assert_eq!(once, twice, "{name} cri={cri}");
             let back = undo(&once).expect(name);
@@ -95,10 +102,10 @@ fn apply_says_what_is_wanted_and_keeps_the_rest() {
 }
 
 #[test]
-fn the_transfer_service_of_version_3_unpacks_for_both() {
+fn the_transfer_service_of_containerd_2_unpacks_for_both() {
     for (name, text) in SAMPLES
         .iter()
-        .filter(|(name, _)| name.starts_with("version 3"))
+        .filter(|(name, _)| name.starts_with("version 3") || name.starts_with("version 4"))
     {
         let after: DocumentMut = apply(text, &wanted(true)).expect(name).parse().expect(name);
         let list = &after["plugins"]["io.containerd.transfer.v1.local"]["unpack_config"];
@@ -158,7 +165,7 @@ fn what_cannot_be_edited_is_refused_by_name() {
     let cases = [
         (
             "version = 9\n",
-            "config version 9 is unknown (1, 2 and 3 are known)",
+            "config version 9 is unknown (1 to 4 are known)",
         ),
         (
             "proxy_plugins = 3\n",
