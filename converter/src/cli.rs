@@ -14,6 +14,7 @@ mod control;
 mod convert;
 mod inspect;
 mod open;
+mod pace;
 mod pull;
 mod setup;
 mod show;
@@ -47,14 +48,24 @@ enum Command {
     Setup(setup::Setup),
 }
 
+impl Command {
+    /// Whether the output is all that there is to it.
+    fn only_shows(&self) -> bool {
+        matches!(self, Self::Inspect(_) | Self::Status(_) | Self::Why(_))
+    }
+}
+
 /// Runs the command and turns its outcome into an exit code.
 pub fn run(arguments: Arguments) -> ExitCode {
+    let only_shows = arguments.command.only_shows();
     match dispatch(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         // The reader of our output went away (`sluice … | head`): nothing is wrong.
-        Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
+        Err(e) if only_shows && is_broken_pipe(&e) => ExitCode::SUCCESS,
         Err(e) => {
-            let _ = writeln!(std::io::stderr(), "sluice: {e:#}");
+            let text = format!("{e:#}");
+            let lines: Vec<_> = text.lines().map(show::printable).collect();
+            let _ = writeln!(std::io::stderr(), "sluice: {}", lines.join("\n"));
             ExitCode::FAILURE
         }
     }

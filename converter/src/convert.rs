@@ -10,6 +10,7 @@
 //! same, nothing is written at all.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -21,21 +22,20 @@ use crate::image::document::OCI_LAYER_ZSTD;
 use crate::image::{
     Descriptor, Document, DocumentKind, ImageError, ImageReader, ImageWriter, Platform, read_small,
 };
-use crate::pack::{Caps, Input, PackError, Packed, pack};
+use crate::pack::{BodyParts, Caps, Input, PackError, Packed, pack};
 use crate::plan::{
-    Action, ImagePlan, Outcome, PlanError, PlannedLayer, Reusable, finish_image, finish_index,
-    is_image, plan_image, select,
+    Action, INDEX_DEPTH_MAX, ImagePlan, Outcome, PlanError, PlannedLayer, Reusable, finish_image,
+    finish_index, is_image, plan_image, require_platform, select,
 };
 use crate::pool::{ByteBudget, Pool};
 use crate::push::Pusher;
-use crate::report::{Event, Reporter, Summary, Transfer};
+use crate::report::{Event, LayerReporter, Reporter, Summary, Transfer};
+
+mod copy;
 
 #[cfg(test)]
 mod tests;
 
-/// Indexes within indexes that are followed. Real ones have one level; a cycle cannot exist (digests),
-/// but a chain could be long.
-const INDEX_DEPTH_MAX: usize = 4;
 /// Parts of a blob waiting between the network and the packing threads.
 const BODY_PARTS: usize = 16;
 /// Documents read at once from the source.
@@ -85,7 +85,7 @@ pub enum ConvertError {
     #[error(transparent)]
     Plan(#[from] PlanError),
     /// A layer cannot be converted.
-    #[error("convert layer {blob} of {platform}: {source}")]
+    #[error("convert layer {blob} of {platform}")]
     Layer {
         /// Blob at the source.
         blob: BlobDigest,
@@ -189,10 +189,12 @@ async fn read_tree(source: &dyn ImageReader, options: &Options) -> Result<Node, 
     }
     let node = read_node(source, root, &[], INDEX_DEPTH_MAX).await?;
     if let (Node::Image(plan), false) = (&node, options.platforms.is_empty()) {
-        // A single image is an index of one, whose platform only the config tells.
-        let mut entry = plan.source.descriptor();
-        entry.platform = Some(plan.platform.clone());
-        select(source.label(), &[entry], &options.platforms)?;
+        require_platform(
+            source.label(),
+            &plan.source,
+            &plan.platform,
+            &options.platforms,
+        )?;
     }
     Ok(node)
 }
@@ -316,26 +318,31 @@ impl Conversion {
             source: source.clone(),
             bytes,
         });
-        let progress = |bytes| self.reporter.progress(&source, bytes);
+        let reporter = LayerReporter::new(&*self.reporter, &source);
         let (outcome, transfer, converted) = match &layer.action {
             Action::Foreign => {
                 // With URLs the bytes are fetched from there; without, they can only be here.
                 let elsewhere = descriptor.other.contains_key("urls");
                 let transfer = match elsewhere {
                     true => Transfer::Foreign,
-                    false => self.pusher.copy(descriptor, &progress).await?,
+                    false => self.pusher.copy(descriptor, reporter).await?,
                 };
                 (Outcome::Foreign, transfer, false)
             }
-            Action::Copy(outcome) => (
-                outcome.clone(),
-                self.pusher.copy(descriptor, &progress).await?,
-                false,
-            ),
+            Action::Copy(annotated) => {
+                let copied = self.copy_as_annotated(plan, layer, annotated, reporter);
+                match copied.await? {
+                    Some(transfer) => (annotated.clone(), transfer, false),
+                    None => {
+                        let (outcome, transfer) = self.pack_and_send(plan, layer, reporter).await?;
+                        (outcome, transfer, true)
+                    }
+                }
+            }
             Action::Convert => match self.reuse(plan, layer).await? {
                 Some(outcome) => (outcome, Transfer::Present, false),
                 None => {
-                    let (outcome, transfer) = self.pack_and_send(plan, layer, &progress).await?;
+                    let (outcome, transfer) = self.pack_and_send(plan, layer, reporter).await?;
                     (outcome, transfer, true)
                 }
             },
@@ -367,14 +374,13 @@ impl Conversion {
         &self,
         plan: &ImagePlan,
         layer: &PlannedLayer,
-        progress: &(dyn Fn(u64) + Sync),
+        reporter: LayerReporter<'_>,
     ) -> Result<(Outcome, Transfer), ConvertError> {
-        let failed = |source: PackError| ConvertError::Layer {
-            blob: layer.descriptor.digest,
-            platform: plan.platform.to_string(),
-            source,
-        };
-        let packed = self.pack(layer).await?.map_err(failed)?;
+        let (pool, budget) = (Arc::clone(&self.pool), Arc::clone(&self.budget));
+        let packing = self.stream(layer, move |input, body, spool, progress| {
+            pack(input, body, spool, &pool, &budget, progress)
+        });
+        let packed: Packed = packing.await?.map_err(Self::layer_error(plan, layer))?;
         let descriptor = &layer.descriptor;
         let outcome = match packed.annotations(layer.diff_id, plan.config_digest) {
             Ok(annotations) => Outcome::Lazy(annotations),
@@ -386,7 +392,9 @@ impl Conversion {
                     blob: descriptor.digest,
                     blob_bytes: descriptor.size,
                 };
-                return Ok((outcome, self.pusher.copy(descriptor, progress).await?));
+                // It was not kept: few layers come here, and most destinations can mount it.
+                reporter.again(descriptor.size);
+                return Ok((outcome, self.pusher.copy(descriptor, reporter).await?));
             }
             Err(reason) => Outcome::NotLazy {
                 reason: reason.to_owned(),
@@ -398,13 +406,32 @@ impl Conversion {
         Ok((
             outcome,
             self.pusher
-                .send(packed.blob, packed.blob_bytes, packed.spool)
+                .send(packed.blob, packed.blob_bytes, packed.spool, reporter)
                 .await?,
         ))
     }
 
-    /// Runs the packing threads beside the download.
-    async fn pack(&self, layer: &PlannedLayer) -> Result<Result<Packed, PackError>, ConvertError> {
+    fn layer_error(
+        plan: &ImagePlan,
+        layer: &PlannedLayer,
+    ) -> impl FnOnce(PackError) -> ConvertError {
+        let (blob, platform) = (layer.descriptor.digest, plan.platform.to_string());
+        move |source| ConvertError::Layer {
+            blob,
+            platform,
+            source,
+        }
+    }
+
+    /// Runs `work` on threads beside the download; it gets the parts, a spool file, and whom to tell
+    /// the bytes read.
+    async fn stream<T: Send + 'static>(
+        &self,
+        layer: &PlannedLayer,
+        work: impl FnOnce(&Input, BodyParts, File, &(dyn Fn(u64) + Sync)) -> Result<T, PackError>
+        + Send
+        + 'static,
+    ) -> Result<Result<T, PackError>, ConvertError> {
         let descriptor = &layer.descriptor;
         let mut body = self.source.blob(descriptor.digest, descriptor.size).await?;
         let spool = self.pusher.spool()?;
@@ -416,11 +443,10 @@ impl Conversion {
             diff_id: layer.diff_id,
             caps: self.options.caps,
         };
-        let (pool, budget) = (Arc::clone(&self.pool), Arc::clone(&self.budget));
         let (reporter, source) = (Arc::clone(&self.reporter), descriptor.digest.to_string());
         let packing = tokio::task::spawn_blocking(move || {
             let progress = |bytes| reporter.progress(&source, bytes);
-            pack(&input, parts_rx, spool, &pool, &budget, &progress)
+            work(&input, parts_rx, spool, &progress)
         });
         // When this future is dropped the channel closes, and the packing threads end by themselves.
         let feed = async move {
@@ -450,12 +476,14 @@ impl Conversion {
                     .into_iter()
                     .chain(document.single("config")?);
                 for blob in blobs {
-                    self.pusher.copy(&blob, &|_| {}).await?;
+                    self.pusher.copy(&blob, LayerReporter::silent()).await?;
                 }
                 Ok(document.clone())
             }
             Node::Image(plan) => {
-                self.pusher.copy(&plan.config, &|_| {}).await?;
+                self.pusher
+                    .copy(&plan.config, LayerReporter::silent())
+                    .await?;
                 let mut ordered = Vec::with_capacity(plan.layers.len());
                 for layer in &plan.layers {
                     let found = outcomes.get(&(layer.descriptor.digest, layer.diff_id));

@@ -139,12 +139,14 @@ pub trait ImageWriter: ImageReader {
     async fn mount_blob(&self, digest: BlobDigest, from: &Repository) -> Result<bool, ImageError>;
 
     /// Stores a blob. `spool` holds exactly `bytes` bytes whose digest the caller has computed;
-    /// its position is anywhere. Storing what is there already is no error.
+    /// its position is anywhere. Storing what is there already is no error. `progress` is told bytes
+    /// as they go out, if that takes time.
     async fn put_blob(
         &self,
         digest: BlobDigest,
         bytes: u64,
         spool: Arc<File>,
+        progress: &(dyn Fn(u64) + Sync),
     ) -> Result<(), ImageError>;
 
     /// Stores a manifest or index by digest, unnamed.

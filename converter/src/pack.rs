@@ -29,8 +29,11 @@ use crate::image::ImageError;
 use crate::pool::{ByteBudget, Pool};
 use crate::verify::Verifier;
 
+mod check;
 mod encode;
 mod inflate;
+
+pub use check::check;
 
 #[cfg(test)]
 mod tests;
@@ -203,16 +206,13 @@ pub fn pack(
     let drain = AtomicBool::new(false);
     let cap = input.caps.for_blob(input.blob_bytes);
     let outcome = std::thread::scope(|scope| {
-        let source = scope.spawn(|| read_source(input, body, blob_tx, &drain, progress));
-        let inflate = scope.spawn(|| {
-            let result = inflate::inflate(blob_rx, cap, tar_tx);
-            // Damaged bytes fail here first; reading on tells whether the blob itself is another.
-            drain.store(
-                matches!(result, Err(PackError::Inflate { .. })),
-                Ordering::Release,
-            );
-            result
+        let source = scope.spawn(|| {
+            read_source(input, body, blob_tx, &drain, |part| {
+                progress(part.len() as u64);
+                Ok(())
+            })
         });
+        let inflate = scope.spawn(|| inflate::inflate(blob_rx, cap, tar_tx, &drain));
         let write = scope.spawn(|| encode::write_frames(frames_rx, spool));
         let plan = encode::encode(tar_rx, frames_tx, pool, budget);
         (join(source), join(inflate), plan, join(write))
@@ -224,9 +224,7 @@ pub fn pack(
         plan.as_ref().err().cloned(),
         written.as_ref().err().cloned(),
     ];
-    let mut errors: Vec<PackError> = errors.into_iter().flatten().collect();
-    errors.sort_by_key(|error| matches!(error, PackError::Stopped));
-    if let Some(error) = errors.into_iter().next() {
+    if let Some(error) = first_error(errors) {
         return Err(error);
     }
     let plan = plan?;
@@ -240,6 +238,13 @@ pub fn pack(
     encode::finish(plan, written?)
 }
 
+/// The first real cause among what the threads report, the source first.
+fn first_error(errors: impl IntoIterator<Item = Option<PackError>>) -> Option<PackError> {
+    let errors = errors.into_iter().flatten();
+    // The first of several that are alike.
+    errors.min_by_key(|error| matches!(error, PackError::Stopped))
+}
+
 fn join<T>(
     thread: std::thread::ScopedJoinHandle<'_, Result<T, PackError>>,
 ) -> Result<T, PackError> {
@@ -249,22 +254,23 @@ fn join<T>(
     thread.join().map_err(panicked)?
 }
 
-/// Verifies the blob while it passes on.
+/// Verifies the blob while it passes on; `each` is given its parts as well.
 ///
-/// The last part is passed on before the digest is known; [`pack`] looks at all results at the end.
+/// `drain`, set before the receiver goes away, tells to read on without it, because the blob itself
+/// may be another, which is then the cause. The last part is passed on before the digest is known; [`pack`] looks at all results at the end.
 fn read_source(
     input: &Input,
     mut body: BodyParts,
     next: SyncSender<Bytes>,
     drain: &AtomicBool,
-    progress: &(dyn Fn(u64) + Sync),
+    mut each: impl FnMut(&[u8]) -> Result<(), PackError>,
 ) -> Result<(), PackError> {
     let mut verifier = Verifier::new(&input.what, input.blob, input.blob_bytes);
     let mut next = Some(next);
     while let Some(part) = body.blocking_recv() {
         let part = part?;
         verifier.update(&part)?;
-        progress(part.len() as u64);
+        each(&part)?;
         let Some(channel) = &next else { continue };
         if channel.send(part).is_err() {
             next = None;

@@ -28,14 +28,20 @@ pub const SOURCE: &str = "sluice.source";
 pub const RECIPE_NAME: &str = "sluice.recipe";
 /// Names everything that decides the bytes of a converted layer besides its input. To be changed
 /// with any change of the encoder, the level or the chunk size: a stale value would keep old blobs.
-pub const RECIPE: &str = "1";
+pub const RECIPE: &str = "2";
 
+/// Indexes within indexes that are followed. Real ones have one level; a cycle cannot exist (digests),
+/// but a chain could be long.
+pub(crate) const INDEX_DEPTH_MAX: usize = 4;
+
+/// All annotations of ours that tell about a blob begin so.
+const OURS: &str = "containerd.io/snapshot/sluice.";
 /// Annotations that describe the byte layout of the source blob; on another blob they would lie.
 const LAYOUT_ANNOTATIONS: &[&str] = &[
     "containerd.io/snapshot/stargz/",
     "containerd.io/snapshot/overlaybd/",
     "containerd.io/snapshot/nydus-",
-    "containerd.io/snapshot/sluice.",
+    OURS,
     "io.containers.estargz.",
     "io.github.containers.zstd-chunked.",
     SOURCE,
@@ -100,7 +106,7 @@ pub struct PlannedLayer {
 pub enum Action {
     /// Change the compression.
     Convert,
-    /// Copy the blob; the outcome is known already.
+    /// Copy the blob; the outcome is what its annotations say, and holds only if they do.
     Copy(Outcome),
     /// Its bytes live elsewhere by licence; only the descriptor is kept.
     Foreign,
@@ -203,6 +209,29 @@ pub fn select(
         .collect())
 }
 
+/// Refuses an image that stands for itself, outside of any index, and is for no platform asked for.
+///
+/// A single image is an index of one, whose platform only the config tells.
+pub fn require_platform(
+    what: &str,
+    manifest: &Document,
+    found: &Platform,
+    asked: &[Platform],
+) -> Result<(), PlanError> {
+    let mut entry = manifest.descriptor();
+    entry.platform = Some(found.clone());
+    select(what, &[entry], asked).map(|_| ())
+}
+
+/// The platform that a config is for. **Errors**: it is not JSON, or of another shape.
+pub fn platform_of(config: &[u8]) -> Result<Platform, serde_json::Error> {
+    let platform: Platform = serde_json::from_slice(config)?;
+    Ok(Platform {
+        other: serde_json::Map::new(),
+        ..platform
+    })
+}
+
 /// Decides what is done to an image. `config` are the verified bytes of its config.
 ///
 /// **Errors**: a config that does not belong to the manifest.
@@ -268,7 +297,7 @@ fn decide(descriptor: &Descriptor, diff_id: DiffId, config: ConfigDigest) -> Act
             blob_bytes: descriptor.size,
         })
     };
-    if descriptor.media_type.ends_with("+encrypted") {
+    if descriptor.is_encrypted() {
         return unchanged("the blob is encrypted".to_owned());
     }
     match LayerMark::parse(|name| descriptor.annotations.get(name).map(String::as_str)) {
@@ -303,7 +332,13 @@ pub fn is_converted(plan: &ImagePlan) -> bool {
 /// that of the registry it goes to, if its name has one.
 pub fn finish_image(plan: &ImagePlan, outcomes: &[Outcome], port: Option<u16>) -> Document {
     debug_assert_eq!(plan.layers.len(), outcomes.len());
-    if is_converted(plan) && plan.layers.iter().all(|layer| has_port(layer, port)) {
+    let as_annotated = plan.layers.iter().zip(outcomes).all(|(layer, outcome)| {
+        let Action::Copy(annotated) = &layer.action else {
+            return true;
+        };
+        annotated == outcome
+    });
+    if as_annotated && is_converted(plan) && plan.layers.iter().all(|layer| has_port(layer, port)) {
         return plan.source.clone();
     }
     let layers: Vec<Descriptor> = plan
@@ -370,7 +405,10 @@ pub fn finish_layer(layer: &PlannedLayer, outcome: &Outcome) -> Descriptor {
         }
     };
     if blob == descriptor.digest {
-        // The blob is as it was: whatever else describes it still holds.
+        // The blob is as it was: whatever else describes it still holds; what we said of it may not.
+        descriptor
+            .annotations
+            .retain(|name, _| !name.starts_with(OURS));
         if matches!(mark, LayerMark::NotLazy(_)) {
             // Found out by reading all of it; the next conversion shall not have to.
             let made = [(SOURCE, blob.to_string()), (RECIPE_NAME, RECIPE.to_owned())];
@@ -403,8 +441,13 @@ pub fn finish_layer(layer: &PlannedLayer, outcome: &Outcome) -> Descriptor {
     descriptor
 }
 
-/// The index of converted manifests. `children` are the kept entries with what replaces them.
+/// The index of converted manifests. `children` are the kept entries with what replaces them; what
+/// an attestation speaks of is named by its new digest.
 pub fn finish_index(source: &Document, children: &[(Descriptor, Descriptor)]) -> Document {
+    let renamed: BTreeMap<String, String> = children
+        .iter()
+        .map(|(entry, new)| (entry.digest.to_string(), new.digest.to_string()))
+        .collect();
     let manifests: Vec<Descriptor> = children
         .iter()
         .map(|(entry, new)| {
@@ -415,6 +458,11 @@ pub fn finish_index(source: &Document, children: &[(Descriptor, Descriptor)]) ->
             descriptor.media_type = new.media_type.clone();
             descriptor.digest = new.digest;
             descriptor.size = new.size;
+            if let Some(attested) = descriptor.annotations.get_mut(ATTESTED)
+                && let Some(new) = renamed.get(attested)
+            {
+                attested.clone_from(new);
+            }
             descriptor
         })
         .collect();
@@ -462,6 +510,8 @@ fn oci_layer_type(media_type: &str) -> String {
 #[derive(Debug, Default)]
 pub struct Reusable {
     lazy: BTreeMap<(BlobDigest, DiffId), LayerAnnotations>,
+    /// What it says of its lazy blobs, whatever they were made from.
+    annotated: BTreeMap<(BlobDigest, DiffId), LayerAnnotations>,
     /// Layers that are not lazy carry no diff ID; the config stands for it.
     not_lazy: BTreeMap<(BlobDigest, BlobDigest), Outcome>,
 }
@@ -474,6 +524,11 @@ impl Reusable {
         };
         for descriptor in manifest.list("layers").unwrap_or_default() {
             let get = |name: &str| descriptor.annotations.get(name).map(String::as_str);
+            if let Ok(LayerMark::Lazy(found)) = LayerMark::parse(get)
+                && (found.blob, found.blob_bytes) == (descriptor.digest, descriptor.size)
+            {
+                self.annotated.insert((found.blob, found.diff_id), found);
+            }
             let Some(Ok(source)) = get(SOURCE).map(str::parse::<BlobDigest>) else {
                 continue;
             };
@@ -498,6 +553,15 @@ impl Reusable {
                 _ => {}
             }
         }
+    }
+
+    /// Whether the destination's manifest says the same of this blob: then it was checked before.
+    pub fn confirms(&self, annotations: &LayerAnnotations) -> bool {
+        let known = self.annotated.get(&(annotations.blob, annotations.diff_id));
+        known.is_some_and(|known| {
+            let pin = |of: &LayerAnnotations| (of.index_extent, of.index_digest, of.blob_bytes);
+            pin(known) == pin(annotations)
+        })
     }
 
     /// What `layer` of the image with `config` would become, if the destination has it.

@@ -16,7 +16,7 @@ use sluice_blockindex::digest::BlobDigest;
 use tokio::sync::OnceCell;
 
 use crate::image::{Descriptor, Document, ImageError, ImageReader, ImageWriter};
-use crate::report::Transfer;
+use crate::report::{LayerReporter, Transfer};
 use crate::spool;
 use crate::verify::{Verifier, verified};
 
@@ -74,31 +74,45 @@ impl Pusher {
         self.destination.has_blob(digest, bytes).await
     }
 
+    /// Has the destination get a blob without sending it, if it can: it is there, or mounted.
+    pub async fn place(&self, descriptor: &Descriptor) -> Result<Option<Transfer>, ImageError> {
+        let (digest, bytes) = (descriptor.digest, descriptor.size);
+        if self.destination.has_blob(digest, bytes).await? {
+            return Ok(Some(Transfer::Present));
+        }
+        let mounted = match self.source.repository() {
+            Some(from) => self.destination.mount_blob(digest, &from).await?,
+            None => false,
+        };
+        Ok(mounted.then_some(Transfer::Mounted))
+    }
+
     /// Stores a blob whose verified bytes are in `spool`.
     pub async fn send(
         &self,
         digest: BlobDigest,
         bytes: u64,
         spool: Arc<File>,
+        reporter: LayerReporter<'_>,
     ) -> Result<Transfer, ImageError> {
         let once = self.flight(digest).await;
         let work = async || {
             if self.destination.has_blob(digest, bytes).await? {
                 return Ok(Transfer::Present);
             }
-            self.upload(digest, bytes, spool).await
+            self.upload(digest, bytes, spool, reporter).await
         };
         once.get_or_try_init(work).await.copied()
     }
 
-    /// Copies a blob as it is. `progress` is told bytes as they are read.
+    /// Copies a blob as it is.
     pub async fn copy(
         &self,
         descriptor: &Descriptor,
-        progress: &(dyn Fn(u64) + Sync),
+        reporter: LayerReporter<'_>,
     ) -> Result<Transfer, ImageError> {
         let once = self.flight(descriptor.digest).await;
-        once.get_or_try_init(async || self.copy_once(descriptor, progress).await)
+        once.get_or_try_init(async || self.copy_once(descriptor, reporter).await)
             .await
             .copied()
     }
@@ -106,24 +120,19 @@ impl Pusher {
     async fn copy_once(
         &self,
         descriptor: &Descriptor,
-        progress: &(dyn Fn(u64) + Sync),
+        reporter: LayerReporter<'_>,
     ) -> Result<Transfer, ImageError> {
+        if let Some(transfer) = self.place(descriptor).await? {
+            return Ok(transfer);
+        }
         let (digest, bytes) = (descriptor.digest, descriptor.size);
-        if self.destination.has_blob(digest, bytes).await? {
-            return Ok(Transfer::Present);
-        }
-        if let Some(from) = self.source.repository()
-            && self.destination.mount_blob(digest, &from).await?
-        {
-            return Ok(Transfer::Mounted);
-        }
         let what = format!("blob {digest} of {}", self.source.label());
         let body = self.source.blob(digest, bytes).await?;
         let mut body = verified(body, Verifier::new(what, digest, bytes));
         let mut spool = self.spool()?;
         while let Some(part) = body.next().await {
             let part = part?;
-            progress(part.len() as u64);
+            reporter.read(part.len() as u64);
             let written = tokio::task::spawn_blocking(move || {
                 spool.write_all(&part)?;
                 Ok::<File, std::io::Error>(spool)
@@ -133,7 +142,7 @@ impl Pusher {
                 .map_err(|e| ImageError::failed("spool", digest, e))?;
             spool = written.map_err(|e| ImageError::failed("spool", digest, e))?;
         }
-        self.upload(digest, bytes, Arc::new(spool)).await
+        self.upload(digest, bytes, Arc::new(spool), reporter).await
     }
 
     async fn upload(
@@ -141,8 +150,16 @@ impl Pusher {
         digest: BlobDigest,
         bytes: u64,
         spool: Arc<File>,
+        reporter: LayerReporter<'_>,
     ) -> Result<Transfer, ImageError> {
-        self.destination.put_blob(digest, bytes, spool).await?;
+        let sent_bytes = AtomicU64::new(0);
+        let progress = |more: u64| {
+            let sent_bytes = sent_bytes.fetch_add(more, Ordering::Relaxed) + more;
+            reporter.sent(sent_bytes, bytes);
+        };
+        self.destination
+            .put_blob(digest, bytes, spool, &progress)
+            .await?;
         self.count(bytes);
         Ok(Transfer::Uploaded)
     }

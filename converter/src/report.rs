@@ -19,6 +19,16 @@ pub enum Transfer {
     Foreign,
 }
 
+/// What is done with the bytes of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Step {
+    /// They come from the source.
+    Read,
+    /// What they became goes to the destination.
+    Upload,
+}
+
 /// One step, as it is done.
 #[derive(Debug, Clone, Serialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
@@ -29,6 +39,17 @@ pub enum Event {
         source: String,
         /// Its size.
         bytes: u64,
+    },
+    /// More of a layer was read or sent; at most once a second, and only where asked for.
+    LayerProgress {
+        /// Blob at the source.
+        source: String,
+        /// What is going on.
+        step: Step,
+        /// Bytes so far.
+        bytes: u64,
+        /// Of how many.
+        total: u64,
     },
     /// A layer is at the destination.
     LayerDone {
@@ -138,6 +159,46 @@ pub trait Reporter: Send + Sync + Debug {
     fn event(&self, event: &Event);
     /// `bytes` more bytes of the layer with this source blob were read.
     fn progress(&self, source: &str, bytes: u64);
+    /// `sent_bytes` of the `total_bytes` that this layer became were sent so far.
+    fn uploading(&self, source: &str, sent_bytes: u64, total_bytes: u64);
+}
+
+/// Reports on one layer.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerReporter<'a> {
+    reporter: &'a dyn Reporter,
+    source: &'a str,
+}
+
+impl<'a> LayerReporter<'a> {
+    /// For the layer with this source blob.
+    pub fn new(reporter: &'a dyn Reporter, source: &'a str) -> Self {
+        Self { reporter, source }
+    }
+
+    /// For blobs that nobody waits for, such as configs.
+    pub fn silent() -> Self {
+        Self::new(&Silent, "")
+    }
+
+    /// `bytes` more bytes were read.
+    pub fn read(&self, bytes: u64) {
+        self.reporter.progress(self.source, bytes);
+    }
+
+    /// All that was read so far is read again.
+    pub fn again(&self, total_bytes: u64) {
+        self.reporter.event(&Event::LayerStarted {
+            source: self.source.to_owned(),
+            bytes: total_bytes,
+        });
+    }
+
+    /// `sent_bytes` of `total_bytes` were sent so far.
+    pub fn sent(&self, sent_bytes: u64, total_bytes: u64) {
+        self.reporter
+            .uploading(self.source, sent_bytes, total_bytes);
+    }
 }
 
 /// Shows nothing.
@@ -147,4 +208,5 @@ pub struct Silent;
 impl Reporter for Silent {
     fn event(&self, _: &Event) {}
     fn progress(&self, _: &str, _: u64) {}
+    fn uploading(&self, _: &str, _: u64, _: u64) {}
 }

@@ -3,24 +3,27 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use clap::Args;
 use serde_json::json;
 
 use super::open::{RegistryArguments, location};
-use super::show::{Table, bytes, short};
-use crate::image::{Document, DocumentKind, ImageReader, Platform};
-use crate::inspect::{IndexReport, LayerReport, inspect_file, inspect_layer};
-use crate::plan::{is_image, select};
+use super::show::{Table, bytes, printable, short};
+use crate::image::{Document, DocumentKind, ImageReader, Location, Platform, read_small};
+use crate::inspect::{
+    FileReport, IndexReport, LayerReport, NotLazyReport, inspect_file, inspect_layer,
+};
+use crate::plan::{is_image, platform_of, require_platform, select};
 
 /// Arguments of `inspect`.
 #[derive(Debug, Args)]
 pub(super) struct Inspect {
     /// An image (docker://…, a bare reference, oci:PATH[:TAG]), or a file: a converted blob, or a
     /// layer index. An existing file goes first.
-    target: String,
+    #[arg(value_parser = target)]
+    target: Target,
     /// Only this platform of an index; repeatable. Default: all.
     #[arg(long, value_parser = Platform::parse)]
     platform: Vec<Platform>,
@@ -34,31 +37,51 @@ pub(super) struct Inspect {
     registry: RegistryArguments,
 }
 
-pub(super) async fn run(arguments: Inspect) -> anyhow::Result<()> {
-    let path = Path::new(&arguments.target);
-    if path.is_file() {
-        return file(path, &arguments);
+/// What is looked into.
+#[derive(Debug, Clone)]
+enum Target {
+    File(PathBuf),
+    Image(Location),
+}
+
+/// For clap: an existing file, or a location with its own messages.
+fn target(text: &str) -> Result<Target, String> {
+    match Path::new(text).is_file() {
+        true => Ok(Target::File(text.into())),
+        false => location(text).map(Target::Image),
     }
-    let location = location(&arguments.target).map_err(anyhow::Error::msg)?;
-    let reader = arguments.registry.reader(&location)?;
-    image(&*reader, &arguments).await
+}
+
+pub(super) async fn run(arguments: Inspect) -> anyhow::Result<()> {
+    match &arguments.target {
+        Target::File(path) => file(path, &arguments),
+        Target::Image(location) => {
+            let reader = arguments.registry.reader(location)?;
+            image(&*reader, &arguments).await
+        }
+    }
 }
 
 fn file(path: &Path, arguments: &Inspect) -> anyhow::Result<()> {
     let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
-    let (report, tree) = inspect_file(&file, arguments.tree)
+    let report = inspect_file(&file, arguments.tree)
         .with_context(|| format!("inspect {}", path.display()))?;
     let mut out = io::stdout().lock();
     if arguments.json {
-        writeln!(
-            out,
-            "{}",
-            json!({"file": path.display().to_string(), "index": report, "tree": tree})
-        )?;
+        let file = path.display().to_string();
+        let line = match report {
+            FileReport::Index(report, tree) => json!({"file": file, "index": report, "tree": tree}),
+            FileReport::NotLazy(report) => json!({"file": file, "not_lazy": report}),
+        };
+        writeln!(out, "{line}")?;
         return Ok(());
     }
     let mut table = Table::new(&["PROPERTY", "VALUE"]);
-    for (name, value) in properties(&report) {
+    let (rows, tree) = match report {
+        FileReport::Index(report, tree) => (properties(&report).to_vec(), tree),
+        FileReport::NotLazy(report) => (properties_not_lazy(&report).to_vec(), None),
+    };
+    for (name, value) in rows {
         table.row([name.to_owned(), value]);
     }
     table.write(&mut out)?;
@@ -66,14 +89,25 @@ fn file(path: &Path, arguments: &Inspect) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn properties_not_lazy(report: &NotLazyReport) -> [(&'static str, String); 5] {
+    [
+        ("diff ID", report.diff_id.clone()),
+        ("layer device", bytes(report.device_bytes)),
+        ("frames", frames(report.frames, report.frames_bytes)),
+        ("ratio", ratio(report.device_bytes, report.frames_bytes)),
+        ("not lazy", report.reason.clone()),
+    ]
+}
+
+fn frames(count: u64, total_bytes: u64) -> String {
+    format!("{count}, {}", bytes(total_bytes))
+}
+
 fn properties(report: &IndexReport) -> [(&'static str, String); 9] {
     [
         ("diff ID", report.diff_id.clone()),
         ("layer device", bytes(report.device_bytes)),
-        (
-            "frames",
-            format!("{}, {}", report.frames, bytes(report.frames_bytes)),
-        ),
+        ("frames", frames(report.frames, report.frames_bytes)),
         ("ratio", ratio(report.device_bytes, report.frames_bytes)),
         ("index", index_size(report)),
         (
@@ -120,7 +154,10 @@ async fn image(reader: &dyn ImageReader, arguments: &Inspect) -> anyhow::Result<
     let root = reader.root().await?;
     let mut manifests = Vec::new();
     match root.kind {
-        DocumentKind::Manifest => manifests.push((String::new(), root.clone())),
+        DocumentKind::Manifest => {
+            check_platform(reader, &root, &arguments.platform).await?;
+            manifests.push((String::new(), root.clone()));
+        }
         DocumentKind::Index => {
             let entries = root.list("manifests")?;
             for entry in select(reader.label(), &entries, &arguments.platform)? {
@@ -149,19 +186,44 @@ async fn image(reader: &dyn ImageReader, arguments: &Inspect) -> anyhow::Result<
         true => writeln!(out, "{}", to_json(reader.label(), &root, &inspected))?,
         false => write_image(&mut out, reader.label(), &root, &inspected)?,
     }
-    let broken: Vec<&str> = inspected
-        .iter()
-        .flat_map(|image| &image.layers)
-        .filter(|layer| layer.broken)
-        .map(|layer| layer.blob.as_str())
-        .collect();
-    if !broken.is_empty() {
-        bail!(
-            "{}: layers with a damaged index: {}",
-            reader.label(),
-            broken.join(", ")
-        );
+    let layers_that = |is: fn(&LayerReport) -> bool| {
+        let layers = inspected.iter().flat_map(|image| &image.layers);
+        let blobs: Vec<&str> = layers
+            .filter(|layer| is(layer))
+            .map(|layer| layer.blob.as_str())
+            .collect();
+        blobs.join(", ")
+    };
+    let faults: Vec<String> = [
+        ("with a damaged index", layers_that(|layer| layer.broken)),
+        (
+            "whose index could not be read",
+            layers_that(|layer| layer.unread),
+        ),
+    ]
+    .into_iter()
+    .filter(|(_, blobs)| !blobs.is_empty())
+    .map(|(fault, blobs)| format!("layers {fault}: {blobs}"))
+    .collect();
+    if !faults.is_empty() {
+        bail!("{}: {}", reader.label(), faults.join("; "));
     }
+    Ok(())
+}
+
+/// Refuses a single image that is for none of the platforms asked for.
+async fn check_platform(
+    reader: &dyn ImageReader,
+    manifest: &Document,
+    asked: &[Platform],
+) -> anyhow::Result<()> {
+    let config = manifest.single("config")?;
+    let Some(config) = config.filter(|_| !asked.is_empty() && is_image(manifest)) else {
+        return Ok(());
+    };
+    let bytes = read_small(reader, &config).await?;
+    let found = platform_of(&bytes).with_context(|| format!("read config {}", config.digest))?;
+    require_platform(reader.label(), manifest, &found, asked)?;
     Ok(())
 }
 
@@ -195,7 +257,8 @@ fn write_image(
     root: &Document,
     images: &[Inspected],
 ) -> io::Result<()> {
-    writeln!(out, "{label}\n{} {}", root.digest, root.media_type)?;
+    let media_type = printable(&root.media_type);
+    writeln!(out, "{}\n{} {media_type}", printable(label), root.digest)?;
     for image in images {
         let lazy = match (image.layers.is_empty(), is_lazy(image)) {
             (true, _) => "no file system layers",
@@ -205,7 +268,8 @@ fn write_image(
         writeln!(
             out,
             "\n{} {}: {lazy}",
-            image.platform, image.manifest.digest
+            printable(&image.platform),
+            image.manifest.digest
         )?;
         let header = [
             "LAYER", "BLOB", "DEVICE", "RATIO", "FRAMES", "INDEX", "FILES", "LAZY",

@@ -1,17 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 //! How results and progress look: bars on a terminal, plain lines elsewhere, JSON for machines.
 //!
+//! Names, reasons and platforms come from images, which anybody may have made: what is shown to people
+//! goes through [`printable`], so that it cannot move the cursor or forge lines.
+//!
 //! Progress goes to standard error, so that standard output holds results only; with `--json` each
 //! event is one JSON object on a line of standard output, the last one the summary.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use clap::Args;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
+use super::pace::Pace;
 use crate::report::{Event, Pulled, Reporter, Silent, Summary, Transfer};
 
 /// What is shown.
@@ -29,7 +35,7 @@ impl ShowArguments {
     /// Who shows events.
     pub(super) fn reporter(self) -> Arc<dyn Reporter> {
         if self.json {
-            Arc::new(JsonLines)
+            Arc::new(JsonLines::default())
         } else if self.quiet {
             Arc::new(Silent)
         } else if io::stderr().is_terminal() {
@@ -41,17 +47,39 @@ impl ShowArguments {
 }
 
 /// One JSON object per event.
-#[derive(Debug)]
-struct JsonLines;
+#[derive(Debug, Default)]
+struct JsonLines {
+    pace: Mutex<Pace>,
+}
+
+impl JsonLines {
+    fn pace(&self) -> MutexGuard<'_, Pace> {
+        self.pace.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn write_json(event: &Event) {
+    if let Ok(line) = serde_json::to_string(event) {
+        let _ = writeln!(io::stdout().lock(), "{line}");
+    }
+}
 
 impl Reporter for JsonLines {
     fn event(&self, event: &Event) {
-        if let Ok(line) = serde_json::to_string(event) {
-            let _ = writeln!(io::stdout().lock(), "{line}");
-        }
+        self.pace().event(event, Instant::now());
+        write_json(event);
     }
 
-    fn progress(&self, _: &str, _: u64) {}
+    fn progress(&self, source: &str, bytes: u64) {
+        let event = self.pace().read(source, bytes, Instant::now());
+        event.iter().for_each(write_json);
+    }
+
+    fn uploading(&self, source: &str, sent_bytes: u64, total_bytes: u64) {
+        let sent = (sent_bytes, total_bytes);
+        let event = self.pace().sent(source, sent, Instant::now());
+        event.iter().for_each(write_json);
+    }
 }
 
 /// One line per event, for logs.
@@ -66,9 +94,10 @@ impl Reporter for Lines {
     }
 
     fn progress(&self, _: &str, _: u64) {}
+    fn uploading(&self, _: &str, _: u64, _: u64) {}
 }
 
-/// A bar per layer that is being read.
+/// A bar per layer that is being read or sent.
 #[derive(Debug, Default)]
 struct Bars {
     all: MultiProgress,
@@ -90,7 +119,10 @@ impl Reporter for Bars {
                     .unwrap_or_else(|_| ProgressStyle::default_bar());
                 let bar = self.all.add(ProgressBar::new(*bytes).with_style(style));
                 bar.set_prefix(short(source).to_owned());
-                self.with(|bars| bars.insert(source.clone(), bar));
+                // A layer may start again.
+                if let Some(before) = self.with(|bars| bars.insert(source.clone(), bar)) {
+                    self.all.remove(&before);
+                }
             }
             Event::LayerDone { source, .. } => {
                 if let Some(bar) = self.with(|bars| bars.remove(source)) {
@@ -104,7 +136,10 @@ impl Reporter for Bars {
                     self.all.remove(&bar);
                 }
             }
-            Event::ManifestDone { .. } | Event::Summary(_) | Event::PullSummary { .. } => {}
+            Event::LayerProgress { .. }
+            | Event::ManifestDone { .. }
+            | Event::Summary(_)
+            | Event::PullSummary { .. } => {}
         }
         if let Some(line) = describe(event) {
             let _ = self.all.println(line);
@@ -116,12 +151,20 @@ impl Reporter for Bars {
             bar.inc(bytes);
         }
     }
+
+    fn uploading(&self, source: &str, sent_bytes: u64, total_bytes: u64) {
+        if let Some(bar) = self.with(|bars| bars.get(source).cloned()) {
+            bar.set_prefix(format!("{} upload", short(source)));
+            bar.set_length(total_bytes);
+            bar.set_position(sent_bytes);
+        }
+    }
 }
 
 /// An event in words; nothing for those that only start something.
 fn describe(event: &Event) -> Option<String> {
     let line = match event {
-        Event::LayerStarted { .. } => return None,
+        Event::LayerStarted { .. } | Event::LayerProgress { .. } => return None,
         Event::LayerDone {
             source,
             source_bytes,
@@ -183,7 +226,25 @@ fn describe(event: &Event) -> Option<String> {
             format!("{image} = {digest}: {layers} layers, {lazy} lazy; {count} in {seconds:.1} s")
         }
     };
-    Some(line)
+    Some(printable(&line).into_owned())
+}
+
+/// Text on one line as a terminal may see it: control characters, and those that turn the direction
+/// of writing, are spelt out.
+pub(super) fn printable(text: &str) -> Cow<'_, str> {
+    let hides =
+        |c: char| c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    if !text.contains(hides) {
+        return Cow::Borrowed(text);
+    }
+    let mut out = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        match hides(c) {
+            true => out.extend(c.escape_default()),
+            false => out.push(c),
+        }
+    }
+    Cow::Owned(out)
 }
 
 fn summarise(summary: &Summary) -> String {
@@ -237,7 +298,9 @@ impl Table {
 
     /// Adds a row.
     pub(super) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
-        self.rows.push(cells.into_iter().collect());
+        let cells = cells.into_iter();
+        self.rows
+            .push(cells.map(|cell| printable(&cell).into_owned()).collect());
     }
 
     /// Writes it. The last column is not padded.
@@ -273,6 +336,30 @@ mod tests {
             String::from_utf8(out).unwrap(),
             "A          LONG\nwide cell  x\n"
         );
+    }
+
+    #[test]
+    fn what_images_say_cannot_steer_the_terminal() {
+        for (text, expected) in [
+            ("plain ä 漢 \"quoted\" \\", "plain ä 漢 \"quoted\" \\"),
+            ("a\u{1b}[2Jb", "a\\u{1b}[2Jb"),
+            ("a\nsealed: yes\r", "a\\nsealed: yes\\r"),
+            ("\u{9b}1m\u{202e}x", "\\u{9b}1m\\u{202e}x"),
+        ] {
+            assert_eq!(printable(text), expected);
+        }
+        let mut table = Table::new(&["A"]);
+        table.row(["x\u{1b}[31m".to_owned()]);
+        let mut out = Vec::new();
+        table.write(&mut out).unwrap();
+        assert!(!out.contains(&0x1b));
+        let event = Event::ManifestDone {
+            platform: "linux/\u{1b}]0;title\u{7}".into(),
+            source: String::new(),
+            digest: String::new(),
+        };
+        let line = describe(&event).unwrap();
+        assert!(!line.contains(char::is_control), "{line:?}");
     }
 
     #[test]

@@ -317,7 +317,13 @@ async fn every_platform_of_an_index_is_converted_and_the_rest_is_kept() {
     assert_eq!(root.media_type, OCI_INDEX);
     let manifests = root.list("manifests").unwrap();
     assert_eq!(manifests.len(), 3);
-    assert_eq!(manifests[2], entries[2], "the attestation is as it was");
+    let attested_digest = "vnd.docker.reference.digest";
+    assert_eq!(
+        manifests[2].annotations[attested_digest],
+        manifests[0].digest.to_string(),
+        "the attestation speaks of the image that is there"
+    );
+    assert_eq!(manifests[2].digest, entries[2].digest);
     assert!(destination.blob_bytes(attested.digest).is_some());
     for (manifest, entry) in manifests.iter().zip(&entries).take(2) {
         assert_eq!(manifest.platform, entry.platform);
@@ -498,9 +504,10 @@ async fn what_is_wrong_is_refused_by_name_and_nothing_is_named() {
         let options = Options { caps, ..options(2) };
         let error = run(&builder.store, &destination, options)
             .await
-            .expect_err(name)
-            .to_string();
-        assert!(error.contains(message), "{name}: {error}");
+            .expect_err(name);
+        // As the command line prints it.
+        let error = format!("{:#}", anyhow::Error::from(error));
+        assert_eq!(error.matches(message).count(), 1, "{name}: {error}");
         assert!(
             error.contains(&layer.digest.to_string()),
             "{name} names the blob: {error}"
@@ -509,6 +516,200 @@ async fn what_is_wrong_is_refused_by_name_and_nothing_is_named() {
         assert_eq!((counts.documents_written, counts.named), (0, 0), "{name}");
         assert!(destination.root().await.is_err(), "{name}");
     }
+}
+
+/// A converted image of one layer of incompressible content, in a store of its own.
+async fn converted() -> (MemoryImage, Vec<u8>) {
+    let builder = Builder::new();
+    let mut state = 1_u64;
+    let noise = std::iter::repeat_with(|| {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        state.to_be_bytes()[0]
+    });
+    let noise: Vec<u8> = noise.take(100_000).collect();
+    let mut header = tar::Header::new_gnu();
+    header.set_size(noise.len() as u64);
+    header.set_mode(0o644);
+    let mut tar = tar::Builder::new(Vec::new());
+    tar.append_data(&mut header, "noise", &noise[..]).unwrap();
+    let tar = tar.into_inner().unwrap();
+    let layer = builder.layer(OCI_LAYER_GZIP, gzip(&tar));
+    builder.image(OCI_MANIFEST, "amd64", &[(layer, DiffId::of(&tar))]);
+    let store = MemoryImage::new("converted");
+    run(&builder.store, &store, options(1)).await.unwrap();
+    (store, tar)
+}
+
+/// Puts an edited manifest in place of the image's; `edit` gets the layer's descriptor.
+async fn edited(store: &MemoryImage, edit: impl FnOnce(&mut Descriptor)) {
+    let document = store.root().await.unwrap();
+    let mut layers = document.list("layers").unwrap();
+    edit(&mut layers[0]);
+    let mut value = document.value.clone();
+    value["layers"] = serde_json::to_value(&layers).unwrap();
+    store.insert_document(&Document::of_value(OCI_MANIFEST, value), true);
+}
+
+fn set(layer: &mut Descriptor, name: &str, value: String) {
+    let name = format!("containerd.io/snapshot/sluice.{name}");
+    layer.annotations.insert(name, value);
+}
+
+#[tokio::test]
+async fn a_layer_that_is_not_as_annotated_is_converted() {
+    type Edit = Box<dyn FnOnce(&MemoryImage, &mut Descriptor)>;
+    let cases: Vec<(&str, Edit)> = vec![
+        (
+            "another index digest",
+            Box::new(|_, layer| set(layer, "index.digest", DiffId::of(b"x").to_string())),
+        ),
+        (
+            "another place",
+            Box::new(|_, layer| set(layer, "index.offset", "7".into())),
+        ),
+        (
+            "a blob without an index",
+            Box::new(|store, layer| {
+                let tar = zstd::decode_all(&store.blob_bytes(layer.digest).unwrap()[..]).unwrap();
+                let blob = zstd::encode_all(&tar[..], 19).unwrap();
+                (layer.size, layer.digest) = (blob.len() as u64, store.insert_blob(blob));
+                let (digest, size) = (layer.digest.to_string(), layer.size.to_string());
+                set(layer, "blob", digest);
+                set(layer, "blob.size", size);
+                set(layer, "index.offset", "0".into());
+                set(layer, "index.size", "9".into());
+            }),
+        ),
+    ];
+    for (name, edit) in cases {
+        let (store, tar) = converted().await;
+        edited(&store, |layer| edit(&store, layer)).await;
+        let destination = MemoryImage::new("destination");
+        let summary = run(&store, &destination, options(1)).await.unwrap();
+        assert_eq!(summary.layers_converted, 1, "{name}");
+        let layer = destination
+            .root()
+            .await
+            .unwrap()
+            .list("layers")
+            .unwrap()
+            .remove(0);
+        let LayerMark::Lazy(found) = mark(&layer) else {
+            panic!("{name}: lazy")
+        };
+        let found = crate::inspect::read_index(&destination, &layer, &found, false).await;
+        assert!(found.is_ok(), "{name}: {found:?}");
+        let blob = destination.blob_bytes(layer.digest).unwrap();
+        assert!(zstd::decode_all(&blob[..]).unwrap() == tar, "{name}");
+    }
+}
+
+#[tokio::test]
+async fn a_tar_that_is_not_as_annotated_is_refused() {
+    type Edit = Box<dyn FnOnce(&MemoryImage, &mut Descriptor)>;
+    let other_bytes = |store: &MemoryImage, layer: &mut Descriptor| {
+        // Content that does not compress stands in its frame as it is, and frames have no checksum.
+        let mut blob = store.blob_bytes(layer.digest).unwrap().to_vec();
+        blob[50_000] ^= 1;
+        layer.digest = store.insert_blob(blob);
+        let digest = layer.digest.to_string();
+        set(layer, "blob", digest);
+    };
+    let not_lazy = move |store: &MemoryImage, layer: &mut Descriptor| {
+        other_bytes(store, layer);
+        layer.annotations.clear();
+        set(layer, "not-lazy", "because".into());
+    };
+    let cases: Vec<(&str, Edit)> = vec![
+        ("lazy", Box::new(other_bytes)),
+        ("not lazy", Box::new(not_lazy)),
+    ];
+    for (name, edit) in cases {
+        let (store, _) = converted().await;
+        edited(&store, |layer| edit(&store, layer)).await;
+        let bad = store
+            .root()
+            .await
+            .unwrap()
+            .list("layers")
+            .unwrap()
+            .remove(0);
+        let destination = MemoryImage::new("destination");
+        let error = run(&store, &destination, options(1)).await.expect_err(name);
+        let error = format!("{:#}", anyhow::Error::from(error));
+        assert!(error.contains("has diff ID"), "{name}: {error}");
+        assert!(destination.blob_bytes(bad.digest).is_none(), "{name}");
+        assert!(destination.root().await.is_err(), "{name}");
+
+        // What the destination has is read only when it must be.
+        let blob = store.blob_bytes(bad.digest).unwrap();
+        destination.insert_blob(blob);
+        let forced = Options {
+            force: true,
+            ..options(1)
+        };
+        assert!(run(&store, &destination, forced).await.is_err(), "{name}");
+        store.reset_counts();
+        run(&store, &destination, options(1)).await.expect(name);
+        assert_eq!(store.counts().blobs_read, 2, "{name}: the config, twice");
+    }
+}
+
+#[tokio::test]
+async fn a_second_copy_of_a_converted_image_reads_no_layer() {
+    let (store, _) = converted().await;
+    let destination = MemoryImage::new("destination");
+    run(&store, &destination, options(1)).await.unwrap();
+    assert_eq!(store.counts().ranges_read, 1, "the index");
+    store.reset_counts();
+    let summary = run(&store, &destination, options(1)).await.unwrap();
+    assert_eq!((summary.uploads, summary.layers_reused), (0, 1));
+    let counts = store.counts();
+    assert_eq!((counts.blobs_read, counts.ranges_read), (1, 0));
+    // Another manifest at the destination proves nothing.
+    edited(&destination, |layer| set(layer, "index.size", "3".into())).await;
+    run(&store, &destination, options(1)).await.unwrap();
+    assert_eq!(store.counts().ranges_read, 1);
+}
+
+/// Remembers what it was told.
+#[derive(Debug, Default)]
+struct Told(std::sync::Mutex<Vec<(u64, u64)>>);
+
+impl Reporter for Told {
+    fn event(&self, _: &Event) {}
+    fn progress(&self, _: &str, _: u64) {}
+    fn uploading(&self, source: &str, sent_bytes: u64, total_bytes: u64) {
+        assert!(source.starts_with("sha256:"));
+        self.0.lock().unwrap().push((sent_bytes, total_bytes));
+    }
+}
+
+#[tokio::test]
+async fn uploads_tell_how_far_they_are() {
+    let builder = Builder::new();
+    builder.ordinary();
+    let destination = MemoryImage::new("destination");
+    let told = Arc::new(Told::default());
+    convert(
+        Arc::new(builder.store.clone()),
+        Arc::new(destination.clone()),
+        options(1),
+        Arc::<Told>::clone(&told),
+    )
+    .await
+    .unwrap();
+    let layers = destination.root().await.unwrap().list("layers").unwrap();
+    let mut sizes: Vec<_> = layers
+        .iter()
+        .map(|layer| (layer.size, layer.size))
+        .collect();
+    let mut told = told.0.lock().unwrap().clone();
+    sizes.sort_unstable();
+    told.sort_unstable();
+    assert_eq!(told, sizes);
 }
 
 #[tokio::test]

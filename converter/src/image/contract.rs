@@ -46,15 +46,15 @@ pub(crate) async fn check(image: &dyn ImageWriter) {
             .is_not_found()
     );
     image
-        .put_blob(layer_digest, 300_000, spooled(&layer))
+        .put_blob(layer_digest, 300_000, spooled(&layer), &|_| {})
         .await
         .unwrap();
     image
-        .put_blob(layer_digest, 300_000, spooled(&layer))
+        .put_blob(layer_digest, 300_000, spooled(&layer), &|_| {})
         .await
         .expect("twice is fine");
     image
-        .put_blob(config_digest, config.len() as u64, spooled(config))
+        .put_blob(config_digest, config.len() as u64, spooled(config), &|_| {})
         .await
         .unwrap();
     assert!(image.has_blob(layer_digest, 300_000).await.unwrap());

@@ -104,6 +104,11 @@ impl Platform {
         }
     }
 
+    /// Whether it says nothing.
+    pub fn is_unnamed(&self) -> bool {
+        self.os.is_empty() && self.architecture.is_empty()
+    }
+
     /// Whether `self`, asked for by a user, names `found`. Without a variant any is taken;
     /// arm64's only variant is v8.
     pub fn accepts(&self, found: &Self) -> bool {
@@ -188,6 +193,11 @@ impl Descriptor {
     /// Whether the bytes live elsewhere, by licence (nondistributable layers).
     pub fn is_foreign(&self) -> bool {
         self.media_type.contains(".nondistributable.") || self.media_type.contains(".foreign.")
+    }
+
+    /// Whether only who has a key can read the bytes.
+    pub fn is_encrypted(&self) -> bool {
+        self.media_type.ends_with("+encrypted")
     }
 
     /// Whether this is a file system layer of any known compression.

@@ -21,6 +21,7 @@ fn length(bytes: u64) -> usize {
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(crate) struct Counts {
     pub blobs_read: usize,
+    pub ranges_read: usize,
     pub blobs_written: usize,
     pub blobs_mounted: usize,
     pub documents_written: usize,
@@ -145,6 +146,7 @@ impl ImageReader for MemoryImage {
         let (start, end) = (length(extent.start()), length(extent.end()));
         let part = bytes.get(start..end);
         let part = part.ok_or_else(|| ImageError::failed("read", digest, "out of bounds"))?;
+        self.state.lock().unwrap().counts.ranges_read += 1;
         Ok(bytes.slice_ref(part))
     }
 
@@ -179,12 +181,14 @@ impl ImageWriter for MemoryImage {
         digest: BlobDigest,
         bytes: u64,
         spool: Arc<File>,
+        progress: &(dyn Fn(u64) + Sync),
     ) -> Result<(), ImageError> {
         let mut content = vec![0; length(bytes)];
         spool.read_exact_at(&mut content, 0).unwrap();
         assert_eq!(spool.metadata().unwrap().len(), bytes);
         assert_eq!(BlobDigest::of(&content), digest, "callers know the digest");
         let mut state = self.state.lock().unwrap();
+        progress(bytes);
         state.blobs.insert(digest, content.into());
         state.counts.blobs_written += 1;
         Ok(())

@@ -4,6 +4,8 @@
 //! Writers take a lock on the directory while they change `index.json`, and replace files by rename,
 //! so that readers and concurrent writers see whole files only. Blobs come first, the name last. A
 //! crash can leave blobs that nothing names (other tools collect them), never a name without blobs.
+//! A directory that is not there is made with the first blob, so that a conversion that is refused
+//! leaves nothing behind.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -33,6 +35,8 @@ const READ_BYTES: usize = 256 * 1024;
 #[derive(Debug)]
 pub struct LayoutImage {
     directory: PathBuf,
+    /// Of a layout to be written: the directory, or the nearest one above it that exists.
+    spool_directory: Option<PathBuf>,
     tag: Option<String>,
     label: String,
 }
@@ -49,16 +53,35 @@ impl LayoutImage {
         }
     }
 
-    /// An image that is to be written; makes the directory where it is missing.
+    /// An image that is to be written; its directory may be missing.
+    ///
+    /// **Errors**: there is something that is no directory.
     pub fn create(directory: &Path, tag: Option<&str>) -> Result<Self, ImageError> {
-        let image = Self::at(directory, tag);
-        let failed = |e: io::Error| ImageError::failed("make OCI layout", directory.display(), e);
-        fs::create_dir_all(directory.join("blobs/sha256")).map_err(failed)?;
-        let marker = directory.join("oci-layout");
+        let mut image = Self::at(directory, tag);
+        if directory.exists() && !directory.is_dir() {
+            let what = directory.display();
+            return Err(ImageError::failed(
+                "make OCI layout",
+                what,
+                "not a directory",
+            ));
+        }
+        // A missing directory will be on the same file system.
+        let there = directory.ancestors().find(|path| path.is_dir());
+        image.spool_directory = Some(there.unwrap_or(Path::new(".")).to_owned());
+        Ok(image)
+    }
+
+    /// Makes what is missing of the directory.
+    fn make(&self) -> Result<(), ImageError> {
+        let failed =
+            |e: io::Error| ImageError::failed("make OCI layout", self.directory.display(), e);
+        fs::create_dir_all(self.directory.join("blobs/sha256")).map_err(failed)?;
+        let marker = self.directory.join("oci-layout");
         if !marker.exists() {
             replace(&marker, br#"{"imageLayoutVersion":"1.0.0"}"#).map_err(failed)?;
         }
-        Ok(image)
+        Ok(())
     }
 
     fn at(directory: &Path, tag: Option<&str>) -> Self {
@@ -69,6 +92,7 @@ impl LayoutImage {
         };
         Self {
             directory: directory.to_owned(),
+            spool_directory: None,
             tag,
             label: location.to_string(),
         }
@@ -275,7 +299,9 @@ impl ImageWriter for LayoutImage {
         digest: BlobDigest,
         bytes: u64,
         spool: Arc<File>,
+        _progress: &(dyn Fn(u64) + Sync),
     ) -> Result<(), ImageError> {
+        self.make()?;
         let path = self.blob_path(digest);
         blocking(move || {
             let done = || -> io::Result<()> {
@@ -304,6 +330,7 @@ impl ImageWriter for LayoutImage {
     }
 
     async fn put_document(&self, document: &Document) -> Result<(), ImageError> {
+        self.make()?;
         let path = self.blob_path(document.digest);
         replace(&path, &document.bytes)
             .map_err(|e| ImageError::failed("write manifest", path.display(), e))
@@ -322,6 +349,6 @@ impl ImageWriter for LayoutImage {
     }
 
     fn spool_directory(&self) -> Option<&Path> {
-        Some(&self.directory)
+        self.spool_directory.as_deref()
     }
 }

@@ -213,6 +213,7 @@ impl ImageWriter for RegistryImage {
         digest: BlobDigest,
         bytes: u64,
         spool: Arc<File>,
+        progress: &(dyn Fn(u64) + Sync),
     ) -> Result<(), ImageError> {
         let context = Self::context();
         let what = self.blob_name(digest);
@@ -242,6 +243,7 @@ impl ImageWriter for RegistryImage {
                 return Err(failed(e));
             }
             offset += length as u64;
+            progress(length as u64);
         }
         upload.finish(&context, digest).await.map_err(failed)
     }

@@ -2,6 +2,7 @@
 //! Decompresses a blob whose compression its first bytes tell; media types lie too often.
 
 use std::io::{self, BufRead, BufReader, Read};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender};
 
 use bytes::{Buf as _, Bytes};
@@ -70,17 +71,34 @@ impl BufRead for PartsReader {
 }
 
 /// Sends the decompressed bytes on, in parts, and returns how many there were.
+///
+/// Damaged bytes fail here first. `drain` is set for them before `parts` is dropped, so that whoever
+/// sends the parts knows, as soon as it sees them dropped, that the blob itself may be the cause.
 pub(super) fn inflate(
     parts: Receiver<Bytes>,
+    cap: (u64, &'static str),
+    output: SyncSender<Bytes>,
+    drain: &AtomicBool,
+) -> Result<u64, PackError> {
+    let mut source = PartsReader {
+        parts,
+        current: Bytes::new(),
+    };
+    let result = inflate_from(&mut source, cap, output);
+    if matches!(result, Err(PackError::Inflate { .. })) {
+        drain.store(true, Ordering::Release);
+    }
+    drop(source);
+    result
+}
+
+fn inflate_from(
+    mut source: &mut PartsReader,
     (cap_bytes, cap): (u64, &'static str),
     output: SyncSender<Bytes>,
 ) -> Result<u64, PackError> {
     let failed = |e: io::Error| PackError::Inflate {
         reason: e.to_string(),
-    };
-    let mut source = PartsReader {
-        parts,
-        current: Bytes::new(),
     };
     // Parts may be as small as the network likes; four bytes decide.
     let mut head = Vec::with_capacity(4);
@@ -90,7 +108,7 @@ pub(super) fn inflate(
         .map_err(failed)?;
     let compression = detect(&head);
     let whole = Read::chain(io::Cursor::new(head), source);
-    let mut reader: Box<dyn Read> = match compression {
+    let mut reader: Box<dyn Read + '_> = match compression {
         Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(whole)),
         Compression::Zstd => {
             let mut decoder =
@@ -150,7 +168,7 @@ mod tests {
         }
         drop(in_tx);
         let (out_tx, out_rx) = sync_channel(1000);
-        let total = inflate(in_rx, (cap, "--cap"), out_tx)?;
+        let total = inflate(in_rx, (cap, "--cap"), out_tx, &AtomicBool::new(false))?;
         let out: Vec<u8> = out_rx.into_iter().flatten().collect();
         assert_eq!(total, out.len() as u64);
         Ok(out)
@@ -177,6 +195,22 @@ mod tests {
         }
         assert!(run(&[], 0, 1).unwrap().is_empty());
         assert_eq!(run(b"abc", 3, 1).unwrap(), b"abc");
+    }
+
+    #[test]
+    fn a_sender_that_is_refused_sees_the_cause() {
+        let blob = [&gzip(&[1; 1000])[..], b"garbage"].concat();
+        for _ in 0..300 {
+            let drain = AtomicBool::new(false);
+            let (in_tx, in_rx) = sync_channel(0);
+            let (out_tx, _out_rx) = sync_channel(10);
+            std::thread::scope(|scope| {
+                scope.spawn(|| inflate(in_rx, (u64::MAX, "--cap"), out_tx, &drain));
+                in_tx.send(Bytes::copy_from_slice(&blob)).unwrap();
+                while in_tx.send(Bytes::from_static(b"more")).is_ok() {}
+                assert!(drain.load(Ordering::Acquire), "the receiver went first");
+            });
+        }
     }
 
     #[test]
