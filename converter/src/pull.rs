@@ -29,7 +29,7 @@ use crate::image::document::{DOCKER_CONFIG, DOCKER_MANIFEST, OCI_CONFIG, OCI_MAN
 use crate::image::{
     BlobBody, Descriptor, Document, DocumentKind, ImageError, ImageReader, Platform, read_small,
 };
-use crate::plan::{PlanError, select};
+use crate::plan::{INDEX_DEPTH_MAX, PlanError, platform_of, require_platform, select};
 use crate::report::{Event, Pulled, Reporter};
 
 mod containerd;
@@ -154,10 +154,21 @@ async fn read_image(source: &dyn ImageReader, platform: &Platform) -> Result<Sel
     let mut documents = Vec::new();
     let mut document = root.clone();
     while document.kind == DocumentKind::Index {
+        if documents.len() >= INDEX_DEPTH_MAX {
+            let what = format!("index {}", document.digest);
+            let reason = format!("more than {INDEX_DEPTH_MAX} indexes within each other");
+            return Err(ImageError::Invalid { what, reason }.into());
+        }
         let entries = document.list("manifests")?;
         let wanted = std::slice::from_ref(platform);
         let chosen = select(source.label(), &entries, wanted)?;
-        let entry = chosen.first().cloned().ok_or_else(|| ImageError::Invalid {
+        // An attestation is chosen with its image, and may stand before it.
+        let is_image = |entry: &&Descriptor| {
+            let found = entry.platform.as_ref();
+            found.is_some_and(|found| !found.is_unknown() && platform.accepts(found))
+        };
+        let entry = chosen.iter().find(is_image).cloned();
+        let entry = entry.ok_or_else(|| ImageError::Invalid {
             what: source.label().to_owned(),
             reason: "the index is empty".to_owned(),
         })?;
@@ -178,6 +189,15 @@ async fn read_image(source: &dyn ImageReader, platform: &Platform) -> Result<Sel
         reason,
     };
     let parsed: Config = serde_json::from_slice(&bytes).map_err(|e| invalid(e.to_string()))?;
+    if documents.is_empty() {
+        // No index has told the platform, but the config does.
+        let found = platform_of(&bytes).map_err(|e| invalid(e.to_string()))?;
+        // One that names none, as simple tools write it, contradicts nobody.
+        if !found.is_unnamed() {
+            let wanted = std::slice::from_ref(platform);
+            require_platform(source.label(), &document, &found, wanted)?;
+        }
+    }
     let diff_ids = parsed
         .rootfs
         .diff_ids
@@ -441,6 +461,9 @@ impl Layer<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::image::document::OCI_INDEX;
+    use crate::image::memory::MemoryImage;
+    use serde_json::json;
     use sluice_blockindex::digest::BlobDigest;
 
     #[test]
@@ -464,6 +487,78 @@ mod tests {
             labels[&format!("{prefix}l.1")],
             BlobDigest::of(b"l1").to_string()
         );
+    }
+
+    /// A store with one image for `platform`, and that image's manifest.
+    fn single(platform: &str) -> (MemoryImage, Document) {
+        let store = MemoryImage::new("store");
+        let (os, architecture) = platform.split_once('/').unwrap();
+        let config = json!({"os": os, "architecture": architecture, "rootfs": {"diff_ids": []}});
+        let config = config.to_string().into_bytes();
+        let bytes = config.len() as u64;
+        let config = Descriptor::new(OCI_CONFIG, store.insert_blob(config), bytes);
+        let value =
+            json!({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": []});
+        let manifest = Document::of_value(OCI_MANIFEST, value);
+        store.insert_document(&manifest, true);
+        (store, manifest)
+    }
+
+    fn index_of(store: &MemoryImage, entries: &[Descriptor]) -> Document {
+        let value = json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries});
+        let index = Document::of_value(OCI_INDEX, value);
+        store.insert_document(&index, true);
+        index
+    }
+
+    fn linux(architecture: &str) -> Platform {
+        Platform::parse(&format!("linux/{architecture}")).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_single_image_of_another_platform_is_refused() {
+        let (store, manifest) = single("linux/arm64");
+        let error = read_image(&store, &linux("amd64")).await.err().unwrap();
+        assert!(matches!(
+            &error,
+            PullError::Plan(PlanError::NoSuchPlatform { available, .. }) if *available == ["linux/arm64"]
+        ));
+        let selected = read_image(&store, &linux("arm64")).await.unwrap();
+        assert_eq!(selected.root.digest, manifest.digest);
+        let (unnamed, _) = single("/");
+        assert!(read_image(&unnamed, &linux("amd64")).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn an_attestation_before_its_image_is_not_pulled() {
+        let (store, manifest) = single("linux/amd64");
+        let mut entry = manifest.descriptor();
+        entry.platform = Some(linux("amd64"));
+        let mut attestation = Descriptor::new(OCI_MANIFEST, BlobDigest::of(b"attestation"), 1);
+        attestation.platform = Some(Platform::parse("unknown/unknown").unwrap());
+        attestation.annotations.insert(
+            "vnd.docker.reference.digest".into(),
+            manifest.digest.to_string(),
+        );
+        index_of(&store, &[attestation, entry]);
+        let selected = read_image(&store, &linux("amd64")).await.unwrap();
+        let digests: Vec<_> = selected.documents.iter().map(|(d, _)| d.digest).collect();
+        assert_eq!(digests[0], manifest.digest);
+    }
+
+    #[tokio::test]
+    async fn indexes_are_followed_to_a_depth() {
+        for (depth, allowed) in [(INDEX_DEPTH_MAX, true), (INDEX_DEPTH_MAX + 1, false)] {
+            let (store, manifest) = single("linux/amd64");
+            let mut document = manifest;
+            for _ in 0..depth {
+                let mut entry = document.descriptor();
+                entry.platform = Some(linux("amd64"));
+                document = index_of(&store, &[entry]);
+            }
+            let selected = read_image(&store, &linux("amd64")).await;
+            assert_eq!(selected.is_ok(), allowed, "{depth} indexes");
+        }
     }
 
     #[test]

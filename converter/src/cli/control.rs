@@ -3,6 +3,7 @@
 
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
@@ -13,8 +14,14 @@ use sluice_proto::control::{
 };
 use tonic::transport::Channel;
 
-use super::show::{Table, bytes, short};
+use super::show::{Table, bytes, printable, short};
 use crate::grpc;
+
+/// How long the daemon may take to answer what it knows by heart.
+const CALL_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long it may be silent while it completes content: twice its own default deadline for a read
+/// that no source answers, after which it would have said so.
+const STALL_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// Where the daemon is.
 #[derive(Debug, Clone, Args)]
@@ -86,6 +93,16 @@ async fn connect(socket: &Path) -> anyhow::Result<ControlClient<Channel>> {
     Ok(ControlClient::new(channel))
 }
 
+/// Waits for the daemon, but not for ever: one that hangs would hang its user as well.
+async fn within<T>(
+    limit: Duration,
+    answer: impl Future<Output = Result<T, tonic::Status>>,
+) -> anyhow::Result<T> {
+    let answer = tokio::time::timeout(limit, answer).await;
+    let silent = || format!("sluiced says nothing for {} s", limit.as_secs());
+    answer.with_context(silent)?.map_err(refused)
+}
+
 /// The daemon's own words, without gRPC's.
 fn refused(status: tonic::Status) -> anyhow::Error {
     anyhow::anyhow!("sluiced: {}", status.message())
@@ -96,7 +113,9 @@ pub(super) async fn status(arguments: Status) -> anyhow::Result<()> {
     let request = StatusRequest {
         r#match: arguments.image.clone(),
     };
-    let status = client.status(request).await.map_err(refused)?.into_inner();
+    let status = within(CALL_TIMEOUT, client.status(request))
+        .await?
+        .into_inner();
     let mut out = io::stdout().lock();
     if arguments.daemon.json {
         writeln!(out, "{}", status_json(&status))?;
@@ -233,7 +252,9 @@ pub(super) async fn why(arguments: Why) -> anyhow::Result<()> {
         image, namespace, ..
     } = arguments;
     let request = WhyRequest { image, namespace };
-    let answer = client.why(request).await.map_err(refused)?.into_inner();
+    let answer = within(CALL_TIMEOUT, client.why(request))
+        .await?
+        .into_inner();
     let mut out = io::stdout().lock();
     if arguments.daemon.json {
         writeln!(out, "{}", why_json(&answer))?;
@@ -257,7 +278,7 @@ pub(super) async fn why(arguments: Why) -> anyhow::Result<()> {
             layer.reason.clone(),
         ]);
     }
-    writeln!(out, "{}", answer.summary)?;
+    writeln!(out, "{}", printable(&answer.summary))?;
     table.write(&mut out)?;
     Ok(())
 }
@@ -289,14 +310,13 @@ pub(super) async fn content(content: Content) -> anyhow::Result<()> {
         image: image.clone(),
         namespace,
     };
-    let mut progress = client
-        .complete_content(request)
-        .await
-        .map_err(refused)?
+    let mut progress = within(STALL_TIMEOUT, client.complete_content(request))
+        .await?
         .into_inner();
     let terminal = io::stderr().is_terminal() && !daemon.json;
     let (mut blobs, mut total_bytes) = (0_u64, 0_u64);
-    while let Some(step) = progress.message().await.map_err(refused)? {
+    // Whether anybody sees it or not, the work goes on.
+    while let Some(step) = within(STALL_TIMEOUT, progress.message()).await? {
         let blob = short(&step.blob_digest);
         if daemon.json {
             let line = json!({
@@ -306,19 +326,19 @@ pub(super) async fn content(content: Content) -> anyhow::Result<()> {
                 "total": step.total,
                 "done": step.done,
             });
-            writeln!(io::stdout().lock(), "{line}")?;
+            let _ = writeln!(io::stdout().lock(), "{line}");
         } else if step.done {
-            writeln!(
+            let _ = writeln!(
                 io::stderr().lock(),
                 "\rblob {blob}: {}      ",
                 bytes(step.total)
-            )?;
+            );
         } else if terminal {
             let (offset, total) = (bytes(step.offset), bytes(step.total));
-            write!(
+            let _ = write!(
                 io::stderr().lock(),
                 "\rblob {blob}: {offset} / {total}      "
-            )?;
+            );
         }
         if step.done {
             blobs += 1;
@@ -333,18 +353,12 @@ pub(super) async fn content(content: Content) -> anyhow::Result<()> {
         }
     }
     let mut out = io::stdout().lock();
-    match daemon.json {
-        true => {
-            let line =
-                json!({"event": "summary", "image": image, "blobs": blobs, "bytes": total_bytes});
-            writeln!(out, "{line}")?;
-        }
-        false => writeln!(
-            out,
-            "{image}: {blobs} blobs completed, {}",
-            bytes(total_bytes)
-        )?,
-    }
+    let line = match daemon.json {
+        true => json!({"event": "summary", "image": image, "blobs": blobs, "bytes": total_bytes})
+            .to_string(),
+        false => format!("{image}: {blobs} blobs completed, {}", bytes(total_bytes)),
+    };
+    let _ = writeln!(out, "{line}");
     Ok(())
 }
 
@@ -391,6 +405,20 @@ mod tests {
             assert!(text.contains(expected), "{expected}\n{text}");
         }
         assert_eq!(status_json(&status)["images"][0]["present_bytes"], 1024);
+    }
+
+    #[tokio::test]
+    async fn a_daemon_that_hangs_does_not_hang_its_user() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("control.sock");
+        // Takes connections and says nothing.
+        let _listener = tokio::net::UnixListener::bind(&socket).unwrap();
+        let mut client = connect(&socket).await.unwrap();
+        let limit = Duration::from_millis(50);
+        let error = within(limit, client.status(StatusRequest::default()))
+            .await
+            .expect_err("silence");
+        assert!(error.to_string().contains("says nothing"), "{error:#}");
     }
 
     #[tokio::test]

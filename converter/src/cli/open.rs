@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! From what a user wrote to the image behind it.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -20,8 +21,8 @@ pub(super) struct RegistryArguments {
     #[arg(long, value_name = "HOST")]
     plain_http: Vec<String>,
     /// Trust these certificate authorities for this host as well: HOST=FILE; repeatable.
-    #[arg(long, value_name = "HOST=FILE")]
-    ca_file: Vec<String>,
+    #[arg(long, value_name = "HOST=FILE", value_parser = ca_file)]
+    ca_file: Vec<(String, PathBuf)>,
     /// Docker's config.json with credentials. Default: $DOCKER_CONFIG or ~/.docker.
     #[arg(long, value_name = "FILE")]
     auth_file: Option<PathBuf>,
@@ -34,11 +35,12 @@ impl RegistryArguments {
         for host in &self.plain_http {
             options.host_mut(host).plain_http = Some(true);
         }
-        for text in &self.ca_file {
-            let (host, file) = text
-                .split_once('=')
-                .with_context(|| format!("--ca-file {text}: want HOST=FILE"))?;
-            options.host_mut(host).ca_files.push(file.into());
+        for (host, file) in &self.ca_file {
+            options.host_mut(host).ca_files.push(file.clone());
+        }
+        if let Some(file) = &self.auth_file {
+            // Docker's file may be missing; one that the user names may not.
+            File::open(file).with_context(|| format!("open --auth-file {}", file.display()))?;
         }
         let credentials = Arc::new(DockerConfig::new(self.auth_file.clone()));
         RegistryClient::new(options, credentials).context("set up registry client")
@@ -47,7 +49,7 @@ impl RegistryArguments {
     /// An image that exists.
     pub(super) fn reader(&self, location: &Location) -> anyhow::Result<Arc<dyn ImageReader>> {
         Ok(match location {
-            Location::Registry(text) => Arc::new(self.registry(text)?),
+            Location::Registry(reference) => Arc::new(self.registry(reference)?),
             Location::Layout { path, tag } => Arc::new(LayoutImage::open(path, tag.as_deref())?),
         })
     }
@@ -55,21 +57,33 @@ impl RegistryArguments {
     /// An image to write.
     pub(super) fn writer(&self, location: &Location) -> anyhow::Result<Arc<dyn ImageWriter>> {
         Ok(match location {
-            Location::Registry(text) => Arc::new(self.registry(text)?),
+            Location::Registry(reference) => Arc::new(self.registry(reference)?),
             Location::Layout { path, tag } => Arc::new(LayoutImage::create(path, tag.as_deref())?),
         })
     }
 
     /// An image in a registry.
-    pub(super) fn registry(&self, text: &str) -> anyhow::Result<RegistryImage> {
-        Ok(RegistryImage::new(self.client()?, reference(text)?))
+    pub(super) fn registry(&self, reference: &ImageReference) -> anyhow::Result<RegistryImage> {
+        Ok(RegistryImage::new(self.client()?, reference.clone()))
     }
 }
 
-/// A registry reference with Docker's defaults.
-pub(super) fn reference(text: &str) -> anyhow::Result<ImageReference> {
-    text.parse()
-        .with_context(|| format!("read reference {text:?}"))
+/// For clap: a registry reference with Docker's defaults.
+pub(super) fn reference(text: &str) -> Result<ImageReference, String> {
+    match Location::parse(text)? {
+        Location::Registry(reference) => Ok(reference),
+        Location::Layout { .. } => Err(format!("{text:?}: want an image in a registry")),
+    }
+}
+
+/// For clap: a host and a file.
+fn ca_file(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((host, file)) if !host.is_empty() && !file.is_empty() => {
+            Ok((host.to_owned(), file.into()))
+        }
+        _ => Err("want HOST=FILE".to_owned()),
+    }
 }
 
 /// For clap: a location, with its own messages.

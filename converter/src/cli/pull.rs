@@ -4,18 +4,19 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use sluice_fetcher::registry::ImageReference;
 
 use super::open::{RegistryArguments, reference};
 use super::show::ShowArguments;
 use crate::image::Platform;
-use crate::image::registry::RegistryImage;
 use crate::pull::{Target, pull};
 
 /// Arguments of `pull`.
 #[derive(Debug, Args)]
 pub(super) struct Pull {
     /// Image in a registry, with or without docker://.
-    image: String,
+    #[arg(value_parser = reference)]
+    image: ImageReference,
     /// containerd's socket.
     #[arg(long, short, default_value = "/run/containerd/containerd.sock")]
     address: PathBuf,
@@ -35,13 +36,9 @@ pub(super) struct Pull {
 }
 
 pub(super) async fn run(arguments: Pull) -> anyhow::Result<()> {
-    let text = arguments
-        .image
-        .strip_prefix("docker://")
-        .unwrap_or(&arguments.image);
-    let reference = reference(text)?;
+    let reference = &arguments.image;
     let name = reference.to_string();
-    let source = RegistryImage::new(arguments.registry.client()?, reference.clone());
+    let source = arguments.registry.registry(reference)?;
     let target = Target {
         address: &arguments.address,
         namespace: &arguments.namespace,

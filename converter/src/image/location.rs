@@ -10,8 +10,8 @@ use sluice_fetcher::registry::{ImageReference, port_of};
 /// Where an image is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Location {
-    /// A registry reference, without its scheme.
-    Registry(String),
+    /// An image in a registry, with Docker's defaults filled in.
+    Registry(ImageReference),
     /// An OCI layout directory and the name within it.
     Layout {
         /// The directory.
@@ -60,14 +60,16 @@ impl Location {
         if rest.is_empty() {
             return Err(format!("{text:?}: empty reference"));
         }
-        Ok(Self::Registry(rest.to_owned()))
+        rest.parse()
+            .map(Self::Registry)
+            .map_err(|e| format!("{text:?}: {e}"))
     }
 
     /// The port that a registry reference names, if it names one.
     #[must_use]
     pub fn port(&self) -> Option<u16> {
         match self {
-            Self::Registry(reference) => port_of(reference.parse::<ImageReference>().ok()?.host()),
+            Self::Registry(reference) => port_of(reference.host()),
             Self::Layout { .. } => None,
         }
     }
@@ -96,7 +98,7 @@ mod tests {
             path: path.into(),
             tag: tag.map(str::to_owned),
         };
-        let registry = |text: &str| Location::Registry(text.into());
+        let registry = |text: &str| Location::Registry(text.parse().unwrap());
         let cases = [
             (
                 "docker://localhost:5000/a/b:1",
@@ -120,6 +122,8 @@ mod tests {
             "http://x/y",
             "docker-archive:/x",
             "docker://",
+            "docker://localhost:5000/Upper/case",
+            "a b",
         ] {
             assert!(Location::parse(bad).is_err(), "{bad}");
         }
