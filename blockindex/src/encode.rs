@@ -238,6 +238,16 @@ impl LayerEncoder {
         self.position
     }
 
+    /// About how many bytes tree, contents and skeleton take by now; never less than before while the
+    /// layer may be lazy, and little once it cannot.
+    pub fn held_bytes(&self) -> u64 {
+        let tree = self.scanner.as_ref().map_or(0, Scanner::held_bytes);
+        let skeleton = self.gather.skeleton.as_ref();
+        let skeleton = skeleton.map_or(0, SkeletonWriter::payload_bytes);
+        let files = self.gather.files.len() * size_of::<FileContent>();
+        tree + skeleton + files as u64
+    }
+
     /// Takes the next bytes of the tar and adds the chunks that they complete to `jobs`.
     ///
     /// **Errors**: only what makes a blob impossible; a tar that cannot be lazy is no error here.

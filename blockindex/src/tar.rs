@@ -307,6 +307,11 @@ impl Scanner {
         self.offset
     }
 
+    /// About how many bytes the tree takes by now.
+    pub fn held_bytes(&self) -> u64 {
+        self.apply.budget.held_bytes()
+    }
+
     /// Takes the next bytes of the tar and passes them on to `sink`.
     ///
     /// **Errors**: the tar is malformed or cannot be lazy. The sink then has all bytes up to and

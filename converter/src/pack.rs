@@ -227,7 +227,7 @@ pub fn pack(
     if let Some(error) = first_error(errors) {
         return Err(error);
     }
-    let plan = plan?;
+    let (plan, _claim) = plan?;
     let actual = plan.diff_id();
     if actual != input.diff_id {
         return Err(PackError::DiffId {

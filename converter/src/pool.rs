@@ -6,10 +6,15 @@
 //! is made and released when its frame is written or dropped ([`Reservation`]), so memory is bounded
 //! whatever the number of layers. A layer's frames are written in order; that cannot deadlock, because a
 //! frame waits only for earlier frames of the same layer, and these have their reservations already.
+//!
+//! What a layer gathers until its end, its tree above all, cannot be reserved piece by piece: several
+//! half-read layers would wait for each other. So every layer may hold up to [`LARGE_BYTES`] of it, and
+//! beyond that one layer at a time ([`ByteBudget::claim_large`]); the others wait between two parts
+//! of their tars, while their frames are still written.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 type Job = Box<dyn FnOnce() + Send>;
@@ -70,23 +75,49 @@ impl Drop for Pool {
     }
 }
 
+/// What each layer may gather while others do as well: the trees of some 80 000 files, which is more
+/// than most layers have.
+pub const LARGE_BYTES: u64 = 32 * 1024 * 1024;
+
 /// How many bytes may be in flight.
 #[derive(Debug)]
 pub struct ByteBudget {
     free_bytes: Mutex<u64>,
     released: Condvar,
     total_bytes: u64,
+    large_bytes: u64,
+    large: Mutex<()>,
 }
+
+/// The right to gather much, which one layer has at a time.
+pub type LargeClaim<'a> = MutexGuard<'a, ()>;
 
 impl ByteBudget {
     /// A budget of `total_bytes`.
     pub fn new(total_bytes: u64) -> Arc<Self> {
+        Self::with_large_bytes(total_bytes, LARGE_BYTES)
+    }
+
+    /// A budget with another limit than [`LARGE_BYTES`].
+    pub fn with_large_bytes(total_bytes: u64, large_bytes: u64) -> Arc<Self> {
         let free_bytes = Mutex::new(total_bytes);
         Arc::new(Self {
             free_bytes,
             released: Condvar::new(),
             total_bytes,
+            large_bytes,
+            large: Mutex::default(),
         })
+    }
+
+    /// Whether a layer that has gathered so much needs a [`LargeClaim`].
+    pub fn is_large(&self, gathered_bytes: u64) -> bool {
+        gathered_bytes > self.large_bytes
+    }
+
+    /// Waits until no other layer has the claim.
+    pub fn claim_large(&self) -> LargeClaim<'_> {
+        self.large.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until `bytes` are free. More than the whole budget takes all of it.

@@ -354,9 +354,11 @@ fn what_only_a_lazy_layer_needs_is_freed_with_the_hope_for_it() {
     let mut jobs = Vec::new();
     encoder.push(&tar[..end], &mut jobs).unwrap();
     assert!(encoder.gather.skeleton.is_some() && !encoder.gather.files.is_empty());
+    assert!(encoder.held_bytes() > 312 * 320);
     encoder.push(&tar[end..], &mut jobs).unwrap();
     assert!(encoder.scanner.is_err());
     assert!(encoder.gather.skeleton.is_none() && encoder.gather.files.capacity() == 0);
+    assert_eq!(encoder.held_bytes(), 0);
 }
 
 #[test]

@@ -23,6 +23,9 @@ const STEPS_FREE: u64 = 1 << 20;
 /// linear in the tar.
 const STEPS_PER_ENTRY: u64 = 64;
 
+/// About what an entry takes in memory besides its bytes: an inode and its place in a directory.
+const ENTRY_BYTES: u64 = 320;
+
 /// How much of something is left.
 #[derive(Debug, Clone)]
 pub(super) struct Allowance {
@@ -38,6 +41,10 @@ impl Allowance {
             limit,
             left: limit,
         }
+    }
+
+    fn used(&self) -> u64 {
+        self.limit - self.left
     }
 
     pub(super) fn take(&mut self, count: usize) -> Result<(), NotLazy> {
@@ -80,6 +87,11 @@ impl Budget {
     pub(super) fn entry(&mut self) -> Result<(), NotLazy> {
         self.steps = self.steps.saturating_add(STEPS_PER_ENTRY);
         self.entries.take(1)
+    }
+
+    /// About how many bytes the tree takes.
+    pub(super) fn held_bytes(&self) -> u64 {
+        self.entries.used() * ENTRY_BYTES + self.tree_bytes.used()
     }
 
     /// Accounts for bytes of the tar that belong to no file.

@@ -12,7 +12,7 @@ use sluice_blockindex::encode::{ChunkJob, EncodeOptions, LayerEncoder, LayerPlan
 use sluice_blockindex::frames::{EncodeFrameError, EncodedChunk};
 
 use super::{IndexPlace, PackError, Packed, SpoolWriter};
-use crate::pool::{ByteBudget, Pool, Reservation};
+use crate::pool::{ByteBudget, LargeClaim, Pool, Reservation};
 
 /// A frame that is being made: its receiver closes without a value if the job died.
 pub(super) type Pending = Receiver<(Result<EncodedChunk, EncodeFrameError>, Reservation)>;
@@ -23,22 +23,27 @@ fn failed(error: impl ToString) -> PackError {
     }
 }
 
-/// Feeds the encoder and hands its jobs to the pool; their receivers go to `frames` in order.
-pub(super) fn encode(
+/// Feeds the encoder and hands its jobs to the pool; their receivers go to `frames` in order. The
+/// claim, if the layer needs one, is to be kept as long as the plan.
+pub(super) fn encode<'a>(
     tar: Receiver<Bytes>,
     frames: SyncSender<Pending>,
     pool: &Pool,
-    budget: &Arc<ByteBudget>,
-) -> Result<LayerPlan, PackError> {
+    budget: &'a Arc<ByteBudget>,
+) -> Result<(LayerPlan, Option<LargeClaim<'a>>), PackError> {
+    let mut claim = None;
     let mut encoder = LayerEncoder::new(EncodeOptions::default()).map_err(failed)?;
     let mut jobs = Vec::new();
     for part in tar {
         encoder.push(&part, &mut jobs).map_err(failed)?;
         submit(&mut jobs, &frames, pool, budget)?;
+        if claim.is_none() && budget.is_large(encoder.held_bytes()) {
+            claim = Some(budget.claim_large());
+        }
     }
     let plan = encoder.finish(&mut jobs).map_err(failed)?;
     submit(&mut jobs, &frames, pool, budget)?;
-    Ok(plan)
+    Ok((plan, claim))
 }
 
 fn submit(

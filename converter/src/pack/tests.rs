@@ -153,6 +153,39 @@ fn a_source_that_fails_is_the_reported_cause() {
 }
 
 #[test]
+fn one_layer_at_a_time_gathers_much() {
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
+    let tar = tar(200);
+    let pack_beside = |large_bytes: u64, waits: bool| {
+        let budget = ByteBudget::with_large_bytes(1 << 26, large_bytes);
+        let (done, finished) = channel();
+        std::thread::scope(|scope| {
+            let another_layer = budget.claim_large();
+            scope.spawn(|| {
+                let (parts, body) = tokio::sync::mpsc::channel(1);
+                parts.try_send(Ok(Bytes::copy_from_slice(&tar))).unwrap();
+                drop(parts);
+                let spool = crate::spool::create(&std::env::temp_dir()).unwrap();
+                let pool = Pool::new(1).unwrap();
+                let packed = pack(&input(&tar, &tar), body, spool, &pool, &budget, &|_| {});
+                done.send(packed.map(|packed| packed.index.is_ok()))
+                    .unwrap();
+            });
+            let patience = if waits { 300 } else { 60_000 };
+            let early = finished.recv_timeout(Duration::from_millis(patience));
+            drop(another_layer);
+            let waited = early.is_err();
+            let packed = early.or_else(|_| finished.recv()).unwrap();
+            assert!(packed.unwrap(), "lazy");
+            waited
+        })
+    };
+    assert!(!pack_beside(1 << 20, false), "small: it does not wait");
+    assert!(pack_beside(1 << 10, true), "large: it waits");
+}
+
+#[test]
 fn a_full_disk_is_named() {
     let tar = tar(300);
     let full = std::fs::OpenOptions::new()
