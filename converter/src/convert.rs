@@ -377,26 +377,39 @@ impl Conversion {
         reporter: LayerReporter<'_>,
     ) -> Result<(Outcome, Transfer), ConvertError> {
         let (pool, budget) = (Arc::clone(&self.pool), Arc::clone(&self.budget));
+        let descriptor = &layer.descriptor;
+        // What is zstd already stays if it cannot be lazy, which only its end tells.
+        let keep = match descriptor.media_type.ends_with("zstd") {
+            true => Some(Arc::new(self.pusher.spool()?)),
+            false => None,
+        };
+        let kept = keep.clone();
         let packing = self.stream(layer, move |input, body, spool, progress| {
-            pack(input, body, spool, &pool, &budget, progress)
+            let input = Input {
+                keep,
+                ..input.clone()
+            };
+            pack(&input, body, spool, &pool, &budget, progress)
         });
         let packed: Packed = packing.await?.map_err(Self::layer_error(plan, layer))?;
-        let descriptor = &layer.descriptor;
-        let outcome = match packed.annotations(layer.diff_id, plan.config_digest) {
-            Ok(annotations) => Outcome::Lazy(annotations),
-            Err(reason) if descriptor.media_type.ends_with("zstd") => {
+        let outcome = match (packed.annotations(layer.diff_id, plan.config_digest), kept) {
+            (Ok(annotations), _) => Outcome::Lazy(annotations),
+            (Err(reason), Some(kept)) => {
                 // It is what it should be already, and now known to be intact.
+                let (blob, blob_bytes) = (descriptor.digest, descriptor.size);
                 let outcome = Outcome::NotLazy {
                     reason: reason.to_owned(),
                     media_type: descriptor.media_type.clone(),
-                    blob: descriptor.digest,
-                    blob_bytes: descriptor.size,
+                    blob,
+                    blob_bytes,
                 };
-                // It was not kept: few layers come here, and most destinations can mount it.
-                reporter.again(descriptor.size);
-                return Ok((outcome, self.pusher.copy(descriptor, reporter).await?));
+                let transfer = match self.pusher.place(descriptor).await? {
+                    Some(transfer) => transfer,
+                    None => self.pusher.send(blob, blob_bytes, kept, reporter).await?,
+                };
+                return Ok((outcome, transfer));
             }
-            Err(reason) => Outcome::NotLazy {
+            (Err(reason), None) => Outcome::NotLazy {
                 reason: reason.to_owned(),
                 media_type: OCI_LAYER_ZSTD.to_owned(),
                 blob: packed.blob,
@@ -442,6 +455,7 @@ impl Conversion {
             blob_bytes: descriptor.size,
             diff_id: layer.diff_id,
             caps: self.options.caps,
+            keep: None,
         };
         let (reporter, source) = (Arc::clone(&self.reporter), descriptor.digest.to_string());
         let packing = tokio::task::spawn_blocking(move || {

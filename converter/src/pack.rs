@@ -136,6 +136,9 @@ pub struct Input {
     pub diff_id: DiffId,
     /// What to refuse.
     pub caps: Caps,
+    /// Gets the bytes of the source blob as they come, for a caller that may want them unchanged. They
+    /// are verified if packing succeeds.
+    pub keep: Option<Arc<File>>,
 }
 
 /// A packed layer: verified, and not yet anywhere.
@@ -209,7 +212,10 @@ pub fn pack(
         let source = scope.spawn(|| {
             read_source(input, body, blob_tx, &drain, |part| {
                 progress(part.len() as u64);
-                Ok(())
+                let mut keep = input.keep.as_deref();
+                keep.as_mut()
+                    .map_or(Ok(()), |file| file.write_all(part))
+                    .map_err(spool_error)
             })
         });
         let inflate = scope.spawn(|| inflate::inflate(blob_rx, cap, tar_tx, &drain));

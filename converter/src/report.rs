@@ -186,14 +186,6 @@ impl<'a> LayerReporter<'a> {
         self.reporter.progress(self.source, bytes);
     }
 
-    /// All that was read so far is read again.
-    pub fn again(&self, total_bytes: u64) {
-        self.reporter.event(&Event::LayerStarted {
-            source: self.source.to_owned(),
-            bytes: total_bytes,
-        });
-    }
-
     /// `sent_bytes` of `total_bytes` were sent so far.
     pub fn sent(&self, sent_bytes: u64, total_bytes: u64) {
         self.reporter

@@ -119,10 +119,7 @@ impl Reporter for Bars {
                     .unwrap_or_else(|_| ProgressStyle::default_bar());
                 let bar = self.all.add(ProgressBar::new(*bytes).with_style(style));
                 bar.set_prefix(short(source).to_owned());
-                // A layer may start again.
-                if let Some(before) = self.with(|bars| bars.insert(source.clone(), bar)) {
-                    self.all.remove(&before);
-                }
+                self.with(|bars| bars.insert(source.clone(), bar));
             }
             Event::LayerDone { source, .. } => {
                 if let Some(bar) = self.with(|bars| bars.remove(source)) {

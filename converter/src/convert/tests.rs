@@ -394,6 +394,8 @@ async fn layers_that_cannot_be_lazy_are_ordinary_zstd_and_say_why() {
         let destination = MemoryImage::new("destination");
         let summary = run(&builder.store, &destination, options(1)).await.unwrap();
         assert_eq!(summary.layers_not_lazy, 1);
+        let read = builder.store.counts().blobs_read;
+        assert_eq!(read, 3, "the layer once, the config twice");
         let found = destination
             .root()
             .await
