@@ -106,6 +106,9 @@ pub struct Parts<'a> {
 
 /// Runs the daemon until SIGTERM or SIGINT.
 pub async fn run(config: Config) -> Result<(), RunError> {
+    if let Err(error) = crate::sys::process::raise_open_files() {
+        tracing::warn!(%error, "raise the limit of open files");
+    }
     let stop = CancellationToken::new();
     let stopped = stop.clone();
     let mut terminate = signal(SignalKind::terminate()).map_err(RunError::Signals)?;

@@ -27,6 +27,7 @@
 
 mod directories;
 mod error;
+mod graveyard;
 mod id_map;
 mod lazy;
 mod life_cycle;

@@ -13,6 +13,7 @@ use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::graveyard::Graveyard;
 use super::id_map::Owner;
 use super::{SnapshotError, SnapshotId, SnapshotKind};
 
@@ -22,7 +23,7 @@ type Result<T> = std::result::Result<T, SnapshotError>;
 #[derive(Debug, Clone)]
 pub struct SnapshotDirectories {
     snapshots: PathBuf,
-    graveyard: PathBuf,
+    graveyard: Arc<Graveyard>,
     /// Locked for a few instructions only, never while anything waits.
     under_way: Arc<Mutex<BTreeSet<SnapshotId>>>,
 }
@@ -51,10 +52,10 @@ impl SnapshotDirectories {
     pub fn open(root: &Path) -> Result<Self> {
         let directories = Self {
             snapshots: root.join("snapshots"),
-            graveyard: root.join("graveyard"),
+            graveyard: Arc::new(Graveyard::new(root.join("graveyard"))),
             under_way: Arc::default(),
         };
-        for path in [&directories.snapshots, &directories.graveyard] {
+        for path in [&*directories.snapshots, directories.graveyard.path()] {
             DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)
@@ -173,7 +174,7 @@ impl SnapshotDirectories {
                 continue;
             }
             let from = self.snapshots.join(&name);
-            match fs::rename(&from, self.graveyard.join(&name)) {
+            match fs::rename(&from, self.graveyard.path().join(&name)) {
                 Ok(()) => buried += 1,
                 // Another reap was faster.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => (),
@@ -187,21 +188,10 @@ impl SnapshotDirectories {
 
     /// Deletes what is in the graveyard; answers how many directories could not be deleted.
     pub(super) fn empty_graveyard(&self) -> Result<usize> {
-        let mut failed = 0;
-        let entries = fs::read_dir(&self.graveyard)
-            .map_err(SnapshotError::directory("list directory", &self.graveyard))?;
-        for entry in entries.flatten() {
-            match fs::remove_dir_all(entry.path()) {
-                Ok(()) => (),
-                // Another reap deletes at the same time.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => (),
-                Err(error) => {
-                    failed += 1;
-                    tracing::warn!(path = ?entry.path(), %error, "snapshot directory is not deleted");
-                }
-            }
-        }
-        Ok(failed)
+        self.graveyard.empty().map_err(SnapshotError::directory(
+            "empty directory",
+            self.graveyard.path(),
+        ))
     }
 
     /// The highest id that a directory has.
