@@ -31,6 +31,7 @@ use sluice_blockindex::tar::{NotLazy, ScanError, Scanner};
 use sluice_blockindex::tree::Tree;
 use sluice_fetcher::source::{BlobSource, ReadContext, SourceError};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::below::Below;
@@ -99,6 +100,24 @@ impl LayerUnpackError {
     }
 }
 
+/// How long blocking work may go on.
+#[derive(Clone, Debug, Default)]
+struct Until {
+    cancel: CancellationToken,
+    deadline: Option<Instant>,
+}
+
+impl Until {
+    fn check(&self) -> Result<(), LayerUnpackError> {
+        let late = self.deadline.is_some_and(|at| Instant::now() >= at);
+        if late || self.cancel.is_cancelled() {
+            Err(LayerUnpackError::Cancelled)
+        } else {
+            Ok(())
+        }
+    }
+}
+
 /// A layer to unpack.
 #[derive(Clone, Debug)]
 pub struct LayerBlob {
@@ -116,7 +135,8 @@ impl LayerBlob {
     /// Fetches and verifies the layer and gives its tar, scanned.
     ///
     /// `scratch` is a directory for unnamed files, on the file system of the snapshots.
-    /// **Cancel** safe.
+    /// **Cancel** safe; blocking work ends at its next step, too, when the context is cancelled or its
+    /// deadline has passed.
     pub async fn fetch(
         &self,
         source: Arc<dyn BlobSource>,
@@ -126,8 +146,12 @@ impl LayerBlob {
         let extent = Extent::new(0, self.blob_bytes).unwrap_or_else(Extent::empty);
         let (sender, receiver) = mpsc::channel(QUEUE_PIECES);
         let (blob, scratch) = (self.clone(), scratch.to_owned());
+        let until = Until {
+            cancel: context.cancel.clone(),
+            deadline: context.deadline,
+        };
         let work = tokio::task::spawn_blocking(move || {
-            blob.decompress_and_scan(PieceReader::new(receiver), &scratch)
+            blob.decompress_and_scan(PieceReader::new(receiver), &scratch, &until)
         });
         let feed = async {
             let mut body = source.open(&context, extent).await?.narrow(extent)?.body;
@@ -157,6 +181,7 @@ impl LayerBlob {
         &self,
         compressed: PieceReader,
         scratch: &Path,
+        until: &Until,
     ) -> Result<ScannedTar, LayerUnpackError> {
         let mut tar = unnamed_file(scratch)?;
         let mut compressed = Hashing::new(compressed);
@@ -171,6 +196,8 @@ impl LayerBlob {
                 let count = plain
                     .read(&mut buffer)
                     .map_err(LayerUnpackError::io("decompress the layer"))?;
+                // A few bytes of a blob may become gigabytes.
+                until.check()?;
                 if count == 0 {
                     break;
                 }
@@ -211,8 +238,8 @@ impl LayerBlob {
             (Some(Ok(tree)), _) => Ok(ScannedTar { tree, tar }),
             (Some(Err(ScanError::NotLazy(NotLazy::Sparse { .. }))), _)
             | (None, Some(ScanError::NotLazy(NotLazy::Sparse { .. }))) => {
-                let expanded = sparse::expand(&tar, unnamed_file(scratch)?, TAR_CAP_BYTES)?;
-                let tree = scan(&expanded)?;
+                let expanded = sparse::expand(&tar, unnamed_file(scratch)?, TAR_CAP_BYTES, until)?;
+                let tree = scan(&expanded, until)?;
                 Ok(ScannedTar {
                     tree,
                     tar: expanded,
@@ -258,7 +285,8 @@ pub struct ScannedTar {
 }
 
 impl ScannedTar {
-    /// Whether attributes of directories below are needed.
+    /// Whether attributes of directories below are needed, besides those of the root, which has none of
+    /// its own.
     #[must_use]
     pub fn has_implicit_directories(&self) -> bool {
         let mut pending = vec![self.tree.root()];
@@ -276,8 +304,8 @@ impl ScannedTar {
         false
     }
 
-    /// Makes the tree real in an empty directory, as the lower directory of an overlay mount.
-    /// Blocks.
+    /// Makes the tree real in an empty directory, as the lower directory of an overlay mount, and
+    /// durable. Blocks.
     pub fn materialise(
         &self,
         directory: &Path,
@@ -290,7 +318,7 @@ impl ScannedTar {
 }
 
 /// Scans a whole tar from its beginning.
-fn scan(tar: &File) -> Result<Tree, LayerUnpackError> {
+fn scan(tar: &File, until: &Until) -> Result<Tree, LayerUnpackError> {
     use std::os::unix::fs::FileExt as _;
     let mut scanner = Scanner::new();
     let mut buffer = vec![0; BUFFER_BYTES];
@@ -299,6 +327,7 @@ fn scan(tar: &File) -> Result<Tree, LayerUnpackError> {
         let count = tar
             .read_at(&mut buffer, offset)
             .map_err(LayerUnpackError::io("read the layer's tar"))?;
+        until.check()?;
         if count == 0 {
             return Ok(scanner.finish()?);
         }

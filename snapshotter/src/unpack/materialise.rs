@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A tree in memory made real below a directory.
 //!
-//! Walks the tree depth first with one descriptor per level; every operation names a single component
-//! relative to its parent's descriptor, and nothing is followed, so no name can lead outside. A
-//! directory's own attributes are set after its children, or their creation would change its mtime.
-//! Order per inode: create, owner, xattrs, mode, times, because a change of owner clears set-user-ID
-//! bits and file capabilities.
+//! Walks the tree depth first. A layer may be nested as deep as a path is long, so the walk keeps its
+//! place on the heap, and one descriptor, that of the directory where it is; it goes up by `..`, which
+//! nobody else can move. Every operation names a single component relative to its directory's
+//! descriptor, and nothing is followed, so no name can lead outside. A directory's own attributes are
+//! set after its children, or their creation would change its mtime. Order per inode: create, owner,
+//! xattrs, mode, times, because a change of owner clears set-user-ID bits and file capabilities. At the
+//! end all is synced: the row that names the directory must not outlive the files in a power loss.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -89,12 +91,9 @@ pub(super) fn materialise(
         buffer: vec![0; BUFFER_BYTES],
         cancel,
     };
-    writer.children(tree.root(), &here)?;
-    let inode = tree.inode(tree.root());
-    if !inode.implicit {
-        writer.attributes(inode, &here, b".")?;
-    }
-    Ok(())
+    writer.walk(here)?;
+    writer.directory(tree.root(), &writer.root, b".")?;
+    nix::unistd::syncfs(&writer.root).map_err(writer.failed("sync the file system of"))
 }
 
 impl Writer<'_> {
@@ -107,30 +106,65 @@ impl Writer<'_> {
         }
     }
 
-    fn children(&mut self, directory: InodeId, fd: &OwnedFd) -> Result<(), MaterialiseError> {
+    /// Makes all that is below the root, which `here` is.
+    fn walk(&mut self, mut here: OwnedFd) -> Result<(), MaterialiseError> {
         let tree = self.tree;
-        for (name, child) in tree.children(directory) {
+        let children = |directory| (directory, tree.children(directory).iter());
+        let mut levels = vec![children(tree.root())];
+        while let Some((directory, left)) = levels.last_mut() {
             if self.cancel.is_cancelled() {
                 return Err(MaterialiseError::Cancelled);
             }
-            self.path.push(name.clone());
-            self.entry(*child, fd, name)?;
-            self.path.pop();
+            if let Some((name, child)) = left.next() {
+                self.path.push(name.clone());
+                match self.entry(*child, &here, name)? {
+                    Some(inside) => {
+                        here = inside;
+                        levels.push(children(*child));
+                    }
+                    None => drop(self.path.pop()),
+                }
+                continue;
+            }
+            let directory = *directory;
+            levels.pop();
+            // Only the root has no name.
+            if let Some(name) = self.path.last().cloned() {
+                let up = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
+                here = self.open(&here, OsStr::new(".."), up)?;
+                self.directory(directory, &here, &name)?;
+                self.path.pop();
+            }
         }
         Ok(())
     }
 
-    fn entry(
-        &mut self,
+    /// Gives a directory its own attributes, when all that is in it is there.
+    fn directory(
+        &self,
         id: InodeId,
         parent: &OwnedFd,
         name: &[u8],
     ) -> Result<(), MaterialiseError> {
         let inode = self.tree.inode(id);
+        if inode.implicit {
+            return self.attributes(&self.implicit(inode)?, parent, name);
+        }
+        self.attributes(inode, parent, name)
+    }
+
+    /// Makes one entry; of a directory it gives the descriptor, for what is in it.
+    fn entry(
+        &mut self,
+        id: InodeId,
+        parent: &OwnedFd,
+        name: &[u8],
+    ) -> Result<Option<OwnedFd>, MaterialiseError> {
+        let inode = self.tree.inode(id);
         let os_name = OsStr::from_bytes(name);
         if !inode.is_directory() {
             if let Some(first) = self.first_names.get(&id).cloned() {
-                return self.link(&first, parent, os_name);
+                return self.link(&first, parent, os_name).map(|()| None);
             }
             self.first_names.insert(id, self.path.clone());
         }
@@ -140,16 +174,8 @@ impl Writer<'_> {
             InodeKind::Directory => {
                 mkdirat(parent, os_name, Mode::from_bits_truncate(0o700))
                     .map_err(self.failed("create directory"))?;
-                let fd = self.open(parent, os_name, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
-                self.children(id, &fd)?;
-                let resolved;
-                let inode = if inode.implicit {
-                    resolved = self.implicit(inode)?;
-                    &resolved
-                } else {
-                    inode
-                };
-                return self.attributes(inode, parent, name);
+                let inside = OFlag::O_RDONLY | OFlag::O_DIRECTORY;
+                return self.open(parent, os_name, inside).map(Some);
             }
             InodeKind::Regular { size_bytes, extent } => {
                 let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL;
@@ -171,7 +197,7 @@ impl Writer<'_> {
             InodeKind::Fifo => node(SFlag::S_IFIFO, 0).map_err(self.failed("create FIFO"))?,
             InodeKind::Socket => node(SFlag::S_IFSOCK, 0).map_err(self.failed("create socket"))?,
         }
-        self.attributes(inode, parent, name)
+        self.attributes(inode, parent, name).map(|()| None)
     }
 
     fn open(

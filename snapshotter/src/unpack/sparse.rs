@@ -12,7 +12,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 
-use super::LayerUnpackError;
+use super::{LayerUnpackError, Until};
 
 const BLOCK: usize = 512;
 const BLOCK_BYTES: u64 = 512;
@@ -42,23 +42,43 @@ struct Expander<'a> {
     from: &'a File,
     to: File,
     at: u64,
+    /// Bytes of the tar.
+    end: u64,
     out: u64,
     cap_bytes: u64,
+    until: &'a Until,
 }
 
 /// Writes `tar` to `to` with sparse files in full.
-pub(super) fn expand(tar: &File, to: File, cap_bytes: u64) -> Result<File, LayerUnpackError> {
+///
+/// **Errors** also when the work is called off.
+pub(super) fn expand(
+    tar: &File,
+    to: File,
+    cap_bytes: u64,
+    until: &Until,
+) -> Result<File, LayerUnpackError> {
+    let failed = LayerUnpackError::io("expand sparse files");
+    let end = match tar.metadata() {
+        Ok(metadata) => metadata.len(),
+        Err(error) => return Err(failed(error)),
+    };
     let mut expander = Expander {
         from: tar,
         to,
         at: 0,
+        end,
         out: 0,
         cap_bytes,
+        until,
     };
-    expander
-        .run()
-        .map_err(LayerUnpackError::io("expand sparse files"))?;
-    Ok(expander.to)
+    match expander.run() {
+        Ok(()) => Ok(expander.to),
+        Err(error) => {
+            until.check()?;
+            Err(failed(error))
+        }
+    }
 }
 
 fn invalid(what: &str) -> io::Error {
@@ -73,8 +93,7 @@ impl Expander<'_> {
         // PAX headers of the entry to come: where each lies, and its records.
         let mut pending: Vec<(u64, u64)> = Vec::new();
         let mut records: Vec<(Vec<u8>, Vec<u8>)> = Vec::new();
-        let end = self.from.metadata()?.len();
-        while self.at + BLOCK_BYTES <= end {
+        while self.end - self.at >= BLOCK_BYTES {
             let header = self.block(self.at)?;
             if header.iter().all(|byte| *byte == 0) {
                 break;
@@ -85,11 +104,11 @@ impl Expander<'_> {
             match header[156] {
                 b'x' => {
                     records.extend(self.records(data, size)?);
-                    pending.push((start, data + padded(size)?));
-                    self.at = data + padded(size)?;
+                    self.at = self.after(data, size)?;
+                    pending.push((start, self.at));
                 }
                 b'g' | b'L' | b'K' => {
-                    self.at = data + padded(size)?;
+                    self.at = self.after(data, size)?;
                     self.copy(start, self.at)?;
                 }
                 b'S' => {
@@ -105,15 +124,15 @@ impl Expander<'_> {
                             self.flush(&mut pending, &records, true)?;
                             records.clear();
                             let data_start = data + sparse.map_bytes;
-                            let stored = size - sparse.map_bytes.min(size);
+                            let stored = size.saturating_sub(sparse.map_bytes);
                             self.entry(&header, sparse, data_start, stored)?;
                         }
                         None => {
                             self.flush(&mut pending, &records, false)?;
                             records.clear();
                             let size = if has_content(header[156]) { size } else { 0 };
-                            self.at = data + padded(size)?;
-                            self.copy(start, self.at.min(end))?;
+                            self.at = self.after(data, size)?;
+                            self.copy(start, self.at)?;
                         }
                     }
                 }
@@ -195,13 +214,32 @@ impl Expander<'_> {
                 return Err(invalid("a map leaves its file"));
             }
             self.out = start + piece.offset;
-            self.copy(from, from + piece.bytes)?;
-            from += piece.bytes;
+            // The pieces together are no more than `stored_bytes`.
+            let next = from
+                .checked_add(piece.bytes)
+                .ok_or_else(|| invalid("an entry leaves the tar"))?;
+            self.copy(from, next)?;
+            from = next;
         }
         self.out = end;
         self.to.set_len(end)?;
-        self.at = data + padded(stored_bytes)?;
+        self.at = self.after(data, stored_bytes)?;
         self.pad()
+    }
+
+    fn go_on(&self) -> io::Result<()> {
+        let called_off = |_| io::Error::from(io::ErrorKind::TimedOut);
+        self.until.check().map_err(called_off)
+    }
+
+    /// Where the block after `bytes` of data begins. A tar that ends within the padding ends there.
+    ///
+    /// **Errors** when the data leaves the tar: a size is whatever its author wrote.
+    fn after(&self, data: u64, bytes: u64) -> io::Result<u64> {
+        data.checked_add(bytes)
+            .filter(|end| *end <= self.end)
+            .ok_or_else(|| invalid("an entry leaves the tar"))?;
+        Ok((data + padded(bytes)?).min(self.end))
     }
 
     fn old_gnu(&self, header: &[u8; BLOCK], data: u64) -> io::Result<(Sparse, u64)> {
@@ -317,6 +355,7 @@ impl Expander<'_> {
     }
 
     fn block(&self, at: u64) -> io::Result<[u8; BLOCK]> {
+        self.go_on()?;
         let mut block = [0; BLOCK];
         self.from.read_exact_at(&mut block, at)?;
         Ok(block)
@@ -326,6 +365,7 @@ impl Expander<'_> {
         let mut buffer = vec![0; 128 << 10];
         let mut at = start;
         while at < end {
+            self.go_on()?;
             let part = usize::try_from(end - at)
                 .unwrap_or(usize::MAX)
                 .min(buffer.len());
@@ -457,4 +497,63 @@ fn set_checksum(header: &mut [u8; BLOCK]) {
     header[148..156].fill(b' ');
     let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
     header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write as _;
+
+    /// A tar of one header with this type and these bytes for the size, and one block of data.
+    fn tar(kind: u8, size: &[u8; 12]) -> File {
+        let mut header = [0; BLOCK];
+        header[..4].copy_from_slice(b"name");
+        header[124..136].copy_from_slice(size);
+        header[156] = kind;
+        set_checksum(&mut header);
+        let mut file = tempfile::tempfile().unwrap();
+        for block in [header, [1; BLOCK], [0; BLOCK], [0; BLOCK]] {
+            file.write_all(&block).unwrap();
+        }
+        file
+    }
+
+    fn base_256(value: u64) -> [u8; 12] {
+        let mut field = [0; 12];
+        field[0] = 0x80;
+        field[4..].copy_from_slice(&value.to_be_bytes());
+        field
+    }
+
+    #[test]
+    fn sizes_that_leave_the_tar_are_refused() {
+        let mut whole = [0; 12];
+        set_number(&mut whole, 512);
+        let until = Until::default();
+        let cases: [(u8, [u8; 12], bool); 8] = [
+            (b'0', whole, true),
+            (b'0', base_256(512), true),
+            (b'0', base_256(1537), false),
+            // Padded and added to where the data begins, it comes back to where it was.
+            (b'0', base_256(u64::MAX - 511), false),
+            (b'0', base_256(u64::MAX - 1023), false),
+            (b'g', base_256(u64::MAX - 511), false),
+            (b'L', base_256(u64::MAX), false),
+            (b'S', base_256(u64::MAX - 511), false),
+        ];
+        for (number, (kind, size, good)) in cases.into_iter().enumerate() {
+            let to = tempfile::tempfile().unwrap();
+            let expanded = expand(&tar(kind, &size), to, 1 << 20, &until);
+            assert_eq!(expanded.is_ok(), good, "case {number}: {expanded:?}");
+        }
+    }
+
+    #[test]
+    fn work_that_is_called_off_ends() {
+        let until = Until::default();
+        until.cancel.cancel();
+        let to = tempfile::tempfile().unwrap();
+        let expanded = expand(&tar(b'0', &base_256(512)), to, 1 << 20, &until);
+        assert!(matches!(expanded, Err(LayerUnpackError::Cancelled)));
+    }
 }

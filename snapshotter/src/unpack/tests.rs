@@ -301,3 +301,80 @@ async fn a_cancelled_unpack_stops() {
         LayerUnpackError::Materialise(MaterialiseError::Cancelled)
     ));
 }
+
+/// A tar of one file, whose directories are implied.
+fn tar_of_file(path: &Path) -> Vec<u8> {
+    let mut builder = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_gnu();
+    header.set_size(1);
+    header.set_mode(0o644);
+    builder.append_data(&mut header, path, &b"x"[..]).unwrap();
+    builder.into_inner().unwrap()
+}
+
+#[tokio::test]
+async fn the_deepest_layer_needs_little_stack_and_few_descriptors() {
+    let scratch = tempfile::tempdir().unwrap();
+    let mut path = std::path::PathBuf::from("d/".repeat(2000));
+    path.push("file");
+    let layer = zstd_layer(&tar_of_file(&path));
+    let scanned = fetch(&layer, scratch.path()).await.unwrap();
+    let small = std::thread::Builder::new().stack_size(192 << 10);
+    let target = small.spawn(move || unpack(&scanned, Vec::new()));
+    let target = target.unwrap().join().unwrap();
+    let mut find = Command::new("find");
+    let found = find.arg(target.path()).args(["-name", "file"]).output();
+    let found = found.unwrap().stdout;
+    let levels = found
+        .split(|byte| *byte == b'/')
+        .filter(|name| name == b"d");
+    assert_eq!(levels.count(), 2000);
+    // A standard library may delete it by recursion; this does not.
+    let removed = Command::new("rm")
+        .arg("-r")
+        .arg(target.path().join("d"))
+        .status();
+    assert!(removed.unwrap().success());
+}
+
+#[tokio::test]
+async fn the_root_takes_the_attributes_of_the_one_below() {
+    let scratch = tempfile::tempdir().unwrap();
+    let lower = tempfile::tempdir().unwrap();
+    let mode = std::fs::Permissions::from_mode(0o2771);
+    std::os::unix::fs::chown(lower.path(), Some(12), Some(34)).unwrap();
+    std::fs::set_permissions(lower.path(), mode).unwrap();
+    let layer = zstd_layer(&tar_of_file(Path::new("file")));
+    let scanned = fetch(&layer, scratch.path()).await.unwrap();
+    let below = || Lower::Directory(open_directory(lower.path()).unwrap());
+    for (lowers, expected) in [(vec![], (0, 0, 0o755)), (vec![below()], (12, 34, 0o2771))] {
+        let target = unpack(&scanned, lowers);
+        let root = target.path().metadata().unwrap();
+        assert_eq!((root.uid(), root.gid(), root.mode() & 0o7777), expected);
+    }
+}
+
+#[tokio::test]
+async fn a_bomb_ends_with_the_deadline() {
+    let scratch = tempfile::tempdir().unwrap();
+    let zeros = std::io::Read::take(std::io::repeat(0), 1 << 30);
+    let blob = zstd::encode_all(zeros, 1).unwrap();
+    let layer = layer(b"not what it is", blob);
+    let until = Until {
+        deadline: Some(Instant::now()),
+        ..Until::default()
+    };
+    let (sender, receiver) = mpsc::channel(QUEUE_PIECES);
+    let (blob, description) = (layer.blob.clone(), layer.description.clone());
+    let scratch_path = scratch.path().to_owned();
+    let work = tokio::task::spawn_blocking(move || {
+        description.decompress_and_scan(PieceReader::new(receiver), &scratch_path, &until)
+    });
+    sender.send(Ok(blob.into())).await.unwrap();
+    drop(sender);
+    let ended = work.await.unwrap();
+    assert!(
+        matches!(ended, Err(LayerUnpackError::Cancelled)),
+        "{ended:?}"
+    );
+}
