@@ -6,6 +6,12 @@
 //! valid when it was written; opening it again checks its crc32 sums against rot.
 //! Opened indexes are shared: one mapping per index as long as anybody holds it.
 //! A crash leaves a whole file or none. All calls block.
+//!
+//! Who needs a file that no metadata names yet calls [`IndexFiles::hold`]: from then on the sweep
+//! leaves it alone for its grace. A file whose index is open is left alone too.
+//!
+//! **Locks** `touched` before `open`. `touched` is held while the sweep looks at one file and deletes
+//! it, so that a hold comes before the look or finds the file gone.
 
 use std::collections::HashMap;
 use std::io;
@@ -23,6 +29,9 @@ use sluice_blockindex::index::{
 };
 
 use crate::{durable, sys};
+
+#[cfg(test)]
+pub mod sample;
 
 /// A validated index over a mapped file.
 pub type LayerIndex = Index<Mmap>;
@@ -70,15 +79,21 @@ pub enum LayerIndexError {
 /// Checks a fetched payload against all that the manifest says of it, and gives the bytes of the
 /// index file.
 pub fn accept(payload: &[u8], annotations: &LayerAnnotations) -> Result<Bytes, LayerIndexError> {
-    let actual = IndexDigest::from_bytes(Sha256::digest(payload).into());
-    let expected = annotations.index_digest;
-    if actual != expected {
-        return Err(LayerIndexError::Digest { expected, actual });
-    }
+    check_digest(payload, annotations.index_digest)?;
     let bytes = Bytes::from(decompress_index(payload, INDEX_FILE_MAX_BYTES)?);
     let index = UncheckedIndex::parse(bytes.clone())?.validate()?;
     agrees(&index, annotations)?;
     Ok(bytes)
+}
+
+/// Checks that a payload is the one that the manifest pins.
+pub fn check_digest(payload: &[u8], expected: IndexDigest) -> Result<(), LayerIndexError> {
+    let actual = IndexDigest::from_bytes(Sha256::digest(payload).into());
+    if actual == expected {
+        Ok(())
+    } else {
+        Err(LayerIndexError::Digest { expected, actual })
+    }
 }
 
 fn agrees<B: AsRef<[u8]> + Send + Sync + 'static>(
@@ -134,11 +149,14 @@ impl IndexFiles {
     /// Opens an index that is on disk; `None` when it is not. A file that is damaged is removed and
     /// reported as an error, so that it is fetched again.
     pub fn get(&self, digest: IndexDigest) -> Result<Option<Arc<LayerIndex>>, LayerIndexError> {
-        self.touch(digest);
-        if let Some(index) = self.opened().get(&digest).and_then(Weak::upgrade) {
+        let path = self.path(digest);
+        let there = self.hold(digest);
+        // What is open but lost its file would not survive a restart: it is fetched again.
+        if let Some(index) = self.opened().get(&digest).and_then(Weak::upgrade)
+            && there
+        {
             return Ok(Some(index));
         }
-        let path = self.path(digest);
         let map = match sys::map::read_only(&path) {
             Ok(map) => map,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -203,7 +221,14 @@ impl IndexFiles {
         Ok(index)
     }
 
-    /// Removes the files that `keep` does not want and that nobody asked for within `grace`.
+    /// Keeps the file from being swept for the sweep's grace; says whether it is there.
+    pub fn hold(&self, digest: IndexDigest) -> bool {
+        self.touch(digest);
+        self.path(digest).exists()
+    }
+
+    /// Removes the files that `keep` does not want, that nobody has open and that nobody asked for
+    /// within `grace`.
     pub fn sweep(&self, keep: impl Fn(IndexDigest) -> bool, grace: Duration) -> io::Result<u64> {
         let mut removed = 0;
         for entry in std::fs::read_dir(&self.directory)? {
@@ -213,14 +238,17 @@ impl IndexFiles {
             let Some(digest) = digest.and_then(|hex| IndexDigest::from_hex(hex).ok()) else {
                 continue;
             };
-            let young = self
-                .touched()
+            let touched = self.touched();
+            let young = touched.get(&digest).is_some_and(|at| at.elapsed() < grace);
+            let open = self
+                .opened()
                 .get(&digest)
-                .is_some_and(|at| at.elapsed() < grace);
-            if !young && !keep(digest) {
+                .is_some_and(|index| index.strong_count() > 0);
+            if !young && !open && !keep(digest) {
                 std::fs::remove_file(entry.path())?;
                 removed += 1;
             }
+            drop(touched);
         }
         self.touched().retain(|_, at| at.elapsed() < grace);
         Ok(removed)
@@ -244,5 +272,46 @@ impl IndexFiles {
 
     fn touched(&self) -> std::sync::MutexGuard<'_, HashMap<IndexDigest, Instant>> {
         self.touched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sample::layer;
+
+    #[test]
+    fn the_sweep_leaves_what_is_held_or_open() {
+        let directory = tempfile::tempdir().unwrap();
+        let files = IndexFiles::open(directory.path()).unwrap();
+        let (payload, annotations) = layer();
+        let digest = annotations.index_digest;
+        assert!(!files.hold(digest));
+        let nobody = |_: IndexDigest| false;
+        let (none, long) = (Duration::ZERO, Duration::from_secs(3600));
+
+        let index = files.put(&payload, &annotations).unwrap();
+        assert_eq!(files.sweep(nobody, none).unwrap(), 0, "open");
+        drop(index);
+        assert!(files.hold(digest));
+        assert_eq!(files.sweep(nobody, long).unwrap(), 0, "held");
+        assert_eq!(files.sweep(|it| it == digest, none).unwrap(), 0, "wanted");
+        assert_eq!(files.sweep(nobody, none).unwrap(), 1);
+        assert!(!files.hold(digest));
+        assert!(files.get(digest).unwrap().is_none());
+    }
+
+    #[test]
+    fn an_open_index_without_its_file_is_not_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let files = IndexFiles::open(directory.path()).unwrap();
+        let (payload, annotations) = layer();
+        let digest = annotations.index_digest;
+        let index = files.put(&payload, &annotations).unwrap();
+        std::fs::remove_file(files.path(digest)).unwrap();
+        assert!(files.get(digest).unwrap().is_none());
+        let again = files.put(&payload, &annotations).unwrap();
+        assert!(files.hold(digest));
+        assert_eq!(again.diff_id(), index.diff_id());
     }
 }

@@ -11,6 +11,7 @@
 //! has a deadline; every task is tracked and joined by [`Lazy::stop`].
 
 mod decisions;
+mod index_fetch;
 mod lowers;
 mod metrics;
 mod prepare;
@@ -42,6 +43,11 @@ use crate::trust::Trust;
 
 pub use decisions::{Decision, ImageDocument, ImageLayer, decision_key};
 pub use metrics::LazyMetrics;
+
+/// Begins the keys of snapshots that clients unpack layers into.
+///
+/// **Source** containerd, `snapshots.UnpackKeyPrefix`.
+const UNPACK_KEY_PREFIX: &str = "extract-";
 
 /// What the configuration says.
 #[derive(Clone, Debug)]
@@ -171,10 +177,10 @@ impl Inner {
         }
     }
 
-    /// Starts the background jobs of containers that exist.
+    /// Starts the background jobs of containers and views that exist.
     async fn resume(self: &Arc<Self>) {
-        let containers = self.blocking(|inner| inner.containers()).await;
-        match containers {
+        let shown = self.blocking(|inner| inner.shown()).await;
+        match shown {
             Ok(chains) => {
                 chains
                     .into_iter()
@@ -184,17 +190,22 @@ impl Inner {
         }
     }
 
-    /// The chains that containers stand on.
-    fn containers(&self) -> Result<Vec<Vec<SnapshotRecord>>, StoreError> {
-        let active = self.parts.metadata.list(is_container)?;
+    /// The chains that containers and views stand on.
+    fn shown(&self) -> Result<Vec<Vec<SnapshotRecord>>, StoreError> {
+        let active = self.parts.metadata.list(shows_image)?;
         let chain = |record: &SnapshotRecord| self.parts.metadata.chain(record.parent.as_deref());
         active.iter().map(chain).collect()
     }
 }
 
-/// Whether the snapshot is a container's: a layer that is being unpacked names its chain ID.
-fn is_container(record: &SnapshotRecord) -> bool {
-    record.kind == SnapshotKind::Active && !record.labels.contains_key(LABEL_SNAPSHOT_REF)
+/// Whether the snapshot shows an image to somebody: a container, or a view of it (an image volume, an
+/// image that is mounted by hand). Not a layer that is being unpacked, which names its chain ID in a
+/// label or, by clients that do not ask, in its key.
+fn shows_image(record: &SnapshotRecord) -> bool {
+    let key = record.name.rsplit('/').next().unwrap_or_default();
+    let unpacks =
+        record.labels.contains_key(LABEL_SNAPSHOT_REF) || key.starts_with(UNPACK_KEY_PREFIX);
+    record.kind != SnapshotKind::Committed && !unpacks
 }
 
 /// The lazy layers of a chain, lowest first.
@@ -222,7 +233,7 @@ impl LazyLayers for Lazy {
         chain: &[SnapshotRecord],
     ) -> Result<Vec<PathBuf>, MountError> {
         let lowers = self.0.lowers(chain).await?;
-        if is_container(user) {
+        if shows_image(user) {
             self.0.parts.background.want(lazy_layers(chain));
         }
         Ok(lowers)
@@ -245,7 +256,14 @@ impl LazyLayers for Lazy {
         }
     }
 
+    fn lacks_index(&self, layer: &LazyLayerRecord) -> bool {
+        !self.0.parts.layers.indexes().hold(layer.index_digest)
+    }
+
     async fn cleanup(&self) {
         self.0.sweep(sweep::CLEANUP_GRACE).await;
     }
 }
+
+#[cfg(test)]
+mod tests;

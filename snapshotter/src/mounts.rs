@@ -17,6 +17,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -96,6 +97,7 @@ pub struct Mounts {
     directory: PathBuf,
     table: Mutex<BTreeMap<RunKey, Entry>>,
     moved: watch::Sender<()>,
+    adopted: AtomicBool,
 }
 
 /// Owns a key between two phases; dropped, it puts the key where `fallback` says.
@@ -132,6 +134,7 @@ impl Mounts {
             directory: directory.to_owned(),
             table: Mutex::default(),
             moved: watch::Sender::new(()),
+            adopted: AtomicBool::new(false),
         }
     }
 
@@ -146,7 +149,9 @@ impl Mounts {
         self.directory.join(key.to_string())
     }
 
-    /// Takes over mounts that the shim already serves.
+    /// Takes over mounts that the shim has already: those that it serves, and those that are only
+    /// leaving, whose devices are in use as well. The reaper asks for the end of either; a call that
+    /// wants one that is leaving finds it absent and mounts it again.
     pub fn adopt(&self, served: &[MountSpec]) {
         let mut table = self.table();
         for spec in served {
@@ -160,6 +165,15 @@ impl Mounts {
             };
             table.entry(key).or_insert(entry);
         }
+        drop(table);
+        self.adopted.store(true, Ordering::Release);
+    }
+
+    /// Whether [`Mounts::adopt`] was called. Before, the table does not know what is in use, and
+    /// nothing may be taken away.
+    #[must_use]
+    pub fn is_adopted(&self) -> bool {
+        self.adopted.load(Ordering::Acquire)
     }
 
     /// What is mounted.
@@ -203,8 +217,12 @@ impl Mounts {
                 Begin::Mine(turn) => break turn,
                 Begin::There => match self.backend.check(&key.to_string()).await? {
                     MountState::Serving => return Ok(self.mountpoint(key)),
-                    // The shim died with its mounts; the next round mounts again.
-                    MountState::Absent => self.forget(key),
+                    // The shim died with its mounts, or this one is only leaving.
+                    MountState::Absent => {
+                        if let Some(turn) = self.begin_again(key) {
+                            break turn;
+                        }
+                    }
                 },
                 Begin::Wait => {
                     let move_ = moved.changed();
@@ -245,19 +263,7 @@ impl Mounts {
         let now = Instant::now();
         let mut table = self.table();
         match table.get_mut(&key) {
-            None => {
-                let entry = Entry {
-                    phase: Phase::Mounting,
-                    devices: Vec::new(),
-                    last_used: now,
-                };
-                table.insert(key, entry);
-                Begin::Mine(Turn {
-                    mounts: self,
-                    key,
-                    fallback: None,
-                })
-            }
+            None => Begin::Mine(self.claim(&mut table, key)),
             Some(entry) if entry.phase == Phase::Mounted => {
                 entry.last_used = now;
                 Begin::There
@@ -266,34 +272,64 @@ impl Mounts {
         }
     }
 
-    fn forget(&self, key: RunKey) {
-        let mut table = self.table();
-        if table
-            .get(&key)
-            .is_some_and(|entry| entry.phase == Phase::Mounted)
-        {
-            table.remove(&key);
+    /// Takes a key that is not in the table.
+    fn claim(&self, table: &mut BTreeMap<RunKey, Entry>, key: RunKey) -> Turn<'_> {
+        let entry = Entry {
+            phase: Phase::Mounting,
+            devices: Vec::new(),
+            last_used: Instant::now(),
+        };
+        table.insert(key, entry);
+        Turn {
+            mounts: self,
+            key,
+            fallback: None,
         }
+    }
+
+    /// Takes the key of a run that the back-end does not have. Its devices may be in use all the same,
+    /// so a mount that fails leaves it to the reaper.
+    fn begin_again(&self, key: RunKey) -> Option<Turn<'_>> {
+        let mut table = self.table();
+        let entry = table.get_mut(&key)?;
+        if entry.phase != Phase::Mounted {
+            return None;
+        }
+        entry.phase = Phase::Mounting;
+        Some(Turn {
+            mounts: self,
+            key,
+            fallback: Some(Phase::Mounted),
+        })
     }
 
     /// Takes the key of a run that is neither mounted nor about to be, so that its tree may be
     /// deleted; `None` when it is in use. The key is free again when `work` has returned.
     pub fn while_absent<T>(&self, key: RunKey, work: impl FnOnce() -> T) -> Option<T> {
-        let turn = match self.begin(key) {
-            Begin::Mine(turn) => turn,
-            Begin::There | Begin::Wait => return None,
+        let turn = {
+            let mut table = self.table();
+            // To look is not to use: what is there keeps its age.
+            if table.contains_key(&key) {
+                return None;
+            }
+            self.claim(&mut table, key)
         };
         let result = work();
         drop(turn);
         Some(result)
     }
 
-    /// Unmounts what is not in `used` and was not asked for within `grace`.
+    /// Unmounts what is not in `used`, which was looked up not before `looked_at`, and was not asked for
+    /// since `grace` before that.
     ///
     /// **Errors** are logged; such a mount stays and is tried again at the next call.
-    pub async fn reap(&self, used: &BTreeSet<RunKey>, grace: Duration) {
-        for key in self.idle(used, grace) {
-            let Some(mut turn) = self.retire(key, grace) else {
+    pub async fn reap(&self, used: &BTreeSet<RunKey>, looked_at: Instant, grace: Duration) {
+        // What is asked for later is used by somebody who is not in `used`.
+        let Some(before) = looked_at.checked_sub(grace) else {
+            return;
+        };
+        for key in self.idle(used, before) {
+            let Some(mut turn) = self.retire(key, before) else {
                 continue;
             };
             match self
@@ -315,20 +351,18 @@ impl Mounts {
         }
     }
 
-    fn idle(&self, used: &BTreeSet<RunKey>, grace: Duration) -> Vec<RunKey> {
+    fn idle(&self, used: &BTreeSet<RunKey>, before: Instant) -> Vec<RunKey> {
         let table = self.table();
         let idle = table.iter().filter(|(key, entry)| {
-            entry.phase == Phase::Mounted
-                && !used.contains(key)
-                && entry.last_used.elapsed() >= grace
+            entry.phase == Phase::Mounted && !used.contains(key) && entry.last_used <= before
         });
         idle.map(|(key, _)| *key).collect()
     }
 
-    fn retire(&self, key: RunKey, grace: Duration) -> Option<Turn<'_>> {
+    fn retire(&self, key: RunKey, before: Instant) -> Option<Turn<'_>> {
         let mut table = self.table();
         let entry = table.get_mut(&key)?;
-        if entry.phase != Phase::Mounted || entry.last_used.elapsed() < grace {
+        if entry.phase != Phase::Mounted || entry.last_used > before {
             return None;
         }
         entry.phase = Phase::Retiring;

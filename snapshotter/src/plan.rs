@@ -6,7 +6,8 @@
 //! at all, for its own layer only. The plan's deadline is that of the `Prepare` that started it, so
 //! an image whose registry swallows packets costs one budget and not one per layer; its failures are
 //! remembered for [`FAILURE_MEMORY`], its successes for [`SUCCESS_MEMORY`] (all that is needed later
-//! is durable by then).
+//! is durable by then). A plan holds the indexes of its layers; it is given up early when a snapshot
+//! needs none of them.
 //!
 //! ```text
 //! started --layout--> resolved --one outcome per layer--> complete
@@ -15,19 +16,19 @@
 //! ```
 //! **Locks** the table's lock is held for map operations only.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use sluice_blockindex::annotations::{AnnotationError, LayerAnnotations, LayerMark};
-use sluice_blockindex::digest::{ChainId, ConfigDigest, DiffId};
+use sluice_blockindex::digest::{BlobDigest, ChainId, ConfigDigest, DiffId, IndexDigest};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::indexes::LayerIndex;
 use crate::labels::mark_of;
-use crate::resolve::{Descriptor, ResolvedImage};
+use crate::resolve::{Descriptor, ResolvedImage, ResolvedManifest};
 use crate::snapshots::{BlobOrigin, LazyLayerRecord};
 
 /// How long an image stays ordinary after its plan failed. Shorter: a dead registry costs each pull
@@ -126,10 +127,19 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// The layout by the manifest that is lazy most.
+    /// The layout by the manifest that has the blob; by the one that is lazy most when none has it
+    /// or no blob is known.
     #[must_use]
-    pub fn of_image(image: &ResolvedImage) -> Option<Self> {
-        let manifest = &image.manifests.first()?.manifest;
+    pub fn of_image(image: &ResolvedImage, blob: Option<BlobDigest>) -> Option<Self> {
+        let blob = blob.map(|blob| blob.to_string());
+        let has_blob = |manifest: &&ResolvedManifest| {
+            let mut layers = manifest.manifest.layers.iter();
+            blob.as_ref()
+                .is_some_and(|blob| layers.any(|layer| layer.digest == *blob))
+        };
+        let manifests = &image.manifests;
+        let chosen = manifests.iter().find(has_blob).or(manifests.first())?;
+        let manifest = &chosen.manifest;
         let layers = manifest
             .layers
             .iter()
@@ -298,6 +308,29 @@ impl Plan {
         self.state.borrow().clone()
     }
 
+    /// Whether no snapshot needs any of the layers that it found; never of one that runs, or that
+    /// found none and is a memory of that.
+    fn is_left(&self, needed: &BTreeSet<IndexDigest>) -> bool {
+        let state = self.state.borrow();
+        let found: Vec<IndexDigest> = state
+            .outcomes
+            .values()
+            .filter_map(|outcome| Some(outcome.as_ref().ok()?.record.index_digest))
+            .collect();
+        self.state.has_changed().is_err()
+            && !found.is_empty()
+            && found.iter().all(|index| !needed.contains(index))
+    }
+
+    /// The refusal of a layer for which the budget was used up.
+    fn spent(&self) -> Option<Refusal> {
+        let state = self.state.borrow();
+        let mut refusals = state.outcomes.values().filter_map(|it| it.as_ref().err());
+        refusals
+            .find(|refusal| refusal.kind == RefusalKind::Budget)
+            .cloned()
+    }
+
     fn fresh(&self) -> bool {
         let state = self.state.borrow();
         let complete = self.state.has_changed().is_err();
@@ -322,14 +355,31 @@ impl Plan {
 pub enum PlanKey {
     /// An image in a namespace.
     Image(String, ConfigDigest),
-    /// One layer in a namespace, when its image is not known.
-    Layer(String, ChainId),
+    /// One layer by its own labels, when the image's plan does not have it so.
+    Layer {
+        /// containerd namespace.
+        namespace: String,
+        /// Of the image.
+        config: ConfigDigest,
+        /// The layer.
+        chain_id: ChainId,
+        /// Its index: images with one config may have several.
+        index: IndexDigest,
+    },
 }
 
 impl PlanKey {
-    fn namespace(&self) -> &str {
+    /// containerd namespace.
+    #[must_use]
+    pub fn namespace(&self) -> &str {
         match self {
-            Self::Image(namespace, _) | Self::Layer(namespace, _) => namespace,
+            Self::Image(namespace, _) | Self::Layer { namespace, .. } => namespace,
+        }
+    }
+
+    fn config(&self) -> ConfigDigest {
+        match self {
+            Self::Image(_, config) | Self::Layer { config, .. } => *config,
         }
     }
 }
@@ -358,6 +408,35 @@ impl Plans {
         drop(table);
         start(sender);
         plan
+    }
+
+    /// Forgets a plan, so that the next one begins anew.
+    pub fn forget(&self, plan: &Plan) {
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        table.retain(|_, other| !other.state.same_channel(&plan.state));
+    }
+
+    /// Forgets plans that are older than `grace` and whose layers no snapshot needs, so that their
+    /// indexes can go.
+    pub fn release(&self, needed: &BTreeSet<IndexDigest>, grace: Duration) {
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        table.retain(|_, plan| {
+            let left = plan.started.elapsed() >= grace && plan.is_left(needed);
+            plan.fresh() && !left
+        });
+    }
+
+    /// Why a layer of the image was refused after a whole budget: an image whose layers have a plan
+    /// each is not to cost a budget each.
+    #[must_use]
+    pub fn spent(&self, namespace: &str, config: ConfigDigest) -> Option<Refusal> {
+        let table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        table
+            .iter()
+            .filter(|(key, plan)| {
+                key.namespace() == namespace && key.config() == config && plan.fresh()
+            })
+            .find_map(|(_, plan)| plan.spent())
     }
 
     /// A plan of the namespace whose image has this layer.

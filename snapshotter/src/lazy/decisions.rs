@@ -180,6 +180,10 @@ impl Inner {
         self: &Arc<Self>,
         work: impl FnOnce(&Self) -> Result<(), E> + Send + 'static,
     ) {
+        // Called when a future is dropped, too, and that may be the end of the runtime.
+        if tokio::runtime::Handle::try_current().is_err() {
+            return;
+        }
         let inner = Arc::clone(self);
         self.tasks.spawn_blocking(move || {
             if let Err(error) = work(&inner) {

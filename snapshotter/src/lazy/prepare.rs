@@ -10,15 +10,13 @@ use std::time::{Duration, SystemTime};
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
 use sluice_blockindex::annotations::{LayerAnnotations, LayerMark};
-use sluice_blockindex::digest::{BlobDigest, ChainId};
+use sluice_blockindex::digest::{BlobDigest, ChainId, IndexDigest};
 use sluice_fetcher::registry::ImageReference;
-use sluice_fetcher::source::{Class, Priority, ReadContext};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::Inner;
 use super::unpack_job::UnpackJob;
-use crate::indexes::{LayerIndex, LayerIndexError};
 use crate::labels::{LayerLabels, port_hint};
 use crate::layers::device_key;
 use crate::plan::{
@@ -46,6 +44,8 @@ struct Seed {
     labels: LayerLabels,
     /// Found already, by the chain ID.
     image: Option<ResolvedImage>,
+    /// Where the image is known to be.
+    origins: Vec<BlobOrigin>,
 }
 
 impl Seed {
@@ -61,7 +61,7 @@ fn mismatch(reason: String) -> Refusal {
     Refusal::new(RefusalKind::Mismatch, reason)
 }
 
-fn late() -> Refusal {
+pub(super) fn late() -> Refusal {
     Refusal::new(
         RefusalKind::Budget,
         "the registry did not answer within the budget of Prepare",
@@ -75,14 +75,21 @@ impl Inner {
             let reason = "the key names no containerd namespace".to_owned();
             return LazyDecision::Ordinary { reason };
         };
-        match self.decide_in(namespace, request).await {
+        let undecided = Undecided {
+            inner: Some(self),
+            namespace,
+            chain_id: request.chain_id,
+        };
+        let decided = self.decide_in(namespace, request).await;
+        undecided.settle();
+        match decided {
             Ok(Decided::Lazy(record)) => {
                 self.forget(namespace, request.chain_id);
                 LazyDecision::Lazy(record)
             }
-            Ok(Decided::Unpack(job, refusal)) => {
-                metrics.refused(refusal.kind);
-                self.remember(namespace, request.chain_id, &refusal, true);
+            // What is remembered depends on how it ends, which the job sees.
+            Ok(Decided::Unpack(job)) => {
+                metrics.refused(job.refusal.kind);
                 LazyDecision::Unpack(job)
             }
             Err(refusal) => {
@@ -105,8 +112,19 @@ impl Inner {
             .checked_sub(MARGIN)
             .unwrap_or(request.deadline);
         let labels = LayerLabels::parse(&request.labels);
-        let plan = self.plan(namespace, request, labels, deadline).await?;
-        match plan.outcome(request.chain_id, deadline).await {
+        let mut plan = self
+            .plan(namespace, request, labels.clone(), deadline)
+            .await?;
+        let mut outcome = plan.outcome(request.chain_id, deadline).await;
+        if let Ok(planned) = &outcome
+            && !self.hold(planned.record.index_digest).await
+        {
+            // Planned long ago, and its file is gone since.
+            self.plans.forget(&plan);
+            plan = self.plan(namespace, request, labels, deadline).await?;
+            outcome = plan.outcome(request.chain_id, deadline).await;
+        }
+        match outcome {
             Ok(planned) => {
                 check_chain(request, planned.record.diff_id)?;
                 let opened = self
@@ -124,6 +142,12 @@ impl Inner {
         }
     }
 
+    /// Keeps an index file until the layer is committed; says whether it is there.
+    async fn hold(self: &Arc<Self>, index: IndexDigest) -> bool {
+        self.blocking(move |inner| inner.parts.layers.indexes().hold(index))
+            .await
+    }
+
     /// The plan of the image that the layer belongs to.
     async fn plan(
         self: &Arc<Self>,
@@ -137,6 +161,7 @@ impl Inner {
             chain_id,
             labels,
             image: None,
+            origins: Vec::new(),
         };
         match &seed.labels.mark {
             Err(error) => Err(mismatch(error.to_string())),
@@ -144,13 +169,23 @@ impl Inner {
                 check_chain(request, annotations.diff_id)?;
                 let key = PlanKey::Image(namespace.to_owned(), annotations.config);
                 let plan = self.start(key, seed.clone(), deadline);
-                let found = plan.layout(deadline).await;
-                // The image may be known by one layer's labels only, and that was another layer.
-                if found.is_ok_and(|layout| layout.position(chain_id).is_none()) {
-                    let key = PlanKey::Layer(namespace.to_owned(), chain_id);
-                    return Ok(self.start(key, seed, deadline));
+                let Ok(layout) = plan.layout(deadline).await else {
+                    return Ok(plan);
+                };
+                if has_same_index(&layout, chain_id, annotations) {
+                    return Ok(plan);
                 }
-                Ok(plan)
+                if let Some(refusal) = self.plans.spent(namespace, annotations.config) {
+                    return Err(refusal);
+                }
+                let key = PlanKey::Layer {
+                    namespace: namespace.to_owned(),
+                    config: annotations.config,
+                    chain_id,
+                    index: annotations.index_digest,
+                };
+                let origins = layout.origins.clone();
+                Ok(self.start(key, Seed { origins, ..seed }, deadline))
             }
             Ok(mark @ (LayerMark::NotLazy(_) | LayerMark::Unmarked)) => {
                 if let Some(plan) = self.plans.with_chain(namespace, chain_id) {
@@ -235,12 +270,13 @@ impl Inner {
 
     async fn layout(self: &Arc<Self>, key: &PlanKey, seed: Seed) -> Result<Layout> {
         let mut extra = origin_of(seed.labels.image_reference.as_deref());
+        add_origins(&mut extra, seed.origins.clone());
         let resolved = match (key, seed.image.clone()) {
             (_, Some(image)) => Ok(image),
             (PlanKey::Image(namespace, config), None) => {
                 resolve_image(&*self.parts.content, namespace, *config).await
             }
-            (PlanKey::Layer(..), None) => match seed.annotations() {
+            (PlanKey::Layer { .. }, None) => match seed.annotations() {
                 Some(annotations) => Err(ResolveError::NoManifest(annotations.config)),
                 None => {
                     return Err(Refusal::new(
@@ -252,9 +288,9 @@ impl Inner {
         };
         let error = match resolved {
             Ok(image) => {
-                let (PlanKey::Image(namespace, _) | PlanKey::Layer(namespace, _)) = key;
-                self.remember_image(namespace, &image);
-                if let Some(mut layout) = Layout::of_image(&image) {
+                self.remember_image(key.namespace(), &image);
+                let blob = seed.annotations().map(|annotations| annotations.blob);
+                if let Some(mut layout) = Layout::of_image(&image, blob) {
                     add_origins(&mut layout.origins, extra);
                     return Ok(layout);
                 }
@@ -324,7 +360,7 @@ impl Inner {
             let reason = format!("[trust] lazy does not allow {names}");
             return Err(Refusal::new(RefusalKind::Untrusted, reason));
         }
-        let index = self.index(&annotations, &sources, deadline).await?;
+        let index = self.index(&annotations, &mut sources, deadline).await?;
         let record = LazyLayerRecord {
             chain_id: layer.chain_id,
             diff_id: annotations.diff_id,
@@ -335,45 +371,6 @@ impl Inner {
             sources,
         };
         Ok(Arc::new(PlannedLayer { record, index }))
-    }
-
-    /// The index of a layer, from disk or else from a registry.
-    async fn index(
-        self: &Arc<Self>,
-        annotations: &LayerAnnotations,
-        sources: &[BlobOrigin],
-        deadline: Instant,
-    ) -> Result<Arc<LayerIndex>> {
-        let wanted = annotations.clone();
-        let found = self
-            .blocking(move |inner| inner.parts.layers.indexes().get_checked(&wanted))
-            .await;
-        match found {
-            Ok(Some(index)) => return Ok(index),
-            Ok(None) => {}
-            Err(error @ LayerIndexError::Disagrees { .. }) => return Err(invalid(error)),
-            // Damaged and removed: fetch it again.
-            Err(error) => tracing::warn!("index on disk is of no use: {error}"),
-        }
-        let layers = &self.parts.layers;
-        let source = layers.source(annotations.blob, annotations.blob_bytes, sources);
-        let mut context = ReadContext::new(Priority::Foreground);
-        context.deadline = Some(deadline);
-        let extent = annotations.index_extent;
-        let failed = |error: sluice_fetcher::source::SourceError| match error.class() {
-            Class::Cancelled => late(),
-            Class::Transient | Class::Permanent | Class::Corrupt => {
-                Refusal::new(RefusalKind::Fetch, format!("fetch index: {error}"))
-            }
-        };
-        let stream = source.open(&context, extent).await.map_err(failed)?;
-        let stream = stream.narrow(extent).map_err(failed)?;
-        let payload = stream.collect(extent.len()).await.map_err(failed)?;
-        self.parts.metrics.index_fetched(extent.len());
-        let wanted = annotations.clone();
-        self.blocking(move |inner| inner.parts.layers.indexes().put(&payload, &wanted))
-            .await
-            .map_err(invalid)
     }
 
     /// A layer that cannot be lazy is unpacked here if one above it in the image can be.
@@ -422,12 +419,12 @@ impl Inner {
             },
             origins: layout.origins.clone(),
             deadline,
-            key: super::decision_key(
-                request.namespace.as_deref().unwrap_or_default(),
-                request.chain_id,
-            ),
+            namespace: request.namespace.clone().unwrap_or_default(),
+            chain_id: request.chain_id,
+            refusal,
+            settled: false,
         };
-        Ok(Decided::Unpack(Box::new(job), refusal))
+        Ok(Decided::Unpack(Box::new(job)))
     }
 
     /// A snapshot answered already: what this image knows of places for the blob is added.
@@ -491,18 +488,31 @@ impl Inner {
     }
 }
 
+/// A decision under way. Dropped with its future, at the deadline, it leaves the reason behind.
+struct Undecided<'a> {
+    inner: Option<&'a Arc<Inner>>,
+    namespace: &'a str,
+    chain_id: ChainId,
+}
+
+impl Undecided<'_> {
+    fn settle(mut self) {
+        self.inner = None;
+    }
+}
+
+impl Drop for Undecided<'_> {
+    fn drop(&mut self) {
+        if let Some(inner) = self.inner {
+            inner.remember(self.namespace, self.chain_id, &late(), false);
+        }
+    }
+}
+
 /// What a Prepare comes to.
 enum Decided {
     Lazy(LazyLayerRecord),
-    Unpack(Box<UnpackJob>, Refusal),
-}
-
-fn invalid(error: LayerIndexError) -> Refusal {
-    let kind = match error {
-        LayerIndexError::Io { .. } => RefusalKind::Local,
-        _ => RefusalKind::Index,
-    };
-    Refusal::new(kind, error.to_string())
+    Unpack(Box<UnpackJob>),
 }
 
 /// The chain ID that is asked for must be that of the parent with this layer on top.
@@ -518,6 +528,17 @@ fn check_chain(request: &PrepareRequest, diff_id: sluice_blockindex::digest::Dif
     Err(mismatch(format!(
         "layer {diff_id} on this parent is chain {chain_id}, not {asked}"
     )))
+}
+
+/// Whether the layout has the layer with the index that the annotations name. A layer whose own
+/// annotations are wrong counts: it is refused, whatever the labels say.
+fn has_same_index(layout: &Layout, chain_id: ChainId, annotations: &LayerAnnotations) -> bool {
+    let position = layout.position(chain_id);
+    position.is_some_and(|position| match &layout.layers[position].mark {
+        Ok(LayerMark::Lazy(theirs)) => theirs.index_digest == annotations.index_digest,
+        Ok(LayerMark::NotLazy(_) | LayerMark::Unmarked) => false,
+        Err(_) => true,
+    })
 }
 
 fn add_origins(to: &mut Vec<BlobOrigin>, from: Vec<BlobOrigin>) {

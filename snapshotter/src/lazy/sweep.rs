@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use sluice_blockindex::digest::IndexDigest;
 use sluice_fetcher::store::DeviceKey;
+use tokio::time::Instant;
 
 use super::Inner;
 use crate::chain::{RunKey, run_keys};
@@ -19,9 +20,8 @@ use crate::layers::device_key;
 use crate::snapshots::{SnapshotKind, SnapshotRecord};
 use crate::store::StoreError;
 
-/// How long a mount that nobody uses stays when containerd asks for a clean-up: longer than the time
-/// between our look at the metadata and the unmount, so that a container that starts in between keeps
-/// its mount.
+/// How long a mount that nobody uses stays at least, also when containerd asks for a clean-up: longer
+/// than a client takes from the answer with the mounts to mounting them.
 pub(super) const CLEANUP_GRACE: Duration = Duration::from_secs(3);
 /// Passes without a removal: they find what a grace held back.
 const PERIOD: Duration = Duration::from_secs(60);
@@ -52,10 +52,11 @@ fn chain_of(by_name: &BTreeMap<&str, &SnapshotRecord>, name: Option<&str>) -> Ve
 impl Inner {
     pub(super) async fn sweep_until_stopped(self: &Arc<Self>) {
         loop {
-            let grace = self.options.mount_grace;
-            // A removal is looked at after its grace; without one, now and then.
+            let grace = self.options.mount_grace.max(CLEANUP_GRACE);
+            // A removal is looked at when mounts and files may go; without one, now and then.
+            let patience = grace.max(self.options.file_grace) + BURST;
             tokio::select! {
-                () = self.swept.notified() => tokio::time::sleep(grace + BURST).await,
+                () = self.swept.notified() => tokio::time::sleep(patience).await,
                 () = tokio::time::sleep(PERIOD.max(grace)) => {}
             }
             self.sweep(grace).await;
@@ -94,22 +95,36 @@ impl Inner {
         Ok(needed)
     }
 
+    /// What is needed now; `None` when that cannot be said, and then nothing may be taken away.
+    async fn look(self: &Arc<Self>) -> Option<Needed> {
+        let needed = self.blocking(|inner| inner.needed()).await;
+        needed
+            .inspect_err(|error| tracing::error!("failed to look up what is needed: {error}"))
+            .ok()
+    }
+
     /// One pass. Errors are logged; the next pass tries again.
     pub(super) async fn sweep(self: &Arc<Self>, grace: Duration) {
-        let needed = match self.blocking(|inner| inner.needed()).await {
-            Ok(needed) => needed,
-            Err(error) => {
-                tracing::error!("failed to look up what is needed: {error}");
-                return;
-            }
+        let looked_at = Instant::now();
+        let Some(needed) = self.look().await else {
+            return;
         };
         self.parts.background.retain(&needed.devices);
+        if !self.parts.mounts.is_adopted() {
+            tracing::debug!("nothing is taken away before the shim has said what is mounted");
+            return;
+        }
         let used = needed.used.keys().copied().collect();
-        self.parts.mounts.reap(&used, grace).await;
+        self.parts.mounts.reap(&used, looked_at, grace).await;
+        // Unmounting takes its time, and what was committed meanwhile is needed too.
+        let Some(needed) = self.look().await else {
+            return;
+        };
         let kept = needed.kept;
         self.blocking(move |inner| inner.sweep_trees(&kept)).await;
         self.sweep_devices(&needed.devices).await;
         let indexes: BTreeSet<IndexDigest> = needed.devices.iter().map(|key| key.index).collect();
+        self.plans.release(&indexes, self.options.file_grace);
         let documents = self.blocking(move |inner| {
             inner.sweep_indexes(&indexes);
             inner.sweep_documents()

@@ -4,16 +4,17 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use sluice_blockindex::digest::ChainId;
 use sluice_fetcher::source::{Priority, ReadContext};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::Inner;
 use crate::below::{Below, Lower, open_directory};
-use crate::snapshots::{BlobOrigin, UnpackError, UnpackSource, UnpackTarget};
-use crate::store::DocumentTable;
+use crate::plan::Refusal;
+use crate::snapshots::{BlobOrigin, SnapshotRecord, UnpackError, UnpackSource, UnpackTarget};
 use crate::trees::BelowPath;
-use crate::unpack::LayerBlob;
+use crate::unpack::{LayerBlob, ScannedTar};
 
 /// Fetches, verifies and unpacks one layer.
 #[derive(Debug)]
@@ -22,11 +23,37 @@ pub(super) struct UnpackJob {
     pub(super) blob: LayerBlob,
     pub(super) origins: Vec<BlobOrigin>,
     pub(super) deadline: Instant,
-    /// Of the decision that is remembered, to take it back on failure.
-    pub(super) key: String,
+    /// Whose decision it is.
+    pub(super) namespace: String,
+    /// The layer.
+    pub(super) chain_id: ChainId,
+    /// Why the layer is not lazy.
+    pub(super) refusal: Refusal,
+    /// How the job ended is remembered.
+    pub(super) settled: bool,
+}
+
+/// Dropped before its end, the job was not waited for any longer.
+impl Drop for UnpackJob {
+    fn drop(&mut self) {
+        self.settle(Err("the budget of Prepare is used up".to_owned()));
+    }
 }
 
 impl UnpackJob {
+    /// Remembers how the job ended, the first time.
+    pub(super) fn settle(&mut self, ended: Result<(), String>) {
+        if std::mem::replace(&mut self.settled, true) {
+            return;
+        }
+        let mut refusal = self.refusal.clone();
+        if let Err(reason) = &ended {
+            refusal.reason = format!("{}; unpack it here: {reason}", refusal.reason);
+        }
+        self.inner
+            .remember(&self.namespace, self.chain_id, &refusal, ended.is_ok());
+    }
+
     async fn run(&self, target: &UnpackTarget) -> Result<(), UnpackError> {
         let parts = &self.inner.parts;
         let source = parts
@@ -42,12 +69,11 @@ impl UnpackJob {
             .fetch(source, context, &self.inner.options.root)
             .await;
         let scanned = fetched.map_err(|error| UnpackError(error.into()))?;
-        let below = if scanned.has_implicit_directories() {
-            let below = self.inner.below(&target.chain).await;
-            below.map_err(|error| UnpackError(error.into()))?
-        } else {
-            Vec::new()
-        };
+        let below = self
+            .inner
+            .below(lowers_needed(&scanned, &target.chain))
+            .await;
+        let below = below.map_err(|error| UnpackError(error.into()))?;
         let directory = target.directory.clone();
         let work = self.inner.tasks.spawn_blocking(move || {
             let maps = below
@@ -80,29 +106,21 @@ impl UnpackJob {
     }
 }
 
+/// The part of the chain that directories of the layer may take attributes from: all of it for those that
+/// the tar implies. The root takes those of the nearest parent; a lazy one is known as part of its run.
+fn lowers_needed<'a>(scanned: &ScannedTar, chain: &'a [SnapshotRecord]) -> &'a [SnapshotRecord] {
+    match chain {
+        [parent, ..] if !parent.is_lazy() && !scanned.has_implicit_directories() => &chain[..1],
+        _ => chain,
+    }
+}
+
 #[async_trait]
 impl UnpackSource for UnpackJob {
-    async fn unpack(self: Box<Self>, target: &UnpackTarget) -> Result<(), UnpackError> {
+    async fn unpack(mut self: Box<Self>, target: &UnpackTarget) -> Result<(), UnpackError> {
         let result = self.run(target).await;
-        if let Err(error) = &result {
-            let (key, reason) = (self.key.clone(), error.to_string());
-            let changed = self.inner.blocking(move |inner| {
-                let table = DocumentTable::Decisions;
-                inner
-                    .parts
-                    .metadata
-                    .change_document(table, &key, |decision| {
-                        decision.map(|decision: super::Decision| super::Decision {
-                            unpacked: false,
-                            reason: format!("{}; unpack it here: {reason}", decision.reason),
-                            ..decision
-                        })
-                    })
-            });
-            if let Err(error) = changed.await {
-                tracing::warn!("failed to remember a decision: {error}");
-            }
-        }
+        let ended = result.as_ref().map(drop).map_err(ToString::to_string);
+        self.settle(ended);
         result
     }
 }

@@ -2,8 +2,10 @@
 //! The table of mounts over a back-end in memory.
 
 use super::*;
+use crate::mount::DeviceSpec;
 use async_trait::async_trait;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use sluice_blockindex::digest::{DiffId, IndexDigest};
+use std::sync::atomic::AtomicUsize;
 
 #[derive(Debug, Default)]
 struct Memory {
@@ -78,6 +80,11 @@ async fn ensure(site: &Site, n: u8) -> Result<PathBuf, EnsureError<String>> {
     site.mounts.ensure(key(n), async move { Ok(spec) }).await
 }
 
+async fn reap(site: &Site, used: &[u8], grace: Duration) {
+    let used = used.iter().map(|n| key(*n)).collect();
+    site.mounts.reap(&used, Instant::now(), grace).await;
+}
+
 #[tokio::test]
 async fn callers_that_come_together_share_one_mount() {
     let site = site();
@@ -131,14 +138,14 @@ async fn only_what_is_idle_for_the_grace_is_reaped() {
     let grace = Duration::from_millis(500);
     ensure(&site, 1).await.unwrap();
     ensure(&site, 2).await.unwrap();
-    site.mounts.reap(&BTreeSet::new(), grace).await;
+    reap(&site, &[], grace).await;
     assert_eq!(site.mounts.mounted().len(), 2, "within the grace");
     tokio::time::sleep(grace).await;
     site.memory.busy.store(true, Ordering::SeqCst);
-    site.mounts.reap(&BTreeSet::from([key(1)]), grace).await;
+    reap(&site, &[1], grace).await;
     assert_eq!(site.mounts.mounted().len(), 2, "busy");
     site.memory.busy.store(false, Ordering::SeqCst);
-    site.mounts.reap(&BTreeSet::from([key(1)]), grace).await;
+    reap(&site, &[1], grace).await;
     assert_eq!(
         site.mounts
             .mounted()
@@ -154,13 +161,12 @@ async fn only_what_is_idle_for_the_grace_is_reaped() {
 async fn who_comes_while_a_mount_is_taken_away_gets_a_new_one() {
     let site = site();
     ensure(&site, 1).await.unwrap();
-    let used = BTreeSet::new();
     let (path, ()) = tokio::join!(
         async {
             tokio::time::sleep(Duration::from_millis(5)).await;
             ensure(&site, 1).await.unwrap()
         },
-        site.mounts.reap(&used, Duration::ZERO)
+        reap(&site, &[], Duration::ZERO)
     );
     assert!(path.exists());
     assert_eq!(site.memory.mounts.load(Ordering::SeqCst), 2);
@@ -172,4 +178,55 @@ async fn a_tree_in_use_is_not_given_away() {
     assert_eq!(site.mounts.while_absent(key(1), || 7), Some(7));
     ensure(&site, 1).await.unwrap();
     assert_eq!(site.mounts.while_absent(key(1), || 7), None);
+}
+
+#[tokio::test]
+async fn what_is_asked_for_after_the_look_is_not_reaped() {
+    let site = site();
+    ensure(&site, 1).await.unwrap();
+    let looked_at = Instant::now();
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    // A container that the look did not see.
+    ensure(&site, 1).await.unwrap();
+    let nobody = BTreeSet::new();
+    let reap = |looked_at| site.mounts.reap(&nobody, looked_at, Duration::ZERO);
+    reap(looked_at).await;
+    assert_eq!(site.mounts.mounted().len(), 1);
+    // To ask whether a tree is in use is no use of it.
+    let looked_at = Instant::now();
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    assert_eq!(site.mounts.while_absent(key(1), || 7), None);
+    reap(looked_at).await;
+    assert_eq!(site.mounts.mounted(), []);
+}
+
+#[tokio::test]
+async fn what_is_leaving_keeps_its_devices_until_it_has_left() {
+    let site = site();
+    let device = DeviceSpec {
+        diff_id: DiffId::of(b"d"),
+        index_digest: IndexDigest::of(b"i"),
+        directory: "/d".into(),
+    };
+    let spec = MountSpec {
+        key: key(1).to_string(),
+        mountpoint: site.mounts.mountpoint(key(1)),
+        tree: "/tree".into(),
+        devices: vec![device],
+        read_deadline: None,
+    };
+    assert!(!site.mounts.is_adopted());
+    site.mounts.adopt(std::slice::from_ref(&spec));
+    assert!(site.mounts.is_adopted());
+    let devices = || site.mounts.devices().len();
+    // The back-end does not serve it, and a new mount of it fails: the old one is used all the same.
+    site.memory.refuse.store(true, Ordering::SeqCst);
+    assert!(ensure(&site, 1).await.is_err());
+    assert_eq!(devices(), 1);
+    site.memory.busy.store(true, Ordering::SeqCst);
+    reap(&site, &[], Duration::ZERO).await;
+    assert_eq!(devices(), 1);
+    site.memory.busy.store(false, Ordering::SeqCst);
+    reap(&site, &[], Duration::ZERO).await;
+    assert_eq!(devices(), 0);
 }

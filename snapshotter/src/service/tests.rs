@@ -59,6 +59,9 @@ impl LazyLayers for AlwaysLazy {
             size_bytes: 4,
         }
     }
+    fn lacks_index(&self, _: &LazyLayerRecord) -> bool {
+        false
+    }
     async fn cleanup(&self) {}
 }
 

@@ -114,7 +114,7 @@ pub enum MountError {
 #[async_trait]
 pub trait LazyLayers: Send + Sync + Debug + 'static {
     /// Decides a Prepare that carries `containerd.io/snapshot.ref`, for which no committed
-    /// snapshot exists yet.
+    /// snapshot exists yet, or one whose index is lost.
     ///
     /// When it returns [`LazyDecision::Lazy`], all that [`LazyLayers::lowers`] will need is
     /// durable on disk. It never fails: what cannot be had makes the layer ordinary.
@@ -146,6 +146,10 @@ pub trait LazyLayers: Send + Sync + Debug + 'static {
 
     /// What the layer really holds of this node's disk. Returns at once: no network, no mount.
     fn usage(&self, layer: &LazyLayerRecord) -> Usage;
+
+    /// Whether the layer's index is not on disk, which a mount after a restart needs. What is there
+    /// stays for a while. Blocks shortly.
+    fn lacks_index(&self, layer: &LazyLayerRecord) -> bool;
 
     /// Unmounts and deletes what nobody uses any more, and returns when that is done. Called from
     /// containerd's Cleanup.

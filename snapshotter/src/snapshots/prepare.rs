@@ -106,10 +106,12 @@ impl Inner {
             return Ok(None);
         };
         let parent = wanted.parent.clone();
-        let (existing, chain) = self
+        let (existing, lost, chain) = self
             .blocking(move |inner| {
                 let existing = inner.store.target(chain_id, parent.as_deref())?;
-                Ok((existing, inner.store.chain(parent.as_deref())?))
+                let layer = existing.as_ref().and_then(|record| record.layer.as_ref());
+                let lost = layer.is_some_and(|layer| inner.lazy.lacks_index(layer));
+                Ok((existing, lost, inner.store.chain(parent.as_deref())?))
             })
             .await?;
         let request = PrepareRequest {
@@ -123,6 +125,9 @@ impl Inner {
             deadline: Instant::now() + self.options.prepare_budget,
         };
         if let Some(existing) = existing {
+            if lost {
+                self.repair(&request, &existing).await;
+            }
             self.lazy.reused(&request, &existing);
             self.metrics.prepared(PrepareOutcome::Existing);
             return Ok(Some(existing));
@@ -136,6 +141,32 @@ impl Inner {
                 Ok(None)
             }
         }
+    }
+
+    /// Has the lazy side fetch the index of a layer that exists and has lost it: this Prepare may be
+    /// the only one that ever brings the means. The layer is what it was, whatever comes of it.
+    async fn repair(&self, request: &PrepareRequest, existing: &SnapshotRecord) {
+        let decision = timeout_at(request.deadline, self.lazy.decide(request)).await;
+        let reason = match (decision, &existing.layer) {
+            (Ok(LazyDecision::Lazy(found)), Some(layer))
+                if found.index_digest == layer.index_digest =>
+            {
+                tracing::warn!(
+                    name = existing.name,
+                    "fetched the lost index of a layer again"
+                );
+                return;
+            }
+            (Ok(LazyDecision::Lazy(_)), _) => "the image has another index".to_owned(),
+            (Ok(LazyDecision::Unpack(_)), _) => "the image has no index".to_owned(),
+            (Ok(LazyDecision::Ordinary { reason }), _) => reason,
+            (Err(_), _) => "prepare budget is spent".to_owned(),
+        };
+        tracing::error!(
+            name = existing.name,
+            reason,
+            "the index of a layer is lost and could not be fetched again"
+        );
     }
 
     /// Asks the lazy side and does what it says; the inner error is the reason why the Prepare is

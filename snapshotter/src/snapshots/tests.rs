@@ -17,6 +17,8 @@ use tokio::time::timeout;
 use super::*;
 use crate::store::{MetadataStore, StoreError};
 
+mod repair;
+
 /// How the lazy side decides.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Script {
@@ -36,6 +38,7 @@ struct Scripted {
     mounts: PathBuf,
     decided: AtomicUsize,
     reused: AtomicUsize,
+    lost: Mutex<bool>,
     mountable: Mutex<bool>,
     released: Mutex<Vec<String>>,
     requests: Mutex<Vec<PrepareRequest>>,
@@ -109,6 +112,10 @@ impl LazyLayers for Scripted {
             inodes: 1,
             size_bytes: layer.device_bytes,
         }
+    }
+
+    fn lacks_index(&self, _layer: &LazyLayerRecord) -> bool {
+        *self.lost.lock().unwrap()
     }
 
     async fn cleanup(&self) {}
@@ -241,6 +248,7 @@ fn open(root: &Path, script: Script) -> (Arc<Scripted>, Snapshots) {
         mounts: root.join("mnt"),
         decided: AtomicUsize::new(0),
         reused: AtomicUsize::new(0),
+        lost: Mutex::new(false),
         mountable: Mutex::new(true),
         released: Mutex::default(),
         requests: Mutex::default(),

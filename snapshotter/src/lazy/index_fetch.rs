@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The index of a layer, from disk or from one of the places that have the blob.
+//!
+//! The places are guesses as often as not: containerd forgets ports. One that swallows packets must
+//! not cost the image its laziness, so the next place is asked as well when one has failed or has not
+//! answered within [`HEAD_START`]; the first answer wins. An index is a few kilobytes, so what a late
+//! answer brings besides costs little.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
+use sluice_blockindex::annotations::LayerAnnotations;
+use sluice_fetcher::source::{BlobSource, Class, Priority, ReadContext, SourceError};
+use tokio::time::{Instant, sleep_until};
+
+use super::Inner;
+use super::prepare::late;
+use crate::indexes::{LayerIndex, LayerIndexError, check_digest};
+use crate::plan::{Refusal, RefusalKind};
+use crate::snapshots::BlobOrigin;
+
+/// How long a place is alone before the next one is asked too. Shorter: slow registries are asked
+/// twice; longer: several dead places use up the budget of Prepare (5 s by default).
+const HEAD_START: Duration = Duration::from_millis(800);
+
+impl Inner {
+    /// The index of a layer. The place that gave it becomes the first of `sources`.
+    pub(super) async fn index(
+        self: &Arc<Self>,
+        annotations: &LayerAnnotations,
+        sources: &mut [BlobOrigin],
+        deadline: Instant,
+    ) -> Result<Arc<LayerIndex>, Refusal> {
+        let wanted = annotations.clone();
+        let found = self
+            .blocking(move |inner| inner.parts.layers.indexes().get_checked(&wanted))
+            .await;
+        match found {
+            Ok(Some(index)) => return Ok(index),
+            Ok(None) => {}
+            Err(error @ LayerIndexError::Disagrees { .. }) => return Err(invalid(error)),
+            // Damaged and removed: fetch it again.
+            Err(error) => tracing::warn!("index on disk is of no use: {error}"),
+        }
+        let layers = &self.parts.layers;
+        let (blob, blob_bytes) = (annotations.blob, annotations.blob_bytes);
+        let places = sources
+            .iter()
+            .map(|place| layers.source(blob, blob_bytes, std::slice::from_ref(place)))
+            .collect();
+        let (place, payload) = first_of(places, annotations, deadline, HEAD_START).await?;
+        sources[..=place].rotate_right(1);
+        self.parts.metrics.index_fetched(payload.len() as u64);
+        let wanted = annotations.clone();
+        self.blocking(move |inner| inner.parts.layers.indexes().put(&payload, &wanted))
+            .await
+            .map_err(invalid)
+    }
+}
+
+/// The payload from the place that answers first, and which it was.
+async fn first_of(
+    places: Vec<Arc<dyn BlobSource>>,
+    annotations: &LayerAnnotations,
+    deadline: Instant,
+    head_start: Duration,
+) -> Result<(usize, Bytes), Refusal> {
+    let mut coming = places.into_iter().enumerate();
+    let mut asked = FuturesUnordered::new();
+    let mut refusal = late();
+    let mut next_at = Instant::now();
+    loop {
+        let more = coming.len() > 0;
+        if more && (asked.is_empty() || Instant::now() >= next_at) {
+            if let Some((number, place)) = coming.next() {
+                asked.push(async move { (number, fetch(&*place, annotations, deadline).await) });
+                next_at = Instant::now() + head_start;
+            }
+            continue;
+        }
+        tokio::select! {
+            biased;
+            answer = asked.next() => match answer {
+                Some((number, Ok(payload))) => return Ok((number, payload)),
+                Some((_, Err(failed))) => {
+                    refusal = failed;
+                    next_at = Instant::now();
+                }
+                None => return Err(refusal),
+            },
+            () = sleep_until(next_at), if more => {}
+        }
+    }
+}
+
+async fn fetch(
+    place: &dyn BlobSource,
+    annotations: &LayerAnnotations,
+    deadline: Instant,
+) -> Result<Bytes, Refusal> {
+    let mut context = ReadContext::new(Priority::Foreground);
+    context.deadline = Some(deadline);
+    let extent = annotations.index_extent;
+    let payload = async {
+        let stream = place.open(&context, extent).await?.narrow(extent)?;
+        stream.collect(extent.len()).await
+    };
+    let payload = payload.await.map_err(|error| refused(&error))?;
+    // What answers at a guessed port may be anything: only the right bytes win.
+    check_digest(&payload, annotations.index_digest).map_err(invalid)?;
+    Ok(payload)
+}
+
+fn refused(error: &SourceError) -> Refusal {
+    match error.class() {
+        Class::Cancelled => late(),
+        Class::Transient | Class::Permanent | Class::Corrupt => {
+            Refusal::new(RefusalKind::Fetch, format!("fetch index: {error}"))
+        }
+    }
+}
+
+fn invalid(error: LayerIndexError) -> Refusal {
+    let kind = match error {
+        LayerIndexError::Io { .. } => RefusalKind::Local,
+        _ => RefusalKind::Index,
+    };
+    Refusal::new(kind, error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use async_trait::async_trait;
+    use sluice_blockindex::extent::{BlobSpace, Extent};
+    use sluice_fetcher::source::memory::MemorySource;
+    use sluice_fetcher::source::{BlobStream, SourceKind};
+
+    /// Swallows packets.
+    #[derive(Debug)]
+    struct Dead;
+
+    #[async_trait]
+    impl BlobSource for Dead {
+        fn label(&self) -> &str {
+            "dead"
+        }
+
+        fn kind(&self) -> SourceKind {
+            SourceKind::Origin
+        }
+
+        async fn open(
+            &self,
+            _: &ReadContext,
+            _: Extent<BlobSpace>,
+        ) -> Result<BlobStream, SourceError> {
+            std::future::pending().await
+        }
+    }
+
+    #[tokio::test]
+    async fn a_dead_place_does_not_cost_the_budget() {
+        let (payload, annotations) = crate::indexes::sample::layer();
+        let start = usize::try_from(annotations.index_extent.start()).unwrap();
+        let good = [&vec![0; start][..], &payload].concat();
+        let dead = || Arc::new(Dead) as Arc<dyn BlobSource>;
+        let good = || Arc::new(MemorySource::new(good.clone())) as Arc<dyn BlobSource>;
+        let wrong = || Arc::new(MemorySource::new(vec![7; 1 << 20])) as Arc<dyn BlobSource>;
+        let short = || Arc::new(MemorySource::new(vec![])) as Arc<dyn BlobSource>;
+        type Places = Vec<Arc<dyn BlobSource>>;
+        // Places, and which one wins or why none does, after how many head starts.
+        let cases: [(Places, std::result::Result<usize, RefusalKind>, u32); 7] = [
+            (vec![good()], Ok(0), 0),
+            (vec![dead(), good()], Ok(1), 1),
+            (
+                vec![dead(), dead(), dead(), dead(), dead(), good()],
+                Ok(5),
+                5,
+            ),
+            (vec![short(), wrong(), good()], Ok(2), 0),
+            (vec![dead(), wrong(), good()], Ok(2), 1),
+            (vec![short()], Err(RefusalKind::Fetch), 0),
+            (vec![wrong()], Err(RefusalKind::Index), 0),
+        ];
+        for (number, (places, expected, waits)) in cases.into_iter().enumerate() {
+            let head_start = Duration::from_millis(20);
+            let begun = Instant::now();
+            let deadline = begun + Duration::from_secs(60);
+            let answer = first_of(places, &annotations, deadline, head_start).await;
+            let took = begun.elapsed();
+            match (answer, expected) {
+                (Ok((place, bytes)), Ok(winner)) => {
+                    assert_eq!((place, &bytes[..]), (winner, &payload[..]), "case {number}");
+                }
+                (Err(refusal), Err(kind)) => assert_eq!(refusal.kind, kind, "case {number}"),
+                (answer, _) => panic!("case {number}: {answer:?}"),
+            }
+            assert!(took >= head_start * waits, "case {number}: {took:?}");
+            assert!(took < deadline - begun, "case {number}: {took:?}");
+        }
+    }
+}

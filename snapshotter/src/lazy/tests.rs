@@ -1,0 +1,259 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Decisions over a content store in memory and a registry that is not there, and which snapshots want
+//! their image completed.
+
+use super::*;
+use std::collections::BTreeMap;
+use std::time::SystemTime;
+
+use sluice_blockindex::annotations::LayerAnnotations;
+use sluice_blockindex::digest::{BlobDigest, ChainId, IndexDigest};
+use sluice_fetcher::metrics::Metrics;
+use sluice_fetcher::registry::{NoCredentials, RegistryClient, RegistryOptions};
+use sluice_fetcher::scheduler::{Fetcher, FetcherOptions};
+use sluice_fetcher::source::RetryPolicy;
+use sluice_fetcher::store::{Store, StoreOptions};
+use tempfile::TempDir;
+use tokio::time::Instant;
+
+use super::unpack_job::UnpackJob;
+use crate::indexes::{IndexFiles, sample};
+use crate::labels::CRI_IMAGE_REFERENCE;
+use crate::mount::bind::BindMount;
+use crate::plan::{Refusal, RefusalKind};
+use crate::resolve::MemoryContent;
+use crate::snapshots::SnapshotId;
+use crate::store::DocumentTable;
+use crate::unpack::LayerBlob;
+
+struct Site {
+    lazy: Lazy,
+    payload: Vec<u8>,
+    annotations: LayerAnnotations,
+    _dir: TempDir,
+}
+
+fn site() -> Site {
+    site_with(Duration::from_secs(60))
+}
+
+/// With this grace for files.
+fn site_with(file_grace: Duration) -> Site {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let store = Arc::new(Store::open(&at("devices"), StoreOptions::default()).unwrap());
+    let fetcher = Fetcher::new(FetcherOptions::default(), store, Metrics::new());
+    let client = RegistryClient::new(RegistryOptions::default(), Arc::new(NoCredentials)).unwrap();
+    let metadata = Arc::new(MetadataStore::open(&at("metadata.redb")).unwrap());
+    let indexes = Arc::new(IndexFiles::open(&at("indexes")).unwrap());
+    let layers = Layers::new(
+        fetcher,
+        client,
+        RetryPolicy::default(),
+        indexes,
+        Arc::clone(&metadata),
+    );
+    let layers = Arc::new(layers);
+    let parts = LazyParts {
+        content: Arc::new(MemoryContent::default()),
+        metadata,
+        trees: Arc::new(TreeFiles::open(&at("trees")).unwrap()),
+        background: Background::new(Arc::clone(&layers), None),
+        layers,
+        mounts: Arc::new(Mounts::new(Arc::new(BindMount::default()), &at("mnt"))),
+        metrics: LazyMetrics::default(),
+    };
+    let options = LazyOptions {
+        root: dir.path().to_owned(),
+        trust: Trust::new(vec!["*".to_owned()]),
+        registry_hosts: Vec::new(),
+        read_deadline: None,
+        mount_grace: Duration::from_secs(60),
+        file_grace,
+    };
+    let (payload, annotations) = sample::layer();
+    Site {
+        lazy: Lazy::start(parts, options),
+        payload,
+        annotations,
+        _dir: dir,
+    }
+}
+
+impl Site {
+    fn indexes(&self) -> &IndexFiles {
+        self.lazy.parts().layers.indexes()
+    }
+
+    /// What becomes of a Prepare of the layer with these annotations.
+    async fn decide(&self, annotations: &LayerAnnotations) -> LazyDecision {
+        let mut labels = annotations.to_map();
+        // Nobody listens there.
+        let reference = "127.0.0.1:1/team/app:v1".to_owned();
+        labels.insert(CRI_IMAGE_REFERENCE.to_owned(), reference);
+        let request = PrepareRequest {
+            key: "default/1/extract".into(),
+            namespace: Some("default".into()),
+            parent: None,
+            chain: Vec::new(),
+            parent_chain: None,
+            chain_id: ChainId::child(None, annotations.diff_id),
+            labels,
+            deadline: Instant::now() + Duration::from_millis(1500),
+        };
+        self.lazy.decide(&request).await
+    }
+
+    fn chain_id(&self) -> ChainId {
+        ChainId::child(None, self.annotations.diff_id)
+    }
+
+    /// What is remembered of the layer, as soon as something is.
+    async fn remembered(&self) -> Decision {
+        let key = decision_key("default", self.chain_id());
+        for _ in 0..1000 {
+            let table = DocumentTable::Decisions;
+            let all = self.lazy.parts().metadata.documents(table).unwrap();
+            if let Some((_, decision)) = all.into_iter().find(|(name, _)| *name == key) {
+                return decision;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("nothing is remembered");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_planned_layer_whose_index_is_gone_is_not_lazy() {
+    let site = site();
+    let digest = site.annotations.index_digest;
+    drop(
+        site.indexes()
+            .put(&site.payload, &site.annotations)
+            .unwrap(),
+    );
+    for _ in 0..2 {
+        let decision = site.decide(&site.annotations).await;
+        assert!(matches!(decision, LazyDecision::Lazy(_)), "{decision:?}");
+    }
+    std::fs::remove_file(site.indexes().path(digest)).unwrap();
+    let decision = site.decide(&site.annotations).await;
+    assert!(
+        matches!(decision, LazyDecision::Ordinary { .. }),
+        "{decision:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_index_that_a_prepare_names_is_the_one_that_counts() {
+    let site = site();
+    drop(
+        site.indexes()
+            .put(&site.payload, &site.annotations)
+            .unwrap(),
+    );
+    let decision = site.decide(&site.annotations).await;
+    assert!(matches!(decision, LazyDecision::Lazy(_)), "{decision:?}");
+    // Another manifest with the same config has another index, and that cannot be had.
+    let other = LayerAnnotations {
+        index_digest: IndexDigest::of(b"another"),
+        blob: BlobDigest::of(b"another"),
+        ..site.annotations.clone()
+    };
+    let decision = site.decide(&other).await;
+    assert!(
+        matches!(decision, LazyDecision::Ordinary { .. }),
+        "{decision:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn how_an_unpack_ended_is_remembered_however_it_ends() {
+    type End = fn(UnpackJob);
+    let cases: [(End, bool, &str); 3] = [
+        (|job| drop(job), false, "budget"),
+        (
+            |mut job| job.settle(Err("no disk".into())),
+            false,
+            "no disk",
+        ),
+        (|mut job| job.settle(Ok(())), true, "not lazy: sparse"),
+    ];
+    for (end, unpacked, reason) in cases {
+        let site = site();
+        let job = UnpackJob {
+            inner: Arc::clone(&site.lazy.0),
+            blob: LayerBlob {
+                blob: site.annotations.blob,
+                blob_bytes: 1,
+                media_type: String::new(),
+                diff_id: site.annotations.diff_id,
+            },
+            origins: Vec::new(),
+            deadline: Instant::now(),
+            namespace: "default".into(),
+            chain_id: site.chain_id(),
+            refusal: Refusal::new(RefusalKind::NotLazy, "not lazy: sparse"),
+            settled: false,
+        };
+        end(job);
+        let decision = site.remembered().await;
+        assert_eq!(decision.unpacked, unpacked, "{decision:?}");
+        assert!(decision.reason.contains(reason), "{decision:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_swept_before_the_shim_has_said_what_is_mounted() {
+    let site = site_with(Duration::ZERO);
+    let inner = &site.lazy.0;
+    drop(
+        site.indexes()
+            .put(&site.payload, &site.annotations)
+            .unwrap(),
+    );
+    let path = site.indexes().path(site.annotations.index_digest);
+    inner.sweep(Duration::ZERO).await;
+    assert!(path.exists());
+    inner.parts.mounts.adopt(&[]);
+    inner.sweep(Duration::ZERO).await;
+    assert!(!path.exists());
+}
+
+#[test]
+fn what_shows_an_image_is_completed_and_what_unpacks_it_is_not() {
+    let reference = (LABEL_SNAPSHOT_REF, "sha256:00");
+    let other = ("some.label/x", "y");
+    let cases = [
+        (SnapshotKind::Active, "default/7/web", other, true),
+        (SnapshotKind::View, "k8s.io/7/image-volume", other, true),
+        (SnapshotKind::Committed, "default/7/sha256:11", other, false),
+        (
+            SnapshotKind::Active,
+            "default/8/extract-1 sha256:11",
+            reference,
+            false,
+        ),
+        (
+            SnapshotKind::Active,
+            "default/8/extract-1 sha256:11",
+            other,
+            false,
+        ),
+        (SnapshotKind::View, "default/8/anything", reference, false),
+    ];
+    for (kind, name, (key, value), expected) in cases {
+        let record = SnapshotRecord {
+            id: SnapshotId(1),
+            name: name.to_owned(),
+            kind,
+            parent: None,
+            labels: BTreeMap::from([(key.to_owned(), value.to_owned())]),
+            created: SystemTime::UNIX_EPOCH,
+            updated: SystemTime::UNIX_EPOCH,
+            usage: Usage::default(),
+            layer: None,
+        };
+        assert_eq!(shows_image(&record), expected, "{kind:?} {name} {key}");
+    }
+}
