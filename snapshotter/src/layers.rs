@@ -5,7 +5,8 @@
 //! the repositories of the record. No network. Repositories that become known later join the same
 //! [`OriginSet`], so a fetch that runs already tries them too.
 //! Implements the shim's [`FillService`]: a fill for a layer that nobody has opened since the daemon
-//! started finds it in the metadata store.
+//! started finds it in the metadata store. A daemon that stops answers no fill any more: its readers
+//! go on waiting and are asked for again by the shim when the next daemon is there, as after a crash.
 //!
 //! **Locks** the table of origin sets is locked for map operations only.
 
@@ -18,6 +19,7 @@ use sluice_fetcher::registry::{RegistryClient, Repository};
 use sluice_fetcher::scheduler::{Fetcher, FillError, LayerHandle, LayerSpec};
 use sluice_fetcher::source::{BlobSource, OriginSet, Priority, RegistryBlobSource, RetryPolicy};
 use sluice_fetcher::store::{DeviceKey, StoreError as ChunkStoreError};
+use tokio_util::sync::CancellationToken;
 
 use crate::indexes::{IndexFiles, LayerIndex, LayerIndexError};
 use crate::mount::errno::FillErrno;
@@ -74,6 +76,8 @@ pub struct Layers {
     indexes: Arc<IndexFiles>,
     metadata: Arc<MetadataStore>,
     origins: Mutex<HashMap<DeviceKey, OriginSet>>,
+    /// Cancelled when fills are left to the next daemon.
+    leaving: CancellationToken,
 }
 
 /// The registry client's form of origins; what is no valid name is left out.
@@ -102,7 +106,14 @@ impl Layers {
             indexes,
             metadata,
             origins: Mutex::default(),
+            leaving: CancellationToken::new(),
         }
+    }
+
+    /// From now on no fill is answered, neither with an error nor otherwise. To be called before what
+    /// fills need is taken apart.
+    pub fn leave_fills(&self) {
+        self.leaving.cancel();
     }
 
     /// The scheduler.
@@ -236,9 +247,8 @@ fn errno_of(error: &FillError) -> FillErrno {
     }
 }
 
-#[async_trait]
-impl FillService for Layers {
-    async fn fill(&self, request: FillRequest) -> Result<(), FillErrno> {
+impl Layers {
+    async fn fill_range(&self, request: FillRequest) -> Result<(), FillErrno> {
         let key = DeviceKey {
             diff_id: request.diff_id,
             index: request.index_digest,
@@ -261,5 +271,20 @@ impl FillService for Layers {
             request.deadline,
         );
         filled.await.map_err(|error| errno_of(&error))
+    }
+}
+
+#[async_trait]
+impl FillService for Layers {
+    async fn fill(&self, request: FillRequest) -> Result<(), FillErrno> {
+        let filled = self
+            .leaving
+            .run_until_cancelled(self.fill_range(request))
+            .await;
+        match filled {
+            Some(result) if !self.leaving.is_cancelled() => result,
+            // The reader's deadline is the shim's to keep.
+            _ => std::future::pending().await,
+        }
     }
 }

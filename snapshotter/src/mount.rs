@@ -81,6 +81,12 @@ pub enum MountError {
         /// How long we waited.
         waited: Duration,
     },
+    /// There is no shim, and none could be started.
+    #[error("no shim: {reason}")]
+    NoShim {
+        /// Why not.
+        reason: String,
+    },
     /// The back-end says no.
     #[error("mount {key}: {reason}")]
     Refused {
@@ -106,7 +112,7 @@ impl MountError {
     /// Whether the same call can succeed later.
     pub fn is_transient(&self) -> bool {
         match self {
-            MountError::Unanswered { .. } => true,
+            MountError::Unanswered { .. } | MountError::NoShim { .. } => true,
             MountError::Refused { .. } | MountError::InvalidSpec { .. } | MountError::Closed => {
                 false
             }

@@ -28,6 +28,7 @@ pub mod fills;
 pub mod holder;
 pub mod keeper;
 mod link;
+pub mod log;
 mod mounts;
 pub mod protocol;
 pub mod record;

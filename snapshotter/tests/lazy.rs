@@ -18,6 +18,7 @@ use containerd_client::services::v1::snapshots::snapshots_client::SnapshotsClien
 use containerd_client::types::Mount;
 use image::{Image, commit_to_containerd, push, tar};
 use nix::mount::{MsFlags, mount, umount};
+use nix::sys::signal::Signal;
 use site::{
     Process, Root, free_port, mounts_below, start_containerd, start_daemon, start_registry, until,
 };
@@ -471,4 +472,65 @@ async fn a_dead_registry_costs_an_image_one_budget() {
     drop(silent);
     daemon.stop().await;
     drop(setup.containerd);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_waits_through_a_stop_of_the_daemon() {
+    let setup = setup().await;
+    let (tars, large) = three_layers();
+    let image = push(setup.port, "team/stop", &tars, &[]).await;
+    let extra = "[prefetch]\nenabled = false\n";
+    let daemon = start_daemon(&setup.root, extra).await;
+    let client = &setup.client;
+    client.ready().await;
+    commit_to_containerd(&image, &client.containerd, NS).await;
+    assert_eq!(client.unpack(&image).await, [] as [usize; 0]);
+    let one = client.container("one", &image.top()).await;
+
+    // The registry stands still, so the reader waits for as long as the test wants.
+    let registry = setup.registry.as_ref().unwrap();
+    registry.signal(Signal::SIGSTOP);
+    let path = one.join("large");
+    let reader = tokio::task::spawn_blocking(move || std::fs::read(path));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    daemon.stop().await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(!reader.is_finished(), "{:?}", reader.await);
+    let daemon = start_daemon(&setup.root, extra).await;
+    registry.signal(Signal::SIGCONT);
+    assert!(reader.await.unwrap().unwrap() == large);
+    client.end("one").await;
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_that_was_removed_is_pulled_again() {
+    let setup = setup().await;
+    let (tars, large) = three_layers();
+    let image = push(setup.port, "team/again", &tars, &[]).await;
+    let extra = "[prefetch]\nenabled = false\n";
+    let daemon = start_daemon(&setup.root, extra).await;
+    let client = &setup.client;
+    client.ready().await;
+    commit_to_containerd(&image, &client.containerd, NS).await;
+    let indexes = setup.root.join("sluice/indexes");
+    let count = || std::fs::read_dir(&indexes).unwrap().count();
+    for round in 0..2 {
+        assert_eq!(client.unpack(&image).await, [] as [usize; 0], "{round}");
+        assert_eq!(count(), image.layers.len(), "{round}");
+        if round == 0 {
+            for layer in image.layers.iter().rev() {
+                client.remove(&layer.chain_id.to_string()).await;
+            }
+            until("the indexes are swept", async || count() == 0).await;
+        }
+    }
+    // Nothing but what is on disk counts from here on.
+    daemon.stop().await;
+    let daemon = start_daemon(&setup.root, extra).await;
+    client.ready().await;
+    let one = client.container("one", &image.top()).await;
+    assert!(read(&one, "large") == large);
+    client.end("one").await;
+    daemon.stop().await;
 }

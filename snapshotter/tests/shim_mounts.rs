@@ -22,6 +22,7 @@ use sluice_snapshotter::mount::fuse::FuseMount;
 use sluice_snapshotter::mount::{
     ImageMount, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome,
 };
+use sluice_snapshotter::sys::mountpoint;
 use world::{Behaviour, World, can_run};
 
 /// Longest time for a reader in these tests; far above what they take.
@@ -353,5 +354,88 @@ fn what_is_used_is_not_unmounted() {
         world.run(async { client.shutdown().await }).unwrap(),
         UnmountOutcome::Done
     );
+    world.watchdog_slept();
+}
+
+/// Keys of what the shim has, and whether it is only leaving.
+fn listed(world: &World) -> Vec<(String, bool)> {
+    let client = world.client();
+    let mounts = world.run(async { client.mounts().await }).unwrap();
+    let mut keys: Vec<_> = mounts
+        .into_iter()
+        .map(|mount| (mount.spec.key, mount.leaving))
+        .collect();
+    keys.sort();
+    keys
+}
+
+#[test]
+fn a_mount_that_was_taken_away_from_outside_is_made_again() {
+    if !can_run() {
+        return;
+    }
+    let world = World::new(14);
+    let backend = FuseMount::new(world.client());
+    let mount = world.mount("a");
+    let check = || world.run(backend.check("a")).unwrap();
+    assert_eq!(check(), MountState::Serving);
+    assert_eq!(listed(&world), [("a".to_owned(), false)]);
+    let mut user = Reader::start(&Task::Stay {
+        directory: mount.join("data"),
+    });
+    user.wait_ready();
+    let detached = mountpoint::detach(&mount, true).unwrap();
+    assert_eq!(detached, mountpoint::Unmounted::Done);
+    // Its user keeps the connection alive, but nobody else would find a file.
+    assert_eq!(check(), MountState::Absent);
+    assert_eq!(listed(&world), [("a".to_owned(), true)]);
+    world.mount("a");
+    assert_eq!(check(), MountState::Serving);
+    assert_eq!(
+        listed(&world),
+        [("a".to_owned(), false), ("a".to_owned(), true)]
+    );
+    assert_eq!(compare(&world, &mount).faults, [""; 0]);
+    user.finish(LONG);
+    let deadline = Instant::now() + LONG;
+    while unmount(&world, "a", UnmountMode::IfUnused) == UnmountOutcome::Busy {
+        assert!(Instant::now() < deadline);
+    }
+    assert_eq!((listed(&world), world.mounted()), (vec![], 0));
+    world.watchdog_slept();
+}
+
+#[test]
+fn a_new_daemon_and_a_new_worker_know_what_is_leaving() {
+    if !can_run() {
+        return;
+    }
+    let mut world = World::new(15);
+    let mount = world.mount("a");
+    let mut user = Reader::start(&Task::Stay {
+        directory: mount.join("data"),
+    });
+    user.wait_ready();
+    assert_eq!(
+        unmount(&world, "a", UnmountMode::Detach),
+        UnmountOutcome::Busy
+    );
+    let leaving = [("a".to_owned(), true)];
+    assert_eq!(listed(&world), leaving);
+    world.kill_daemon();
+    world.start_daemon();
+    assert_eq!(listed(&world), leaving);
+    world.kill_worker();
+    assert_eq!(listed(&world), leaving);
+    assert_eq!(
+        unmount(&world, "a", UnmountMode::IfUnused),
+        UnmountOutcome::Busy
+    );
+    user.finish(LONG);
+    let deadline = Instant::now() + LONG;
+    while unmount(&world, "a", UnmountMode::IfUnused) == UnmountOutcome::Busy {
+        assert!(Instant::now() < deadline);
+    }
+    assert_eq!(listed(&world), []);
     world.watchdog_slept();
 }

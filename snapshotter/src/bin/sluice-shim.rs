@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use sluice_snapshotter::shim::log::BoundedLog;
 use sluice_snapshotter::shim::{holder, worker};
 use tracing_subscriber::EnvFilter;
 
@@ -35,12 +36,17 @@ enum Role {
 }
 
 fn main() -> ExitCode {
+    let role = Arguments::parse().role;
+    let (Role::Holder { run_dir, .. } | Role::Worker { run_dir }) = &role;
     let filter = EnvFilter::try_from_env("SLUICE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(false);
-    log.with_writer(std::io::stderr).init();
-    let ended = match Arguments::parse().role {
+    match BoundedLog::of_stderr(run_dir) {
+        Ok(stderr) => log.with_writer(move || stderr.clone()).init(),
+        Err(_) => log.with_writer(std::io::stderr).init(),
+    }
+    let ended = match role {
         Role::Holder { run_dir, adopt } => holder::run(&run_dir, adopt),
         Role::Worker { run_dir } => worker::run(&run_dir).map(|never| match never {}),
     };

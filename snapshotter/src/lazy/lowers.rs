@@ -7,9 +7,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use sluice_blockindex::digest::ChainId;
+use sluice_fetcher::source::Class;
 
 use super::Inner;
 use crate::chain::{Run, Segment, segments};
+use crate::indexes::LayerIndexError;
 use crate::layers::OpenLayerError;
 use crate::mount::{DeviceSpec, MountSpec};
 use crate::mounts::EnsureError;
@@ -148,17 +150,105 @@ fn mount_error(chain_id: Option<ChainId>, error: EnsureError<ReadyError>) -> Mou
     // A run is never empty.
     let chain_id = chain_id.unwrap_or(ChainId::from_bytes([0; 32]));
     let reason = error.to_string();
-    let passing = match &error {
-        EnsureError::Prepare(ReadyError::Layer(OpenLayerError::Stopping))
-        | EnsureError::Stuck(_) => true,
-        EnsureError::Prepare(ReadyError::Tree(TreeBuildError::Io { .. }))
-        | EnsureError::Mountpoint { .. } => true,
-        EnsureError::Mount(error) => error.is_transient(),
-        EnsureError::Prepare(_) => false,
-    };
+    let passing = !is_lost(&error);
     if passing {
         MountError::Unavailable { chain_id, reason }
     } else {
         MountError::Unusable { chain_id, reason }
+    }
+}
+
+/// Whether something that the mount needs is missing or damaged, so that the image must be pulled
+/// again. Everything else may be different the next time.
+fn is_lost(error: &EnsureError<ReadyError>) -> bool {
+    match error {
+        EnsureError::Prepare(ReadyError::Layer(error)) => match error {
+            OpenLayerError::NoIndex(_) => true,
+            OpenLayerError::Index { source, .. } => !matches!(source, LayerIndexError::Io { .. }),
+            OpenLayerError::Device { source, .. } => source.class() == Class::Corrupt,
+            OpenLayerError::Metadata(_) | OpenLayerError::Stopping => false,
+        },
+        EnsureError::Prepare(ReadyError::Tree(error)) => match error {
+            TreeBuildError::Merge(_) | TreeBuildError::Write(_) | TreeBuildError::Tree(_) => true,
+            TreeBuildError::Io { .. } => false,
+        },
+        EnsureError::Mount(_) | EnsureError::Stuck(_) | EnsureError::Mountpoint { .. } => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chain::RunKey;
+    use crate::layers::device_key;
+    use crate::mount::MountError as BackendError;
+    use crate::snapshots::LazyLayerRecord;
+    use sluice_blockindex::digest::{BlobDigest, DiffId, IndexDigest};
+    use sluice_blockindex::erofs::TreeReader;
+    use sluice_fetcher::store::StoreError as ChunkStoreError;
+    use std::io;
+
+    #[test]
+    fn only_what_is_lost_is_reported_as_lost() {
+        let key = device_key(&LazyLayerRecord {
+            chain_id: ChainId::of(b"c"),
+            diff_id: DiffId::of(b"d"),
+            index_digest: IndexDigest::of(b"i"),
+            blob_digest: BlobDigest::of(b"b"),
+            blob_bytes: 1,
+            device_bytes: 1,
+            sources: Vec::new(),
+        });
+        let io = || io::Error::from_raw_os_error(libc::EMFILE);
+        let layer = |error| EnsureError::Prepare(ReadyError::Layer(error));
+        let tree = |error| EnsureError::Prepare(ReadyError::Tree(error));
+        let index = |source| layer(OpenLayerError::Index { key, source });
+        let path = || PathBuf::from("/x");
+        let (expected, actual) = (IndexDigest::of(b"i"), IndexDigest::of(b"j"));
+        let run = RunKey::from_hex(&"00".repeat(32)).unwrap();
+        let damaged = TreeReader::open(b"no tree").map(drop).unwrap_err();
+        let refused = BackendError::Refused {
+            key: "k".into(),
+            reason: "x".into(),
+        };
+        let no_shim = BackendError::NoShim { reason: "x".into() };
+        let cases = [
+            (layer(OpenLayerError::NoIndex(key)), true),
+            (index(LayerIndexError::Digest { expected, actual }), true),
+            (
+                index(LayerIndexError::Io {
+                    what: "map",
+                    path: path(),
+                    source: io(),
+                }),
+                false,
+            ),
+            (
+                layer(OpenLayerError::Device {
+                    key,
+                    source: ChunkStoreError::Stopped,
+                }),
+                false,
+            ),
+            (layer(OpenLayerError::Stopping), false),
+            (tree(TreeBuildError::Tree(damaged)), true),
+            (
+                tree(TreeBuildError::Io {
+                    what: "write",
+                    path: path(),
+                    source: io(),
+                }),
+                false,
+            ),
+            (EnsureError::Mount(refused), false),
+            (EnsureError::Mount(no_shim), false),
+            (EnsureError::Stuck(run), false),
+        ];
+        for (error, lost) in cases {
+            let text = error.to_string();
+            let mapped = mount_error(None, error);
+            let unusable = matches!(mapped, MountError::Unusable { .. });
+            assert_eq!(unusable, lost, "{text}");
+        }
     }
 }

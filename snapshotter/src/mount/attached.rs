@@ -44,16 +44,13 @@ impl AttachedMount {
         self.client.get_or_try_init(start).await
     }
 
-    async fn backend(&self, key: &str) -> Result<FuseMount, MountError> {
+    async fn backend(&self) -> Result<FuseMount, MountError> {
         match self.attach().await {
             Ok(client) => Ok(FuseMount::new(Arc::clone(client))),
             Err(error) => {
                 tracing::error!("failed to attach to the shim: {error}");
-                let reason = format!("no shim: {error}");
-                Err(MountError::Refused {
-                    key: key.to_owned(),
-                    reason,
-                })
+                let reason = error.to_string();
+                Err(MountError::NoShim { reason })
             }
         }
     }
@@ -62,14 +59,14 @@ impl AttachedMount {
 #[async_trait]
 impl ImageMount for AttachedMount {
     async fn mount(&self, spec: &MountSpec) -> Result<(), MountError> {
-        self.backend(&spec.key).await?.mount(spec).await
+        self.backend().await?.mount(spec).await
     }
 
     async fn check(&self, key: &str) -> Result<MountState, MountError> {
-        self.backend(key).await?.check(key).await
+        self.backend().await?.check(key).await
     }
 
     async fn unmount(&self, key: &str, mode: UnmountMode) -> Result<UnmountOutcome, MountError> {
-        self.backend(key).await?.unmount(key, mode).await
+        self.backend().await?.unmount(key, mode).await
     }
 }

@@ -26,11 +26,7 @@ impl ImageMount for FuseMount {
     }
 
     async fn check(&self, key: &str) -> Result<MountState, MountError> {
-        let served = self.0.mounts().await?;
-        Ok(match served.iter().any(|spec| spec.key == key) {
-            true => MountState::Serving,
-            false => MountState::Absent,
-        })
+        self.0.check(key).await
     }
 
     async fn unmount(&self, key: &str, mode: UnmountMode) -> Result<UnmountOutcome, MountError> {

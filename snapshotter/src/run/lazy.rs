@@ -42,6 +42,11 @@ const SHIM_VARIABLE: &str = "SLUICE_SHIM";
 /// from its own database, so a second means that it is stuck.
 const CONTENT_DEADLINE: Duration = Duration::from_secs(2);
 
+/// Pauses between attempts to attach to the shim. An attempt starts a shim and waits for it for seconds;
+/// a node where none can be started (no program, no memory) is not to be kept busy with that.
+const FIRST_ATTACH_PAUSE: Duration = Duration::from_millis(500);
+const LONGEST_ATTACH_PAUSE: Duration = Duration::from_secs(30);
+
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// The lazy side, running.
@@ -95,16 +100,7 @@ impl LazySide {
         let shim = ShimOptions::new(config.run_dir.clone(), shim_program()?);
         let backend = Arc::new(AttachedMount::new(shim, layers.clone()));
         let mounts = Arc::new(Mounts::new(backend.clone(), &config.root.join("mnt")));
-        let adopting = Arc::clone(&mounts);
-        let attach = tokio::spawn(async move {
-            match backend.attach().await {
-                Ok(client) => match client.mounts().await {
-                    Ok(served) => adopting.adopt(&served),
-                    Err(error) => tracing::error!("failed to ask the shim for its mounts: {error}"),
-                },
-                Err(error) => tracing::error!("failed to start the shim: {error}"),
-            }
-        });
+        let attach = tokio::spawn(adopt(backend, Arc::clone(&mounts)));
 
         let containerd = Containerd::new(&config.containerd_address, config.rpc_deadline);
         let reader = Containerd::new(&config.containerd_address, CONTENT_DEADLINE);
@@ -159,6 +155,8 @@ impl LazySide {
             attach,
         } = self;
         attach.abort();
+        // Before anything that a fill needs ends: a reader that waits is to wait on, not to fail.
+        lazy.parts().layers.leave_fills();
         let ended = tokio::time::timeout(deadline, async {
             // Both end by the daemon's own token; their results were logged.
             let _ = control.await;
@@ -173,6 +171,28 @@ impl LazySide {
             Ok(Err(error)) => tracing::warn!("failed to mark the store clean: {error}"),
             Err(_) => tracing::warn!("the lazy side is still busy at the deadline"),
         }
+    }
+}
+
+/// Attaches to the shim and takes over its mounts, as often as it takes: a mount that is not known can
+/// neither be shared nor taken away, and nothing is swept before.
+async fn adopt(backend: Arc<AttachedMount>, mounts: Arc<Mounts>) {
+    let mut pause = FIRST_ATTACH_PAUSE;
+    loop {
+        let served = async {
+            let client = backend.attach().await.map_err(|error| error.to_string())?;
+            client.mounts().await.map_err(|error| error.to_string())
+        };
+        match served.await {
+            Ok(served) => {
+                let served: Vec<_> = served.into_iter().map(|mount| mount.spec).collect();
+                mounts.adopt(&served);
+                return;
+            }
+            Err(error) => tracing::error!("failed to attach to the shim, will try again: {error}"),
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_ATTACH_PAUSE);
     }
 }
 

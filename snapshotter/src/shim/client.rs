@@ -29,7 +29,7 @@ use tokio::time::Instant;
 
 use super::protocol;
 use crate::mount::errno::FillErrno;
-use crate::mount::{MountError, MountSpec, UnmountMode, UnmountOutcome};
+use crate::mount::{MountError, MountSpec, MountState, UnmountMode, UnmountOutcome};
 
 /// How the client finds and starts the shim.
 #[derive(Debug, Clone)]
@@ -127,8 +127,17 @@ pub struct ShimPeer {
     pub worker_pid: u32,
     /// The holder.
     pub holder_pid: u32,
-    /// The mounts it served when it said Hello.
-    pub mounts: Vec<MountSpec>,
+    /// How many mounts it served when it said Hello.
+    pub mounts: u32,
+}
+
+/// A mount that the worker has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListedMount {
+    /// What is or was mounted.
+    pub spec: MountSpec,
+    /// It is not at its mountpoint any more, but somebody still uses it: tree and devices must stay.
+    pub leaving: bool,
 }
 
 /// The daemon's handle on the shim. Dropping it leaves shim and mounts as they are.
@@ -266,11 +275,35 @@ impl ShimClient {
         }
     }
 
-    /// What the worker serves at this moment.
-    pub async fn mounts(&self) -> Result<Vec<MountSpec>, MountError> {
-        match self.call(Body::List(wire::List {})).await? {
-            Body::ListReply(reply) => Ok(connection::specs(reply.mounts)),
-            _ => Err(unexpected("")),
+    /// What the worker serves at this moment, and what is leaving.
+    pub async fn mounts(&self) -> Result<Vec<ListedMount>, MountError> {
+        let (mut mounts, mut after) = (Vec::new(), String::new());
+        loop {
+            let list = wire::List {
+                after: after.clone(),
+            };
+            match self.call(Body::List(list)).await? {
+                Body::ListReply(reply) => {
+                    mounts.extend(connection::listed(reply.mounts));
+                    if reply.next <= after {
+                        return Ok(mounts);
+                    }
+                    after = reply.next;
+                }
+                _ => return Err(unexpected("")),
+            }
+        }
+    }
+
+    /// Whether the worker serves a mount, and it is at its mountpoint.
+    pub async fn check(&self, key: &str) -> Result<MountState, MountError> {
+        let check = wire::Check {
+            key: key.to_owned(),
+        };
+        match self.call(Body::Check(check)).await? {
+            Body::CheckReply(reply) if reply.serving => Ok(MountState::Serving),
+            Body::CheckReply(_) => Ok(MountState::Absent),
+            _ => Err(unexpected(key)),
         }
     }
 

@@ -327,7 +327,15 @@ impl Filesystem for TreeFilesystem {
             wanted |= InitFlags::FUSE_POSIX_ACL;
         }
         for flag in wanted.iter() {
-            if config.add_capabilities(flag).is_err() {
+            if config.add_capabilities(flag).is_ok() {
+                continue;
+            }
+            if flag == InitFlags::FUSE_HAS_RESEND {
+                tracing::warn!(
+                    "the kernel cannot hand out FUSE requests again (it can from Linux 6.9): reads \
+                     that are being answered when this process dies will hang"
+                );
+            } else {
                 tracing::debug!(?flag, "the kernel does not offer");
             }
         }

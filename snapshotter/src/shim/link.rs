@@ -116,7 +116,7 @@ impl Link {
             build: env!("CARGO_PKG_VERSION").to_owned(),
             worker_pid: std::process::id(),
             holder_pid: self.keeper.holder_pid(),
-            mounts: self.mounts.specs().iter().map(wire::Mount::from).collect(),
+            mounts: u32::try_from(self.mounts.count()).unwrap_or(u32::MAX),
         };
         let _gone = outgoing.send(protocol::frame(0, Body::Hello(hello)));
         let mut reader = stream;
@@ -149,7 +149,11 @@ impl Link {
             Some(Body::HelloReply(_)) => self.waiting.connected(outgoing.clone()),
             Some(Body::FillReply(reply)) => self.waiting.answered(id, &reply),
             Some(
-                body @ (Body::Mount(_) | Body::Unmount(_) | Body::List(_) | Body::Shutdown(_)),
+                body @ (Body::Mount(_)
+                | Body::Unmount(_)
+                | Body::List(_)
+                | Body::Check(_)
+                | Body::Shutdown(_)),
             ) => {
                 let operation = Operation {
                     id,
@@ -166,6 +170,7 @@ impl Link {
                 | Body::MountReply(_)
                 | Body::UnmountReply(_)
                 | Body::ListReply(_)
+                | Body::CheckReply(_)
                 | Body::ShutdownReply(_),
             ) => tracing::debug!(id, "ignore a message that is not for us"),
         }
@@ -207,9 +212,24 @@ fn operate(keeper: &Keeper, mounts: &Arc<Mounts>, body: Body) -> (Body, bool) {
             let busy = !mounts.is_empty() || keeper.retire().is_err();
             (Body::ShutdownReply(wire::ShutdownReply { busy }), !busy)
         }
-        _ => {
-            let mounts = mounts.specs().iter().map(wire::Mount::from).collect();
-            (Body::ListReply(wire::ListReply { mounts }), false)
+        Body::Check(check) => {
+            let serving = mounts.is_serving(&check.key).unwrap_or_else(|error| {
+                tracing::error!(key = check.key, %error, "look for a mount");
+                // Asked to mount, we look again and say what is wrong.
+                false
+            });
+            (Body::CheckReply(wire::CheckReply { serving }), false)
+        }
+        body => {
+            let after = match body {
+                Body::List(list) => list.after,
+                _ => String::new(),
+            };
+            let reply = mounts.page(&after).unwrap_or_else(|error| {
+                tracing::error!(%error, "list mounts");
+                wire::ListReply::default()
+            });
+            (Body::ListReply(reply), false)
         }
     }
 }

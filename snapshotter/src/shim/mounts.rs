@@ -13,11 +13,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use prost::Message as _;
+use sluice_proto::shim as wire;
+
 use super::keeper::Keeper;
 use super::record::RecordState;
 use super::session::{self, KIND, Left, Ready, Served, Serving};
 use crate::mount::{MountSpec, UnmountMode, UnmountOutcome};
-use crate::sys::mountpoint::{self, Unmounted};
+use crate::sys::mountpoint::{self, MountLine, Unmounted};
 
 /// How long an unmount waits for the connection to end. It ends at once when nothing holds the file
 /// system; a container that still does may do so for days.
@@ -28,6 +31,12 @@ const TAKE_OVER_PAUSE: Duration = Duration::from_millis(500);
 
 /// How long take-over of a mount is tried. Its readers wait all that time.
 const TAKE_OVER_LIMIT: Duration = Duration::from_secs(300);
+
+/// Most bytes of mounts in one answer: far below the limit of a message, and 20 images of 40 layers.
+const PAGE_BYTES: usize = 256 << 10;
+
+/// Tag and length before a listed mount.
+const FIELD_BYTES: usize = 6;
 
 /// All mounts of this process.
 #[derive(Debug)]
@@ -62,13 +71,37 @@ impl Mounts {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is mounted.
-    pub fn specs(&self) -> Vec<MountSpec> {
-        self.table()
-            .serving
-            .values()
-            .map(|served| served.spec.clone())
-            .collect()
+    /// How many are mounted.
+    pub fn count(&self) -> usize {
+        self.table().serving.len()
+    }
+
+    /// What is mounted and what is leaving, after the entry with this name, as much as fits.
+    pub fn page(&self, after: &str) -> io::Result<wire::ListReply> {
+        let lines = mountpoint::mounts()?;
+        let table = self.table();
+        let serving = table.serving.values().map(|served| (served, false));
+        let leaving = table.leaving.values().map(|served| (served, true));
+        let mut all: Vec<_> = serving.chain(leaving).collect();
+        all.sort_by(|(a, _), (b, _)| a.entry.cmp(&b.entry));
+        let rest = all.into_iter().filter(|(served, _)| *served.entry > *after);
+        let listed = rest.map(|(served, leaving)| {
+            let mount = wire::ListedMount {
+                mount: Some((&served.spec).into()),
+                leaving: leaving || !is_in_place(served, &lines),
+            };
+            (served.entry.as_str(), mount)
+        });
+        Ok(page_of(listed, PAGE_BYTES))
+    }
+
+    /// Whether a mount is served where it should be.
+    pub fn is_serving(&self, key: &str) -> io::Result<bool> {
+        let served = self.table().serving.get(key).cloned();
+        Ok(match served {
+            Some(served) => is_in_place(&served, &mountpoint::mounts()?),
+            None => false,
+        })
     }
 
     /// Whether nothing is served, not even what is only leaving.
@@ -80,19 +113,25 @@ impl Mounts {
     /// Makes a mount. The same one again is fine.
     pub fn mount(self: &Arc<Mounts>, mut spec: MountSpec) -> io::Result<()> {
         spec.mountpoint = resolve(&spec.mountpoint)?;
-        if let Some(served) = self.table().serving.get(&spec.key) {
+        let served = self.table().serving.get(&spec.key).cloned();
+        if let Some(served) = served {
             // The read deadline may change with the daemon's configuration; it applies to new
             // mounts, and is no reason to refuse.
             let ours = MountSpec {
                 read_deadline: spec.read_deadline,
                 ..served.spec.clone()
             };
-            return match ours == spec {
-                true => Ok(()),
-                false => Err(io::Error::other(
+            if ours != spec {
+                return Err(io::Error::other(
                     "mounted already, of other parts or elsewhere",
-                )),
-            };
+                ));
+            }
+            if is_in_place(&served, &mountpoint::mounts()?) {
+                return Ok(());
+            }
+            // Somebody took it away behind our back, and somebody else still uses it.
+            tracing::warn!(key = spec.key, "the mountpoint is bare, mount again");
+            self.leave(&served)?;
         }
         self.clear(&spec)?;
         let number = self.next_entry.fetch_add(1, Ordering::Relaxed);
@@ -181,14 +220,9 @@ impl Mounts {
                 Unmounted::Busy => return Ok(UnmountOutcome::Busy),
                 Unmounted::Done | Unmounted::Absent => {}
             }
-            if !served.wait_end(END_WAIT) {
-                served.record.set_state(RecordState::Leaving)?;
-                let mut table = self.table();
-                table.serving.remove(key);
-                table.leaving.insert(served.entry.clone(), served.clone());
-            }
-            if served.wait_end(Duration::ZERO) {
-                // It may have ended before it was in the table of those that leave.
+            // First, so that a worker that takes over now does not take it for mounted.
+            self.leave(&served)?;
+            if served.wait_end(END_WAIT) {
                 self.table().leaving.remove(&served.entry);
             }
         }
@@ -198,6 +232,27 @@ impl Mounts {
             true => UnmountOutcome::Busy,
             false => UnmountOutcome::Done,
         })
+    }
+
+    /// From now on the mount is only waited for to end.
+    fn leave(&self, served: &Arc<Served>) -> io::Result<()> {
+        served.record.set_state(RecordState::Leaving)?;
+        let mut table = self.table();
+        let key = &served.spec.key;
+        if table
+            .serving
+            .get(key)
+            .is_some_and(|s| s.entry == served.entry)
+        {
+            table.serving.remove(key);
+        }
+        table.leaving.insert(served.entry.clone(), served.clone());
+        drop(table);
+        if served.wait_end(Duration::ZERO) {
+            // It may have ended before it was in the table of those that leave.
+            self.table().leaving.remove(&served.entry);
+        }
+        Ok(())
     }
 
     /// Goes on with what the holder kept.
@@ -273,6 +328,33 @@ impl Mounts {
     }
 }
 
+/// Whether the topmost mount at the mountpoint is this one.
+fn is_in_place(served: &Served, lines: &[MountLine]) -> bool {
+    let mut lines = lines.iter().rev();
+    let top = lines.find(|line| line.mountpoint == served.spec.mountpoint);
+    top.is_some_and(|line| line.kind == KIND && line.device.1 == served.connection)
+}
+
+/// The first of these, with the name of each, whose messages together are below `limit_bytes`; at
+/// least one.
+fn page_of<'a>(
+    listed: impl Iterator<Item = (&'a str, wire::ListedMount)>,
+    limit_bytes: usize,
+) -> wire::ListReply {
+    let mut reply = wire::ListReply::default();
+    let (mut bytes, mut last) = (0, "");
+    for (entry, mount) in listed {
+        bytes += mount.encoded_len() + FIELD_BYTES;
+        if bytes > limit_bytes && !reply.mounts.is_empty() {
+            reply.next = last.to_owned();
+            break;
+        }
+        reply.mounts.push(mount);
+        last = entry;
+    }
+    reply
+}
+
 /// The mountpoint without symbolic links, as the mount table will show it. The last component is not
 /// looked at: a dead mount may be there.
 fn resolve(mountpoint: &std::path::Path) -> io::Result<PathBuf> {
@@ -280,4 +362,55 @@ fn resolve(mountpoint: &std::path::Path) -> io::Result<PathBuf> {
     let parent = mountpoint.parent().ok_or_else(invalid)?;
     let name = mountpoint.file_name().ok_or_else(invalid)?;
     Ok(parent.canonicalize()?.join(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_hold_all_mounts_once_and_stay_small() {
+        let mounts: Vec<(String, wire::ListedMount)> = (0..250)
+            .map(|number| {
+                let mount = wire::Mount {
+                    key: format!("{number:03}"),
+                    devices: vec![wire::Device::default(); 20],
+                    tree: "t".repeat(number * 4),
+                    ..Default::default()
+                };
+                let mount = wire::ListedMount {
+                    mount: Some(mount),
+                    leaving: number % 2 == 1,
+                };
+                (format!("entry{number:03}"), mount)
+            })
+            .collect();
+        let limit = 4000;
+        for count in [0, 1, mounts.len()] {
+            let (mut after, mut seen, mut pages) = (String::new(), Vec::new(), 0);
+            loop {
+                let rest = mounts[..count].iter().filter(|(entry, _)| *entry > after);
+                let listed = rest.map(|(entry, mount)| (entry.as_str(), mount.clone()));
+                let reply = page_of(listed, limit);
+                assert!(reply.encoded_len() <= limit + 100 && pages <= count);
+                pages += 1;
+                seen.extend(reply.mounts);
+                if reply.next.is_empty() {
+                    break;
+                }
+                after = reply.next;
+            }
+            assert!(
+                seen.iter()
+                    .eq(mounts[..count].iter().map(|(_, mount)| mount))
+            );
+            assert_eq!(pages > 1, count > 1);
+        }
+        // What is larger than a page comes alone.
+        let listed = mounts
+            .iter()
+            .map(|(entry, mount)| (entry.as_str(), mount.clone()));
+        let reply = page_of(listed, 1);
+        assert_eq!((reply.mounts.len(), &*reply.next), (1, "entry000"));
+    }
 }

@@ -323,12 +323,38 @@ impl Left {
         let session = Session::from_fd(files, socket, SessionACL::All, config())?;
         fusefd::replace(session.as_fd(), self.fuse.as_fd())?;
         drop(kernel);
-        match fusefd::resend(self.fuse.as_fd()) {
-            Ok(()) => {}
-            // The connection has ended meanwhile: the session will see it.
-            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
-            Err(error) => return Err(error),
-        }
+        taken_over_all_the_same(&self.spec.key, fusefd::resend(self.fuse.as_fd()))?;
         Ok(session)
+    }
+}
+
+/// Whether the session may serve after it has asked for the requests that the dead worker had read.
+fn taken_over_all_the_same(key: &str, resent: io::Result<()>) -> io::Result<()> {
+    match resent {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            // Trying again would keep everybody waiting and bring nothing.
+            tracing::error!(
+                key,
+                "the kernel cannot hand out requests again (it can from Linux 6.9): what the dead \
+                 worker was answering hangs until its reader is killed; all else goes on"
+            );
+            Ok(())
+        }
+        // The connection has ended meanwhile: the session will see it.
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
+        resent => resent,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_old_kernel_is_served_without_what_it_cannot_do() {
+        let resent = |errno| taken_over_all_the_same("k", Err(io::Error::from_raw_os_error(errno)));
+        assert!(taken_over_all_the_same("k", Ok(())).is_ok());
+        assert!(resent(libc::EINVAL).is_ok() && resent(libc::ENODEV).is_ok());
+        assert!(resent(libc::EIO).is_err());
     }
 }

@@ -42,7 +42,7 @@ impl Drop for Process {
 }
 
 impl Process {
-    fn signal(&self, signal: Signal) {
+    pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(i32::try_from(self.0.id()).unwrap()), signal).unwrap();
     }
 }

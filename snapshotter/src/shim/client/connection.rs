@@ -11,7 +11,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use super::{FillRequest, Presence, Shared, ShimPeer};
+use super::{FillRequest, ListedMount, Presence, Shared, ShimPeer};
 use crate::mount::MountSpec;
 use crate::mount::errno::FillErrno;
 use crate::shim::protocol::{self, ProtocolError, Unframer};
@@ -109,6 +109,7 @@ impl Connection {
                 answer @ (Body::MountReply(_)
                 | Body::UnmountReply(_)
                 | Body::ListReply(_)
+                | Body::CheckReply(_)
                 | Body::ShutdownReply(_)),
             ) => {
                 // A call that gave up has taken its waiter away.
@@ -124,6 +125,7 @@ impl Connection {
                 | Body::Mount(_)
                 | Body::Unmount(_)
                 | Body::List(_)
+                | Body::Check(_)
                 | Body::Shutdown(_),
             ) => tracing::debug!(id, "ignore a message that is not for us"),
         }
@@ -159,12 +161,12 @@ impl Connection {
             build: hello.build,
             worker_pid: hello.worker_pid,
             holder_pid: hello.holder_pid,
-            mounts: specs(hello.mounts),
+            mounts: hello.mounts,
         };
         tracing::info!(
             worker = peer.worker_pid,
             holder = peer.holder_pid,
-            mounts = peer.mounts.len(),
+            mounts = peer.mounts,
             "shim attached"
         );
         {
@@ -238,16 +240,17 @@ async fn run_fill(shared: &Shared, request: FillRequest) -> Result<(), FillErrno
 }
 
 /// Mounts as the wire has them; one that we cannot read is left out and logged.
-pub(super) fn specs(mounts: Vec<wire::Mount>) -> Vec<MountSpec> {
-    let mut specs = Vec::with_capacity(mounts.len());
-    for mount in mounts {
+pub(super) fn listed(mounts: Vec<wire::ListedMount>) -> Vec<ListedMount> {
+    let mut listed = Vec::with_capacity(mounts.len());
+    for wire::ListedMount { mount, leaving } in mounts {
+        let mount = mount.unwrap_or_default();
         let key = mount.key.clone();
         match MountSpec::try_from(mount) {
-            Ok(spec) => specs.push(spec),
+            Ok(spec) => listed.push(ListedMount { spec, leaving }),
             Err(error) => {
                 tracing::error!(%key, %error, "the shim names a mount that we cannot read");
             }
         }
     }
-    specs
+    listed
 }

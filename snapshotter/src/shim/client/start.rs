@@ -12,14 +12,12 @@ use tokio::net::UnixListener;
 use tokio::process::Command;
 
 use super::{Presence, Shared, ShimError};
+use crate::shim::log::LOG_BYTES;
 use crate::shim::{LOCK_NAME, LOG_NAME, SOCKET_NAME};
 
 /// How often the supervisor looks when no worker is attached. A worker's restart takes a fraction
 /// of it; a whole shim's start is rare.
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
-
-/// Size at which the log is put aside when a holder starts.
-const LOG_BYTES: u64 = 8 << 20;
 
 /// Listens on the socket, mode 0600, taking over the name from a daemon that has died.
 pub(super) fn listen(run_dir: &Path) -> Result<UnixListener, ShimError> {
