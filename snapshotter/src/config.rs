@@ -20,6 +20,13 @@ pub use written::Written;
 /// Where the configuration is looked for if the command line does not say.
 pub const DEFAULT_PATH: &str = "/etc/sluice/config.toml";
 
+/// The longest path that a unix socket's address holds, without the zero at its end: see unix(7).
+const SOCKET_PATH_BYTES: usize = 107;
+/// Longest name of a socket below `paths.run`.
+const LONGEST_SOCKET_NAME: &str = "snapshots.sock";
+/// What a Prepare takes beyond its budget, to commit.
+const STORE_GRACE_MARGIN: Duration = Duration::from_secs(1);
+
 /// A configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -105,7 +112,8 @@ pub struct Config {
     pub rpc_deadline: Duration,
     /// Most bytes that the chunk store may hold; `None`: no limit.
     pub store_budget_bytes: Option<u64>,
-    /// How long files of layers that no snapshot has any more are kept.
+    /// How long files of layers that no snapshot has any more are kept: longer than a Prepare takes,
+    /// whose files no snapshot has yet.
     pub store_grace: Duration,
     /// Complete images in the background.
     pub prefetch: bool,
@@ -226,17 +234,21 @@ impl Written {
         for option in &snapshots.mount_options {
             check.value("snapshots.mount_options", option, is_mount_option)?;
         }
+        let prepare_budget = check.nonzero("prepare.budget", &prepare.budget)?;
+        let store_grace = check.duration("store.grace", &store.grace)?;
+        let run_dir = check.mountable("paths.run", paths.run)?;
+        check.holds_sockets("paths.run", &run_dir)?;
         Ok(Config {
             root: check.mountable("paths.root", paths.root)?,
-            run_dir: check.mountable("paths.run", paths.run)?,
+            run_dir,
             containerd_address: check.absolute("containerd.address", &containerd.address)?,
             idmapped_mounts: snapshots.idmapped_mounts,
             overlay_options: snapshots.mount_options,
-            prepare_budget: check.nonzero("prepare.budget", &prepare.budget)?,
+            prepare_budget,
             read_deadline: (!read_deadline.is_zero()).then_some(read_deadline),
             rpc_deadline: check.nonzero("fetch.rpc_deadline", &fetch.rpc_deadline)?,
             store_budget_bytes: (store_budget != 0).then_some(store_budget),
-            store_grace: check.duration("store.grace", &store.grace)?,
+            store_grace: store_grace.max(prepare_budget + STORE_GRACE_MARGIN),
             prefetch: prefetch.enabled,
             prefetch_delay: check.duration("prefetch.delay", &prefetch.delay)?,
             mount_grace: check.duration("mount.grace", &mount.grace)?,
@@ -305,6 +317,17 @@ impl Check<'_> {
                 Ok(value.to_owned())
             } else {
                 Err("want an absolute path".to_owned())
+            }
+        })
+    }
+
+    fn holds_sockets(&self, key: &'static str, directory: &Path) -> Result<(), ConfigError> {
+        let longest = SOCKET_PATH_BYTES - LONGEST_SOCKET_NAME.len() - 1;
+        self.value(key, &directory.to_string_lossy(), |_| {
+            if directory.as_os_str().len() <= longest {
+                Ok(())
+            } else {
+                Err(format!("want at most {longest} bytes: sockets are in it"))
             }
         })
     }

@@ -85,6 +85,17 @@ pub enum ContentError {
     },
 }
 
+impl ContentError {
+    /// Whether the same call can succeed later.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Unavailable { .. } => true,
+            Self::TooLarge { .. } | Self::Corrupt { .. } => false,
+        }
+    }
+}
+
 /// Why an image could not be resolved.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -247,6 +258,22 @@ async fn read_verified(
     Ok(Some(bytes))
 }
 
+/// As [`read_verified`]; a content that will never be right is passed over, so that one bad manifest does
+/// not hide the good ones.
+async fn read_if_good(
+    content: &dyn ContentReader,
+    namespace: &str,
+    digest: &str,
+) -> Result<Option<Bytes>, ContentError> {
+    match read_verified(content, namespace, digest).await {
+        Err(error) if !error.may_pass() => {
+            tracing::warn!("pass over a content: {error}");
+            Ok(None)
+        }
+        read => read,
+    }
+}
+
 /// Finds everything that the namespace knows about the image with this config.
 ///
 /// **Errors** as [`ResolveError`]; a manifest that cannot be read or parsed is passed over.
@@ -265,7 +292,7 @@ pub async fn resolve_image(
     let mut manifests = Vec::new();
     for info in infos.into_iter().take(MANIFEST_CAP) {
         repositories.extend(repositories_of(&info.labels));
-        let Some(bytes) = read_verified(content, namespace, &info.digest).await? else {
+        let Some(bytes) = read_if_good(content, namespace, &info.digest).await? else {
             continue;
         };
         let (Ok(digest), Ok(manifest)) = (info.digest.parse(), Manifest::parse(&bytes)) else {
@@ -317,7 +344,7 @@ pub async fn resolve_by_chain(
     infos.sort_by_key(|info| std::cmp::Reverse(info.updated));
     let mut seen = BTreeSet::new();
     for info in infos.into_iter().take(MANIFEST_CAP) {
-        let Some(bytes) = read_verified(content, namespace, &info.digest).await? else {
+        let Some(bytes) = read_if_good(content, namespace, &info.digest).await? else {
             continue;
         };
         let Ok(manifest) = Manifest::parse(&bytes) else {
@@ -335,7 +362,7 @@ pub async fn resolve_by_chain(
         match resolve_image(content, namespace, config).await {
             Ok(image) if image.chain_ids.contains(&chain) => return Ok(Some(image)),
             Ok(_) => {}
-            Err(ResolveError::Content(error)) => return Err(error.into()),
+            Err(ResolveError::Content(error)) if error.may_pass() => return Err(error.into()),
             Err(error) => tracing::debug!(%config, "pass over a manifest: {error:#}"),
         }
     }

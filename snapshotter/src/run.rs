@@ -19,8 +19,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus_client::registry::Registry;
-use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 pub use lock::{LockError, RootLock};
@@ -34,9 +34,13 @@ use crate::snapshots::{
 use crate::store::{MetadataStore, StoreError};
 use crate::telemetry::{self, Health, SnapshotMetrics};
 
-/// How long a stop waits for what is under way. Shorter than systemd's 90 s, longer than the
-/// budget of a Prepare and the deadline of a mount by default.
+/// How long a stop may take in all. Shorter than systemd's 90 s.
 const STOP_DEADLINE: Duration = Duration::from_secs(40);
+/// How much of it answering requests may take: longer than the budget of a Prepare and the deadline of
+/// a mount by default, and what is left is enough to mark the chunk store as cleanly stopped.
+const REQUESTS_DEADLINE: Duration = Duration::from_secs(32);
+/// How much of it is for connections to the telemetry address, which a client may hold open.
+const TELEMETRY_DEADLINE: Duration = Duration::from_secs(1);
 
 /// Why the daemon does not run.
 #[derive(Debug, thiserror::Error)]
@@ -72,15 +76,6 @@ pub enum RunError {
     /// The lazy side does not start.
     #[error("start the lazy side: {0}")]
     Lazy(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// The telemetry address cannot be bound.
-    #[error("listen on {address} for telemetry: {source}")]
-    Telemetry {
-        /// The address.
-        address: std::net::SocketAddr,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
     /// Signals cannot be caught.
     #[error("catch signals: {0}")]
     Signals(#[source] io::Error),
@@ -171,12 +166,9 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Ru
     let health = Health::default();
     let mut telemetry = None;
     if let Some(address) = config.telemetry {
-        let listener = TcpListener::bind(address)
-            .await
-            .map_err(|source| RunError::Telemetry { address, source })?;
         let (registry, health) = (Arc::new(registry), health.clone());
         let stopping = CancellationToken::new();
-        let server = telemetry::serve(listener, registry, health, stopping.clone());
+        let server = telemetry::serve_at(address, registry, health, stopping.clone());
         telemetry = Some((tokio::spawn(server), stopping));
     }
 
@@ -198,9 +190,13 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Ru
     health.set(false);
     notify::systemd("STOPPING=1");
     stop.cancel();
+    let begun = Instant::now();
+    let left = |deadline: Duration| deadline.saturating_sub(begun.elapsed());
     let served = match early {
         Some(result) => Some(result),
-        None => tokio::time::timeout(STOP_DEADLINE, &mut server).await.ok(),
+        None => tokio::time::timeout(left(REQUESTS_DEADLINE), &mut server)
+            .await
+            .ok(),
     };
     let result = match served {
         Some(Ok(Ok(()))) => Ok(()),
@@ -212,12 +208,14 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Ru
             Ok(())
         }
     };
-    snapshots.stop(STOP_DEADLINE).await;
-    lazy.stop(STOP_DEADLINE).await;
-    if let Some((server, stopping)) = telemetry {
+    snapshots.stop(left(REQUESTS_DEADLINE)).await;
+    lazy.stop(left(STOP_DEADLINE - TELEMETRY_DEADLINE)).await;
+    if let Some((mut server, stopping)) = telemetry {
         stopping.cancel();
-        if let Ok(Err(error)) = server.await {
-            tracing::warn!(%error, "telemetry failed");
+        match tokio::time::timeout(TELEMETRY_DEADLINE, &mut server).await {
+            Ok(Ok(Err(error))) => tracing::warn!(%error, "telemetry failed"),
+            Ok(_) => {}
+            Err(_) => server.abort(),
         }
     }
     tracing::info!("stopped");

@@ -6,7 +6,7 @@ mod metrics;
 
 use crate::config::LogFormat;
 
-pub use http::{Health, serve};
+pub use http::{Health, serve_at};
 pub use metrics::{PrepareOutcome, SnapshotMetrics};
 
 /// Starts the log, to standard error. The level was validated with the configuration.

@@ -163,3 +163,27 @@ fn a_named_file_must_exist() {
     assert!(matches!(error, ConfigError::Read { .. }));
     assert!(error.to_string().contains("/nonexistent/sluice.toml"));
 }
+
+#[test]
+fn sockets_fit_into_the_run_directory() {
+    let parse_run = |bytes: usize| {
+        let run = format!("/{}", "r".repeat(bytes - 1));
+        parse(&format!("[paths]\nrun = \"{run}\"\n"))
+    };
+    let config = parse_run(92).unwrap();
+    assert_eq!(config.snapshots_socket().as_os_str().len(), 107);
+    let error = parse_run(93).unwrap_err().to_string();
+    assert!(
+        error.contains("paths.run") && error.contains("92 bytes"),
+        "{error}"
+    );
+}
+
+#[test]
+fn files_are_kept_longer_than_a_prepare_takes() {
+    for (budget, grace, seconds) in [("5s", "20s", 20), ("5s", "1s", 6), ("60s", "20s", 61)] {
+        let text = format!("[prepare]\nbudget = \"{budget}\"\n[store]\ngrace = \"{grace}\"\n");
+        let config = parse(&text).unwrap();
+        assert_eq!(config.store_grace, Duration::from_secs(seconds), "{text}");
+    }
+}

@@ -9,6 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use sluice_blockindex::digest::BlobDigest;
+use sluice_fetcher::registry::host_name;
 use sluice_proto::control::CompleteContentProgress;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -150,13 +151,12 @@ impl ControlService {
 
 /// The labels by which clients know where a content came from.
 fn source_labels(origins: &[BlobOrigin]) -> HashMap<String, String> {
-    // As containerd writes them: without the port.
+    // As containerd writes them: without the port, and without the brackets of an IPv6 address.
     let mut by_host: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
     for origin in origins {
-        let host = origin
-            .host
-            .split_once(':')
-            .map_or(&*origin.host, |(host, _)| host);
+        let host = host_name(&origin.host);
+        let inner = host.strip_prefix('[').and_then(|it| it.strip_suffix(']'));
+        let host = inner.unwrap_or(host);
         by_host.entry(host).or_default().insert(&origin.repository);
     }
     by_host
@@ -221,8 +221,15 @@ mod tests {
             host: host.into(),
             repository: repository.into(),
         };
-        let origins = [origin("h:1", "a"), origin("h:1", "b"), origin("g", "c")];
+        let origins = [
+            origin("h:1", "a"),
+            origin("h:1", "b"),
+            origin("g", "c"),
+            origin("[::1]:5000", "d"),
+            origin("[::1]", "e"),
+        ];
         let want = HashMap::from([
+            (format!("{SOURCE_LABEL_PREFIX}::1"), "d,e".to_owned()),
             (format!("{SOURCE_LABEL_PREFIX}h"), "a,b".to_owned()),
             (format!("{SOURCE_LABEL_PREFIX}g"), "c".to_owned()),
         ]);

@@ -35,6 +35,15 @@ const MESSAGE_BYTES: usize = 1 << 20;
 /// Keys and values of labels together must stay below this, or containerd refuses them.
 const LABEL_CAP_BYTES: usize = 4096;
 
+/// The slowest disk on which containerd is still waited for while it hashes what it has of a blob, or
+/// syncs all of it. Faster: large blobs fail on slow disks; slower: a stuck containerd is noticed late.
+const SLOWEST_BYTES_PER_SECOND: u64 = 8 << 20;
+
+/// How long containerd may take for what goes through a whole blob.
+fn whole_blob_deadline(rpc_deadline: Duration, blob_bytes: u64) -> Duration {
+    rpc_deadline + Duration::from_secs(blob_bytes / SLOWEST_BYTES_PER_SECOND)
+}
+
 /// Why a blob could not be put into the content store.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -222,7 +231,10 @@ impl<'a> Writer<'a> {
                 Ok(Some(first)) => Ok(Some((replies, first.offset))),
             }
         };
-        let Some((replies, offset)) = containerd.bounded("start a write", call).await? else {
+        // What an earlier try has written is hashed first.
+        let deadline = whole_blob_deadline(containerd.rpc_deadline(), ingest.blob_bytes);
+        let opened = containerd.bounded_by(deadline, "start a write", call);
+        let Some((replies, offset)) = opened.await? else {
             return Ok(None);
         };
         let blob = ingest.blob;
@@ -247,6 +259,7 @@ impl<'a> Writer<'a> {
     async fn exchange(
         &mut self,
         what: &'static str,
+        deadline: Duration,
         message: api::WriteContentRequest,
     ) -> Result<Result<api::WriteContentResponse, Status>, ContentError> {
         let Self {
@@ -264,7 +277,7 @@ impl<'a> Writer<'a> {
                 Err(status) => Err(status),
             })
         };
-        lease.containerd.bounded(what, call).await
+        lease.containerd.bounded_by(deadline, what, call).await
     }
 
     async fn write(&mut self, data: Bytes) -> Result<(), IngestError> {
@@ -275,8 +288,9 @@ impl<'a> Writer<'a> {
             data: data.into(),
             ..Default::default()
         };
+        let deadline = self.lease.containerd.rpc_deadline();
         let reply = self
-            .exchange("write content", message)
+            .exchange("write content", deadline, message)
             .await?
             .map_err(refused)?;
         if reply.offset != signed(end) {
@@ -306,7 +320,9 @@ impl<'a> Writer<'a> {
             labels,
             ..Default::default()
         };
-        match self.exchange("commit content", message).await? {
+        let rpc_deadline = self.lease.containerd.rpc_deadline();
+        let deadline = whole_blob_deadline(rpc_deadline, ingest.blob_bytes);
+        match self.exchange("commit content", deadline, message).await? {
             Ok(_) => Ok(()),
             Err(status) if status.code() == Code::AlreadyExists => Ok(()),
             Err(status) if status.code() == Code::FailedPrecondition => {
@@ -387,4 +403,18 @@ fn refused(status: Status) -> IngestError {
 /// containerd's API counts in `int64`; a blob never comes near its end.
 fn signed(bytes: u64) -> i64 {
     i64::try_from(bytes).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_large_blob_has_more_time() {
+        let rpc = Duration::from_secs(30);
+        for (bytes, seconds) in [(0, 30), (1 << 20, 30), (1 << 30, 158), (20 << 30, 2590)] {
+            let expected = Duration::from_secs(seconds);
+            assert_eq!(whole_blob_deadline(rpc, bytes), expected, "{bytes}");
+        }
+    }
 }

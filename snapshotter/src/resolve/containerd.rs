@@ -130,14 +130,24 @@ impl Containerd {
         what: &'static str,
         call: impl Future<Output = Result<T, Status>>,
     ) -> Result<T, ContentError> {
-        match tokio::time::timeout(self.rpc_deadline, call).await {
+        self.bounded_by(self.rpc_deadline, what, call).await
+    }
+
+    /// As [`Containerd::bounded`], with a deadline of its own.
+    pub async fn bounded_by<T>(
+        &self,
+        deadline: Duration,
+        what: &'static str,
+        call: impl Future<Output = Result<T, Status>>,
+    ) -> Result<T, ContentError> {
+        match tokio::time::timeout(deadline, call).await {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(status)) => {
                 let message = format!("{:?}: {}", status.code(), status.message());
                 Err(ContentError::Unavailable { what, message })
             }
             Err(_) => {
-                let message = format!("no answer within {:?}", self.rpc_deadline);
+                let message = format!("no answer within {deadline:?}");
                 Err(ContentError::Unavailable { what, message })
             }
         }

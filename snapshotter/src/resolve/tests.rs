@@ -213,3 +213,20 @@ fn ipv6_addresses_get_their_brackets_back() {
         assert_eq!(bracketed(host), want);
     }
 }
+
+#[tokio::test]
+async fn one_bad_manifest_does_not_hide_the_good_ones() {
+    let images = images();
+    let config = images.config.to_string();
+    let label = (CONFIG_LABEL, config.as_str());
+    let bad = images.content.put(NS, &b"{}"[..], &[label]);
+    images.content.corrupt(NS, &bad);
+    let image = resolve_image(&images.content, NS, images.config)
+        .await
+        .unwrap();
+    assert_eq!(image.manifests.len(), 2);
+    assert_eq!(image.manifests[0].digest.to_string(), images.converted);
+    let chain = chain_ids(&images.diff_ids)[0];
+    let found = resolve_by_chain(&images.content, NS, chain, SystemTime::now()).await;
+    assert_eq!(found.unwrap().unwrap().config, images.config);
+}

@@ -122,3 +122,42 @@ async fn damaged_metadata_is_an_error_that_names_the_file() {
     assert!(matches!(error, RunError::Store { .. }), "{error}");
     assert!(error.to_string().contains("metadata.redb"), "{error}");
 }
+
+/// The first line of an answer; `None` while nobody answers.
+fn ask(address: std::net::SocketAddr, path: &str) -> Option<(String, std::net::TcpStream)> {
+    use std::io::{BufRead as _, Write as _};
+    let mut stream = std::net::TcpStream::connect(address).ok()?;
+    stream
+        .set_read_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: h\r\n\r\n").ok()?;
+    let mut line = String::new();
+    let mut reader = std::io::BufReader::new(stream.try_clone().unwrap());
+    reader.read_line(&mut line).ok()?;
+    Some((line, stream))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_taken_telemetry_port_is_waited_for_and_its_clients_do_not_hold_a_stop() {
+    let root = tempfile::tempdir().unwrap();
+    let mut config = config(&root);
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap();
+    config.telemetry = Some(address);
+    let running = start(&config).await;
+    drop(taken);
+    let answer = tokio::task::spawn_blocking(move || {
+        let begun = std::time::Instant::now();
+        loop {
+            match ask(address, "/healthz") {
+                Some(answer) => return answer,
+                None => assert!(begun.elapsed() < Duration::from_secs(60)),
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    });
+    let (line, open) = answer.await.unwrap();
+    assert!(line.contains("200"), "{line}");
+    end(running).await;
+    drop(open);
+}

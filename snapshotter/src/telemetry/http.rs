@@ -2,8 +2,10 @@
 //! `/metrics` in Prometheus' text format and `/healthz`.
 
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -24,8 +26,37 @@ impl Health {
     }
 }
 
+/// Pause before a port that is taken is tried again.
+const BIND_PAUSE: Duration = Duration::from_secs(5);
+
+/// Serves at an address until told to stop, as soon as the address can be had: a port that somebody
+/// else holds must not keep containers from starting.
+pub async fn serve_at(
+    address: SocketAddr,
+    registry: Arc<Registry>,
+    health: Health,
+    stop: CancellationToken,
+) -> io::Result<()> {
+    let mut complained = false;
+    let listener = loop {
+        match TcpListener::bind(address).await {
+            Ok(listener) => break listener,
+            Err(error) if !complained => {
+                complained = true;
+                tracing::error!(%address, "failed to listen for telemetry, will try again: {error}");
+            }
+            Err(_) => {}
+        }
+        let pause = tokio::time::sleep(BIND_PAUSE);
+        if stop.run_until_cancelled(pause).await.is_none() {
+            return Ok(());
+        }
+    };
+    serve(listener, registry, health, stop).await
+}
+
 /// Serves until told to stop.
-pub async fn serve(
+async fn serve(
     listener: TcpListener,
     registry: Arc<Registry>,
     health: Health,
