@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Deleting directory trees that somebody else has made.
 //!
-//! A container may nest directories as deep as it likes, so neither the stack nor the number of open
-//! files may grow with the depth. A tree is emptied down to [`LEVELS`] levels below the graveyard;
-//! what lies deeper is moved up into the graveyard, under a name of its own, and emptied in the next
-//! round. Every operation names one component relative to its directory's descriptor, and no symbolic
+//! A container may nest directories as deep as it likes and fill them as it likes, so neither the stack
+//! nor the number of open files may grow with the depth, nor the memory with the width. A tree is
+//! emptied [`BATCH`] entries at a time, down to [`LEVELS`] levels below the graveyard; what lies deeper
+//! is moved up into the graveyard, under a name of its own, and emptied in the next round. Every operation names one component relative to its directory's descriptor, and no symbolic
 //! link is followed. A crash leaves entries of the graveyard, which the next reap empties as well.
 //! Several reaps may work at once: what another one has taken away is done. Blocks.
 
@@ -24,20 +24,19 @@ use nix::unistd::{UnlinkatFlags, unlinkat};
 /// more renames, and ordinary trees are not this deep.
 const LEVELS: usize = 48;
 
+/// Entries that are listed before they are deleted: a directory that changes while it is listed may
+/// hide some. More take memory on each level, fewer make more listings.
+const BATCH: usize = 1024;
+
+/// Entries that stay, and why.
+type Left = Vec<(CString, Errno)>;
+
 /// A directory whose entries are to be deleted.
 #[derive(Debug)]
 pub(super) struct Graveyard {
     path: PathBuf,
     /// Of the next directory that is moved up. Names of an earlier process may be taken still.
     next_name: AtomicU64,
-}
-
-/// What one round did.
-#[derive(Debug, Default)]
-struct Round {
-    moved_up: u64,
-    /// Entries of the graveyard that stay, and why.
-    failed: Vec<(CString, Errno)>,
 }
 
 impl Graveyard {
@@ -56,34 +55,47 @@ impl Graveyard {
 
     /// Deletes all that is in it; gives how many of its entries could not be deleted.
     pub(super) fn empty(&self) -> io::Result<usize> {
+        let path = CString::new(self.path.as_os_str().as_encoded_bytes())?;
         loop {
-            let round = self.round()?;
-            if round.moved_up > 0 {
+            let (graveyard, mut listing) = (open(None, &path)?, open(None, &path)?);
+            let mut moved_up = 0;
+            let left = self.clear(&graveyard, &mut listing, 0, &mut moved_up)?;
+            if moved_up > 0 {
                 continue;
             }
-            for (name, error) in &round.failed {
+            for (name, error) in &left {
                 let path = self.path.join(&*name.to_string_lossy());
                 tracing::warn!(?path, %error, "snapshot directory is not deleted");
             }
-            return Ok(round.failed.len());
+            return Ok(left.len());
         }
     }
 
-    fn round(&self) -> io::Result<Round> {
-        let mut round = Round::default();
-        let mut graveyard = open(
-            None,
-            &CString::new(self.path.as_os_str().as_encoded_bytes())?,
-        )?;
-        for (name, kind) in entries(&mut graveyard)? {
-            if let Err(error) = self.remove(&graveyard, &graveyard, &name, kind, 0, &mut round) {
-                round.failed.push((name, error));
+    /// Deletes what is in a directory of this level, as far as that is possible.
+    fn clear(
+        &self,
+        graveyard: &Dir,
+        directory: &mut Dir,
+        level: usize,
+        moved_up: &mut u64,
+    ) -> nix::Result<Left> {
+        loop {
+            let batch = entries(directory)?;
+            let count = batch.len();
+            let mut left = Left::new();
+            for (name, kind) in batch {
+                if let Err(error) = self.remove(graveyard, directory, &name, kind, level, moved_up)
+                {
+                    left.push((name, error));
+                }
+            }
+            if count < BATCH || left.len() == count {
+                return Ok(left);
             }
         }
-        Ok(round)
     }
 
-    /// Deletes one entry of `parent`, or moves it up. Goes on after a failure and gives the first.
+    /// Deletes one entry of `parent`, or moves it up.
     fn remove(
         &self,
         graveyard: &Dir,
@@ -91,13 +103,13 @@ impl Graveyard {
         name: &CStr,
         kind: Option<Type>,
         level: usize,
-        round: &mut Round,
+        moved_up: &mut u64,
     ) -> nix::Result<()> {
         if !matches!(kind, None | Some(Type::Directory)) {
             return gone_is_done(unlinkat(parent, name, UnlinkatFlags::NoRemoveDir));
         }
         if level >= LEVELS {
-            return self.move_up(graveyard, parent, name, round);
+            return self.move_up(graveyard, parent, name, moved_up);
         }
         let mut directory = match open(Some(parent), name) {
             Ok(directory) => directory,
@@ -108,18 +120,11 @@ impl Graveyard {
             }
             Err(error) => return Err(error),
         };
-        let mut result = Ok(());
-        for (child, kind) in entries(&mut directory)? {
-            let removed = self.remove(graveyard, &directory, &child, kind, level + 1, round);
-            result = result.and(removed);
+        let left = self.clear(graveyard, &mut directory, level + 1, moved_up)?;
+        if let Some((_, error)) = left.first() {
+            return Err(*error);
         }
-        result?;
-        match unlinkat(parent, name, UnlinkatFlags::RemoveDir) {
-            // Another reap moves into the graveyard what it finds deep in the tree; and a process
-            // that still stands in it may write. The next reap comes back.
-            Err(Errno::ENOTEMPTY | Errno::EEXIST) => Ok(()),
-            removed => gone_is_done(removed),
-        }
+        gone_is_done(unlinkat(parent, name, UnlinkatFlags::RemoveDir))
     }
 
     fn move_up(
@@ -127,14 +132,14 @@ impl Graveyard {
         graveyard: &Dir,
         parent: &Dir,
         name: &CStr,
-        round: &mut Round,
+        moved_up: &mut u64,
     ) -> nix::Result<()> {
         loop {
             let number = self.next_name.fetch_add(1, Ordering::Relaxed);
             let fresh = format!("deep-{}-{number}", std::process::id());
             match renameat(parent.as_fd(), name, graveyard.as_fd(), fresh.as_str()) {
                 Ok(()) => {
-                    round.moved_up += 1;
+                    *moved_up += 1;
                     return Ok(());
                 }
                 // An empty directory of that name would have been replaced, as it should be.
@@ -153,13 +158,13 @@ fn open(parent: Option<&Dir>, name: &CStr) -> nix::Result<Dir> {
     }
 }
 
-/// What is in a directory. Listed before anything is deleted: a directory that changes while it is
-/// listed may hide entries.
+/// The first entries of a directory.
 fn entries(directory: &mut Dir) -> nix::Result<Vec<(CString, Option<Type>)>> {
     directory
         .iter()
         .map(|entry| entry.map(|entry| (entry.file_name().to_owned(), entry.file_type())))
         .filter(|entry| !matches!(entry, Ok((name, _)) if **name == *c"." || **name == *c".."))
+        .take(BATCH)
         .collect()
 }
 
@@ -178,6 +183,11 @@ mod tests {
 
     use super::*;
 
+    /// In memory where possible: a busy disk takes a minute for what is made here.
+    fn directory() -> tempfile::TempDir {
+        tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| tempfile::tempdir().unwrap())
+    }
+
     /// `top/d/d/d/…`, made without a path of that length.
     fn nest(top: &Path, levels: usize) {
         std::fs::create_dir(top).unwrap();
@@ -193,7 +203,7 @@ mod tests {
 
     #[test]
     fn any_depth_is_deleted_on_a_small_stack() {
-        let root = tempfile::tempdir().unwrap();
+        let root = directory();
         let graveyard = Graveyard::new(root.path().to_owned());
         nest(&root.path().join("deep"), 20_000);
         // What a crash between two rounds has left, and a name that is taken.
@@ -208,7 +218,7 @@ mod tests {
 
     #[test]
     fn all_kinds_of_entries_go_and_links_are_not_followed() {
-        let (root, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (root, other) = (directory(), directory());
         std::fs::write(other.path().join("kept"), b"x").unwrap();
         let at = |name: &str| root.path().join(name);
         std::fs::create_dir_all(at("a/b/c")).unwrap();
@@ -225,8 +235,22 @@ mod tests {
     }
 
     #[test]
+    fn wide_directories_go_in_batches() {
+        let root = directory();
+        let wide = root.path().join("wide");
+        std::fs::create_dir(&wide).unwrap();
+        for number in 0..BATCH * 2 + 5 {
+            std::fs::write(wide.join(number.to_string()), b"").unwrap();
+            std::fs::create_dir(root.path().join(format!("d{number}"))).unwrap();
+        }
+        let graveyard = Graveyard::new(root.path().to_owned());
+        assert_eq!(graveyard.empty().unwrap(), 0);
+        assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 0);
+    }
+
+    #[test]
     fn reaps_at_the_same_time_leave_nothing() {
-        let root = tempfile::tempdir().unwrap();
+        let root = directory();
         for name in ["one", "two"] {
             nest(&root.path().join(name), 500);
         }
