@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sluice_proto::shim as wire;
 use sluice_proto::shim::envelope::Body;
@@ -82,10 +82,13 @@ impl Link {
         loop {
             match UnixStream::connect(&path) {
                 Ok(stream) => {
+                    let begun = Instant::now();
                     let served = self.serve(stream);
                     self.waiting.disconnected();
                     match served {
-                        Ok(true) => pause = FIRST_PAUSE,
+                        // One that ends as soon as it begins will do so again.
+                        Ok(true) if begun.elapsed() > LONGEST_PAUSE => pause = FIRST_PAUSE,
+                        Ok(true) => {}
                         Ok(false) => pause = LONGEST_PAUSE,
                         Err(error) => tracing::info!(%error, "the daemon is gone"),
                     }
