@@ -229,3 +229,100 @@ fn shim_program() -> io::Result<PathBuf> {
     }
     Ok(std::env::current_exe()?.with_file_name(SHIM_PROGRAM))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::UnixStream;
+    use std::path::Path;
+
+    use async_trait::async_trait;
+    use sluice_proto::shim as wire;
+    use sluice_proto::shim::envelope::Body;
+
+    use super::*;
+    use crate::chain::RunKey;
+    use crate::mount::errno::FillErrno;
+    use crate::shim::client::{FillRequest, FillService};
+    use crate::shim::protocol::{Unframer, frame};
+    use crate::shim::{OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, SOCKET_NAME};
+
+    #[derive(Debug)]
+    struct NoFills;
+
+    #[async_trait]
+    impl FillService for NoFills {
+        async fn fill(&self, _: FillRequest) -> Result<(), FillErrno> {
+            Err(FillErrno::Io)
+        }
+    }
+
+    /// One connection of a worker that has one mount, which is leaving. Ends with its first answer.
+    fn serve(run_dir: &Path, key: RunKey) -> io::Result<()> {
+        let mut stream = UnixStream::connect(run_dir.join(SOCKET_NAME))?;
+        let hello = wire::Hello {
+            version: PROTOCOL_VERSION,
+            oldest_version: OLDEST_PROTOCOL_VERSION,
+            ..Default::default()
+        };
+        stream.write_all(&frame(0, Body::Hello(hello)))?;
+        let (mut unframer, mut buffer) = (Unframer::default(), [0; 1024]);
+        loop {
+            let count = stream.read(&mut buffer)?;
+            if count == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            unframer.push(&buffer[..count]);
+            while let Some(envelope) = unframer.take().unwrap() {
+                if !matches!(envelope.body, Some(Body::List(_))) {
+                    continue;
+                }
+                let mount = wire::Mount {
+                    key: key.to_string(),
+                    mountpoint: "/m".into(),
+                    tree: "/t".into(),
+                    ..Default::default()
+                };
+                let reply = wire::ListReply {
+                    mounts: vec![wire::ListedMount {
+                        mount: Some(mount),
+                        leaving: true,
+                    }],
+                    ..Default::default()
+                };
+                let reply = frame(envelope.id, Body::ListReply(reply));
+                return stream.write_all(&reply);
+            }
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_shim_that_comes_late_is_adopted() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut options = ShimOptions::new(dir.path().to_owned(), "/no/such/program".into());
+        options.start_deadline = Duration::from_millis(300);
+        let backend = Arc::new(AttachedMount::new(options, Arc::new(NoFills)));
+        let mounts = Arc::new(Mounts::new(backend.clone(), dir.path()));
+        let failed = backend.attach().await.map(drop);
+        assert!(failed.is_err());
+        let adopting = tokio::spawn(adopt(backend, Arc::clone(&mounts)));
+        // Long enough for the first attempt to have failed.
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        assert!(!mounts.is_adopted());
+        let key = RunKey::from_hex(&"ab".repeat(32)).unwrap();
+        let run_dir = dir.path().to_owned();
+        let worker = tokio::task::spawn_blocking(move || {
+            // An attempt of the daemon may just end when we come.
+            while serve(&run_dir, key).is_err() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        tokio::time::timeout(Duration::from_secs(60), adopting)
+            .await
+            .unwrap()
+            .unwrap();
+        worker.await.unwrap();
+        let adopted: Vec<RunKey> = mounts.mounted().into_iter().map(|run| run.key).collect();
+        assert_eq!((mounts.is_adopted(), adopted), (true, vec![key]));
+    }
+}
