@@ -60,10 +60,16 @@ impl Gate {
     /// Waits until a transfer of the urgency `urgency` may read; it may change meanwhile. Cancel-safe.
     pub(crate) async fn turn(&self, urgency: &Urgency) {
         let mut receiving = self.receiving.subscribe();
-        // The sender is in `self`: it cannot be closed.
-        let _ = receiving
-            .wait_for(|receiving| turn(receiving, urgency.effective()))
-            .await;
+        loop {
+            let priority = urgency.effective();
+            tokio::select! {
+                biased;
+                // The sender is in `self`: it cannot be closed.
+                _ = receiving.wait_for(|receiving| turn(receiving, priority)) => return,
+                // Who waits counts as nothing at the gate, so its promotion changes nothing there.
+                () = urgency.differs(priority) => {}
+            }
+        }
     }
 
     /// Whether foreground was receiving within `span`, or is now.
@@ -242,5 +248,21 @@ mod tests {
         assert!(gate.foreground_within(Duration::from_secs(1)));
         tokio::time::advance(Duration::from_secs(2)).await;
         assert!(!gate.foreground_within(Duration::from_secs(1)));
+    }
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_promotes_a_transfer_that_waits_already() {
+        let gate = Gate::new();
+        let other = Urgency::new(Priority::Foreground);
+        other.receiving(&gate, true);
+        // It has no byte yet: the gate does not count it.
+        let waits = Urgency::new(Priority::Background);
+        let second = Duration::from_secs(1);
+        let promotion = async {
+            tokio::time::sleep(second).await;
+            waits.waiting(&gate, [1, 0, 0], true);
+        };
+        let turn = tokio::time::timeout(2 * second, gate.turn(&waits));
+        let (turn, ()) = tokio::join!(turn, promotion);
+        turn.unwrap();
     }
 }

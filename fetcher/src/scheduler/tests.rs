@@ -254,6 +254,46 @@ async fn a_reader_promotes_the_background_flight_that_has_its_chunk() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_reader_promotes_a_flight_that_waits_to_ask() {
+    let (fetcher, big, other) = (
+        fetcher(),
+        TestLayer::even(7, 4, 16 << 10),
+        TestLayer::even(8, 500, 16 << 10),
+    );
+    let (back, front) = (
+        Line::new("back", &big.blob),
+        Line::new("front", &other.blob),
+    );
+    let (one, two) = (
+        add(&fetcher, &big, &[&back]).await,
+        add(&fetcher, &other, &[&front]).await,
+    );
+    let whole = |layer: &TestLayer| Extent::new(0, layer.tar.len() as u64).unwrap();
+    // Some reader keeps the line busy for half a second.
+    let busy = fetcher.fill(&two, whole(&other), Priority::Foreground, None);
+    let background = async {
+        tokio::time::sleep(Duration::from_millis(40)).await;
+        fetcher
+            .fill(&one, whole(&big), Priority::Background, None)
+            .await
+            .unwrap();
+    };
+    let reader = async {
+        tokio::time::sleep(Duration::from_millis(80)).await;
+        assert_eq!((one.flights.len(), back.asked().len()), (4, 0));
+        let before = clock::now();
+        fetcher
+            .fill(&one, chunk_extent(&big, 2), Priority::Foreground, None)
+            .await
+            .unwrap();
+        clock::now() - before
+    };
+    let (busy, (), took) = tokio::join!(busy, background, reader);
+    busy.unwrap();
+    assert!(took <= Duration::from_millis(30), "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_cancelled_waiter_does_not_cancel_the_owner() {
     let (fetcher, layer) = (fetcher(), TestLayer::even(9, 4, 4000));
     let line = Line::new("a", &layer.blob);
