@@ -179,6 +179,30 @@ fn replace_file(dir: &Path, name: &str, bytes: &[u8], durable: bool) -> io::Resu
     if durable { sync_dir(dir) } else { Ok(()) }
 }
 
+/// Removes what vouches for bytes of a device, durably, so that whatever interrupts the making of new
+/// files leaves nothing that vouches for them. Of a new device there is nothing, and nothing is synced.
+fn forget_records(dir: &Path) -> io::Result<()> {
+    let mut removed = false;
+    for name in [META, PRESENT] {
+        match fs::remove_file(dir.join(name)) {
+            Ok(()) => removed = true,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    if removed { sync_dir(dir) } else { Ok(()) }
+}
+
+fn open_data(dir: &Path) -> io::Result<File> {
+    File::options()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .mode(FILE_MODE)
+        .open(dir.join(DATA))
+}
+
 fn held(path: &Path) -> io::Result<u64> {
     match fs::metadata(path) {
         Ok(metadata) => Ok(metadata.blocks().saturating_mul(STAT_BLOCK_BYTES)),
@@ -225,30 +249,25 @@ impl Media for DirMedia {
         // Nothing of a new device is synced, because nothing of it is missed when a power cut takes it;
         // a pull should not wait for the disk.
         fs::create_dir_all(&dir)?;
-        let data = File::options()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .mode(FILE_MODE)
-            .open(dir.join(DATA))?;
-        let mut fresh = false;
-        if data.metadata()?.len() != device_bytes {
-            // Made shorter first, so that nothing of another content stays behind.
-            data.set_len(0)?;
-            data.set_len(device_bytes)?;
-            fresh = true;
-        }
         let path = dir.join(PRESENT);
-        let usable = if fresh {
-            None
-        } else {
+        let mut data = open_data(&dir)?;
+        let fits = data.metadata()?.len() == device_bytes;
+        let usable = if fits {
             map_presence(&path, ends)?
+        } else {
+            None
         };
+        let fresh = usable.is_none();
         let presence = match usable {
             Some(presence) => presence,
             None => {
-                fresh = true;
+                forget_records(&dir)?;
+                if !fits {
+                    // A new file: who has the old one open never sees it change.
+                    fs::remove_file(dir.join(DATA))?;
+                    data = open_data(&dir)?;
+                    data.set_len(device_bytes)?;
+                }
                 let bytes = Presence::encode(ends.iter().copied())
                     .ok_or_else(|| io::Error::other("chunk ends do not rise"))?;
                 replace_file(&dir, PRESENT, &bytes, false)?;

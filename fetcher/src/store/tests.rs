@@ -342,6 +342,53 @@ fn unfinished_and_damaged_devices_are_replaced() {
 }
 
 #[test]
+fn making_files_anew_may_fail_at_any_step_and_vouches_for_nothing() {
+    let layer = TestLayer::even(11, 3, 600);
+    let damage = |what: &str, paths: &DevicePaths| match what {
+        "data" => std::fs::write(&paths.data, b"short").unwrap(),
+        _ => std::fs::write(&paths.present, b"rubbish").unwrap(),
+    };
+    for damaged in ["data", "present"] {
+        for (obstacle, sealed, killed) in [
+            ("present.new", true, false),
+            ("present.new", false, true),
+            ("meta.new", true, false),
+            ("meta.new", false, false),
+            ("meta.new", false, true),
+        ] {
+            let what = format!("{damaged} damaged, {obstacle}, {sealed}, {killed}");
+            let dir = tempfile::tempdir().unwrap();
+            let store = Store::open(dir.path(), options(BOOT)).unwrap();
+            let device = store.device(layer.key, &layer.chunks).unwrap();
+            commit_all(&device, &layer);
+            if sealed {
+                device.seal(&mut go_on()).unwrap();
+            } else {
+                store.stop().unwrap();
+            }
+            let paths = store.device_paths(&layer.key).unwrap();
+            drop((device, store));
+            damage(damaged, &paths);
+            let mut store = Store::open(dir.path(), options(BOOT)).unwrap();
+            // A directory in the way of a temporary file: what is to replace it cannot be written.
+            let obstacle = paths.data.with_file_name(obstacle);
+            std::fs::create_dir(&obstacle).unwrap();
+            store.device(layer.key, &layer.chunks).unwrap_err();
+            std::fs::remove_dir(&obstacle).unwrap();
+            if killed {
+                drop(store);
+                store = Store::open(dir.path(), options(NEXT_BOOT)).unwrap();
+            }
+            let device = store.device(layer.key, &layer.chunks).unwrap();
+            assert_eq!(check_present(&device, &layer, &what), 0, "{what}");
+            assert!(!device.is_sealed() && !device.any_suspect(), "{what}");
+            commit_all(&device, &layer);
+            device.seal(&mut go_on()).unwrap();
+        }
+    }
+}
+
+#[test]
 fn a_full_disk_asks_for_room_once_and_says_so() {
     let layer = TestLayer::even(12, 2, 600);
     let asked = Arc::new(Mutex::new(Vec::new()));
