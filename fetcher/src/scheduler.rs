@@ -308,6 +308,16 @@ impl Fetcher {
             }
             let mut waiters = self.launch(layer, &missing, ahead.take(), priority);
             if waiters.is_empty() {
+                // What cannot be claimed, because the chunk map does not have it, nobody will bring.
+                let nowhere = |chunk: &&u32| layer.chunks().chunk(**chunk).is_none();
+                if let Some(chunk) = missing.iter().find(nowhere).copied() {
+                    let error = StoreError::NoSuchChunk { chunk };
+                    return Err(FillError::Store(Arc::new(error)));
+                }
+                if until.is_some_and(|until| clock::now() >= until) {
+                    let waited = clock::now() - started;
+                    return Err(FillError::Deadline { waited, last: None });
+                }
                 // All flights landed between two looks; never spin without letting others run.
                 tokio::task::yield_now().await;
             }

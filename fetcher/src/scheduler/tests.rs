@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Fills over a line with latency, in paused time: requests are counted, moments are exact.
 
+mod faults;
+
 use super::*;
 use crate::fixture::TestLayer;
 use crate::fixture::line::{Line, Mishap};

@@ -191,7 +191,7 @@ impl Run {
     /// One range request for the first of the claimed chunks.
     async fn attempt(&self) -> Result<(), FetchFailure> {
         let urgency = &self.transfer.urgency;
-        let Some(piece) = self.first_piece() else {
+        let Some(piece) = self.first_piece()? else {
             return Ok(());
         };
         let (id, source) = self.choose(piece.chunks[0]).await?;
@@ -203,7 +203,7 @@ impl Run {
         self.unless_called_off(self.core.gate.turn(urgency)).await?;
         // It may have waited long: what landed meanwhile is not asked for.
         self.land_present();
-        let Some(piece) = self.first_piece() else {
+        let Some(piece) = self.first_piece()? else {
             return Ok(());
         };
         let result = self.request(id, &source, &piece).await;
@@ -223,14 +223,23 @@ impl Run {
         result
     }
 
-    fn first_piece(&self) -> Option<Piece> {
+    /// What to ask for next; `None` when nothing is left to bring.
+    fn first_piece(&self) -> Result<Option<Piece>, FetchFailure> {
         let claims = self.layer.flights.claims(&self.transfer);
+        let Some(first) = claims.first().copied() else {
+            return Ok(None);
+        };
         let chunks = claims
             .into_iter()
             .map_while(|chunk| self.layer.chunks().chunk(chunk));
-        coalesce(chunks, &self.core.options.limits())
-            .into_iter()
-            .next()
+        let mut pieces = coalesce(chunks, &self.core.options.limits()).into_iter();
+        match pieces.next() {
+            Some(piece) => Ok(Some(piece)),
+            // The chunk map was damaged since the chunk was claimed.
+            None => Err(FetchFailure::Store(Arc::new(StoreError::NoSuchChunk {
+                chunk: first,
+            }))),
+        }
     }
 
     /// The source to ask now; waits for one while somebody waits for the transfer.
