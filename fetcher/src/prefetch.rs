@@ -11,7 +11,7 @@
 //! deadline. It ends when every layer is sealed or has failed its seal, or when it is cancelled or
 //! dropped; transfers that a reader waits for then go on.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -171,14 +171,18 @@ impl Layer {
         }
     }
 
-    fn is_free(&self, chunk: u32) -> bool {
-        !self.handle.device().is_present(chunk) && !self.handle.flights.is_in_flight(chunk)
+    /// Whether `chunk` is to be fetched, and may be now; `resting` are those that may not.
+    fn is_free(&self, chunk: u32, resting: &BTreeSet<u32>) -> bool {
+        !self.handle.device().is_present(chunk)
+            && !self.handle.flights.is_in_flight(chunk)
+            && !resting.contains(&chunk)
     }
 
     /// The next chunks to fetch in one request, and at which priority.
-    fn next(&mut self, limits: &Limits) -> Option<(Vec<u32>, Priority)> {
+    fn next(&mut self, limits: &Limits, now: Instant) -> Option<(Vec<u32>, Priority)> {
+        let resting = &self.handle.sources.resting(now);
         while let Some(chunk) = self.boot.pop_front() {
-            if self.is_free(chunk) {
+            if self.is_free(chunk, resting) {
                 // Neighbours on the list that are neighbours in the blob come along.
                 let mut run = vec![chunk];
                 while let Some(next) = self.boot.front().copied() {
@@ -187,7 +191,7 @@ impl Layer {
                         break;
                     }
                     self.boot.pop_front();
-                    if !self.is_free(next) {
+                    if !self.is_free(next, resting) {
                         break;
                     }
                     run.push(next);
@@ -196,7 +200,7 @@ impl Layer {
             }
         }
         let count = self.handle.chunks().count();
-        let first = (self.cursor..count).find(|chunk| self.is_free(*chunk));
+        let first = (self.cursor..count).find(|chunk| self.is_free(*chunk, resting));
         let Some(first) = first else {
             self.cursor = count;
             return None;
@@ -209,7 +213,7 @@ impl Layer {
         let chunks = (first..count).map_while(|chunk| self.handle.chunks().chunk(chunk));
         let free = chunks
             .take_while(within)
-            .filter(|chunk| self.is_free(chunk.ordinal));
+            .filter(|chunk| self.is_free(chunk.ordinal, resting));
         let piece = coalesce(free, limits).into_iter().next()?;
         self.cursor = piece.chunks.last().map_or(count, |last| last + 1);
         Some((piece.chunks, Priority::Background))
@@ -299,7 +303,7 @@ impl Job {
                 if layer.stage != Stage::Fetch || layer.not_before.is_some_and(|at| at > now) {
                     break;
                 }
-                layer.not_before = match layer.handle.sources.choose(layer.cursor, now) {
+                layer.not_before = match layer.handle.sources.choose(None, now) {
                     Choice::Use(..) => None,
                     Choice::Wait(until) => Some(until),
                     Choice::Nobody => now.checked_add(self.fetcher.core.options.lookout),
@@ -314,7 +318,7 @@ impl Job {
                 if layer.not_before.is_some() && !local {
                     break;
                 }
-                let Some((chunks, priority)) = layer.next(&limits) else {
+                let Some((chunks, priority)) = layer.next(&limits, now) else {
                     if layer.running == 0 {
                         // What is missing still is in flight elsewhere, or failed: look again.
                         layer.cursor = 0;

@@ -206,6 +206,7 @@ impl Run {
         let Some(piece) = self.first_piece()? else {
             return Ok(());
         };
+        let began = clock::now();
         let result = self.request(id, &source, &piece).await;
         urgency.receiving(&self.core.gate, false);
         match &result {
@@ -213,7 +214,7 @@ impl Run {
             Err(FetchFailure::Store(_) | FetchFailure::Cancelled) => {}
             Err(failure) => {
                 self.core.metrics.failed(source.kind(), failure.class());
-                self.layer.sources.failed(id, failure, clock::now());
+                self.layer.sources.failed(id, failure, began, clock::now());
                 tracing::warn!(
                     device = %self.layer.key(), source = source.label(), extent = %piece.extent,
                     "failed to fetch chunks: {failure}"
@@ -245,7 +246,7 @@ impl Run {
     /// The source to ask now; waits for one while somebody waits for the transfer.
     async fn choose(&self, chunk: u32) -> Result<(SourceId, Arc<dyn BlobSource>), FetchFailure> {
         loop {
-            let until = match self.layer.sources.choose(chunk, clock::now()) {
+            let until = match self.layer.sources.choose(Some(chunk), clock::now()) {
                 Choice::Use(id, source) => return Ok((id, source)),
                 Choice::Wait(until) => Some(until),
                 Choice::Nobody => {
@@ -472,7 +473,7 @@ impl Receiving<'_> {
                     "drop corrupt chunk: {error}"
                 );
                 run.core.metrics.corrupt(self.source.kind().as_str());
-                run.layer.sources.sent_corrupt(self.id, chunk);
+                run.layer.sources.sent_corrupt(self.id, chunk, clock::now());
                 let failure = FetchFailure::Corrupt {
                     label: self.label.clone(),
                     error,
