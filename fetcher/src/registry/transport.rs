@@ -485,6 +485,10 @@ impl Transport {
 /// What all clients have in common.
 fn base(options: &RegistryOptions) -> reqwest::ClientBuilder {
     reqwest::Client::builder()
+        // A body that is not read (background, while a reader receives) keeps its window of an HTTP/2
+        // connection full, and with it the readers' bodies that share the connection. Over HTTP/1.1
+        // each body has a connection of its own.
+        .http1_only()
         .user_agent(options.user_agent.clone())
         .redirect(redirect::Policy::none())
         .connect_timeout(options.connect_timeout)
@@ -667,5 +671,33 @@ mod tests {
                 (got, expected) => panic!("{from} -> {location:?}: {got:?}, expected {expected:?}"),
             }
         }
+    }
+    #[tokio::test]
+    async fn no_connection_is_shared_by_bodies() {
+        use tokio::io::AsyncReadExt as _;
+        let listener = tokio::net::TcpListener::bind(("127.0.0.1", 0))
+            .await
+            .unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let greeting = async {
+            let (mut connection, _) = listener.accept().await.unwrap();
+            let mut hello = vec![0; 4096];
+            let count = connection.read(&mut hello).await.unwrap();
+            hello.truncate(count);
+            hello
+        };
+        let client = base(&RegistryOptions::default())
+            .no_proxy()
+            .build()
+            .unwrap();
+        let request = client.get(format!("https://127.0.0.1:{port}/")).send();
+        let (hello, answer) = tokio::join!(greeting, request);
+        assert!(answer.is_err());
+        // The names of protocols in the greeting of TLS: none, or HTTP/1.1 alone.
+        let offers = |name: &[u8]| hello.windows(name.len()).any(|it| it == name);
+        assert!(
+            hello.starts_with(&[0x16, 3]) && !offers(b"\x02h2"),
+            "{hello:?}"
+        );
     }
 }
