@@ -128,7 +128,8 @@ impl Layers {
         &self.indexes
     }
 
-    /// A source of a blob at these places.
+    /// A source of a blob at these places, for reading it without the scheduler: it repeats what
+    /// fails by itself, within the caller's deadline.
     #[must_use]
     pub fn source(
         &self,
@@ -166,12 +167,12 @@ impl Layers {
         if known && let Some(handle) = self.fetcher.layer(&key) {
             return Ok(handle);
         }
-        let source = RegistryBlobSource::new(
+        // The scheduler repeats what fails, and waits as long as a registry asks it to.
+        let source = RegistryBlobSource::once(
             self.client.clone(),
             record.blob_digest,
             record.blob_bytes,
             origins,
-            self.retry.clone(),
         );
         let spec = LayerSpec {
             key,

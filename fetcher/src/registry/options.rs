@@ -34,6 +34,10 @@ pub struct RegistryOptions {
     pub connect_timeout: Duration,
     /// Longest wait for the head of an answer, connecting included.
     pub header_timeout: Duration,
+    /// Longest wait for one of several places of a blob to answer before the next is asked. Several
+    /// must fit into what a caller waits for a first byte (the scheduler: 10 s); a proxy that fetches
+    /// a cold blob first is asked last the next time, and then has all the rest.
+    pub place_timeout: Duration,
     /// Longest silence inside a body, either way.
     pub stall_timeout: Duration,
     /// Longest wait for a token, all attempts together.
@@ -62,6 +66,7 @@ impl Default for RegistryOptions {
             connect_timeout: Duration::from_secs(10),
             // Registries that proxy fetch a cold blob before they answer.
             header_timeout: Duration::from_secs(30),
+            place_timeout: Duration::from_secs(3),
             stall_timeout: Duration::from_secs(20),
             token_timeout: Duration::from_secs(30),
             retry: RetryPolicy::default(),

@@ -2,6 +2,7 @@
 //! Fills over a line with latency, in paused time: requests are counted, moments are exact.
 
 mod faults;
+mod registry;
 
 use super::*;
 use crate::fixture::TestLayer;

@@ -5,7 +5,11 @@
 //! credentials. When the credentials of one have expired another still works, so all are kept
 //! ([`OriginSet`], which may grow while reads run) and the one that worked last is asked first.
 //! One opening asks each place once; pauses and repetitions lie around the whole round, so a place
-//! that is down costs no pause while another one works.
+//! that is down costs no pause while another one works. A place that does not answer has a share of
+//! the caller's patience only ([`RegistryOptions::place_timeout`]), and is asked last the next time,
+//! also when the caller lost patience first.
+//!
+//! [`RegistryOptions::place_timeout`]: crate::registry::RegistryOptions::place_timeout
 
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,10 +19,13 @@ use async_trait::async_trait;
 use sluice_blockindex::digest::BlobDigest;
 use sluice_blockindex::extent::{BlobSpace, Extent};
 
+use tokio::time::Instant;
+
 use super::tiered::more_telling;
 use super::{
     BlobSource, BlobStream, Class, ReadContext, RetryPolicy, RetrySource, SourceError, SourceKind,
 };
+use crate::clock;
 use crate::registry::{RegistryClient, Repository};
 
 /// All places that a blob is known to be at. Shared by clones; only grows.
@@ -56,7 +63,7 @@ impl OriginSet {
     }
 }
 
-/// Reads one blob from the registries that are known to have it, with retries and resumption.
+/// Reads one blob from the registries that are known to have it. Repeats and resumes by its policy.
 pub struct RegistryBlobSource {
     rounds: RetrySource<Round>,
 }
@@ -88,11 +95,22 @@ impl RegistryBlobSource {
             size_bytes,
             origins,
             label,
-            worked_last: AtomicUsize::new(0),
+            asked_first: AtomicUsize::new(0),
         };
         RegistryBlobSource {
             rounds: RetrySource::new(round, policy),
         }
+    }
+
+    /// As [`Self::new`], for callers that repeat by themselves: a failure is told at once, and a
+    /// pause that the registry asks for is theirs.
+    pub fn once(
+        client: RegistryClient,
+        blob: BlobDigest,
+        size_bytes: u64,
+        origins: OriginSet,
+    ) -> Self {
+        Self::new(client, blob, size_bytes, origins, RetryPolicy::never())
     }
 
     /// The places it asks, to add to.
@@ -131,8 +149,8 @@ struct Round {
     size_bytes: u64,
     origins: OriginSet,
     label: String,
-    /// Index of the place that worked last. A stale value costs one request, so Relaxed is enough.
-    worked_last: AtomicUsize,
+    /// Index of the place that is asked first. A stale value costs one request, so Relaxed is enough.
+    asked_first: AtomicUsize,
 }
 
 impl fmt::Debug for Round {
@@ -174,29 +192,24 @@ impl BlobSource for Round {
         }
         let places = self.origins.places();
         let first = self
-            .worked_last
+            .asked_first
             .load(Ordering::Relaxed)
             .min(places.len().saturating_sub(1));
-        let order = std::iter::once(first).chain((0..places.len()).filter(|at| *at != first));
+        let order = (first..places.len()).chain(0..first);
+        let mut left = places.len();
         let mut worst = None;
         for at in order {
-            let Some(place) = places.get(at) else {
-                continue;
-            };
-            match self
-                .client
-                .open_blob(context, place, self.blob, self.size_bytes, extent)
-                .await
-            {
+            left = left.saturating_sub(1);
+            match self.ask(context, &places, at, extent, left).await {
                 Ok(stream) => {
-                    self.worked_last.store(at, Ordering::Relaxed);
+                    self.asked_first.store(at, Ordering::Relaxed);
                     return Ok(stream);
                 }
                 Err(error) => {
-                    let error = SourceError::from(error);
                     if error.class() == Class::Cancelled {
                         return Err(error);
                     }
+                    let place = &places[at];
                     tracing::debug!(%place, blob = %self.blob, %error, "origin failed");
                     worst = Some(more_telling(worst, error));
                 }
@@ -205,5 +218,62 @@ impl BlobSource for Round {
         Err(worst.unwrap_or_else(|| SourceError::NoSource {
             blob: self.blob.to_string(),
         }))
+    }
+}
+
+impl Round {
+    /// Asks the place at `at`, for a share of the time when `left` more may be asked after it.
+    async fn ask(
+        &self,
+        context: &ReadContext,
+        places: &[Repository],
+        at: usize,
+        extent: Extent<BlobSpace>,
+        left: usize,
+    ) -> Result<BlobStream, SourceError> {
+        let share = self.client.options().place_timeout;
+        let patience = Patience {
+            round: self,
+            at,
+            next: (at + 1) % places.len(),
+            until: clock::moment_after(share),
+        };
+        let open = self
+            .client
+            .open_blob(context, &places[at], self.blob, self.size_bytes, extent);
+        let opened = if left == 0 {
+            Ok(open.await)
+        } else {
+            let fair = context
+                .remaining()
+                .and_then(|it| it.checked_div(u32::try_from(left + 1).ok()?));
+            tokio::time::timeout(fair.map_or(share, |fair| fair.min(share)), open).await
+        };
+        let opened = opened.map_err(|_| SourceError::Stalled {
+            after: share,
+            offset: extent.start(),
+        });
+        drop(patience);
+        Ok(opened??)
+    }
+}
+
+/// A wait for a place. When it was long, whether it came to an end or was dropped, the place after it
+/// is asked first from then on; a success says otherwise afterwards.
+struct Patience<'a> {
+    round: &'a Round,
+    at: usize,
+    next: usize,
+    until: Option<Instant>,
+}
+
+impl Drop for Patience<'_> {
+    fn drop(&mut self) {
+        if self.until.is_some_and(|until| clock::now() >= until) {
+            let first = &self.round.asked_first;
+            // Another opening may know better already.
+            let _ =
+                first.compare_exchange(self.at, self.next, Ordering::Relaxed, Ordering::Relaxed);
+        }
     }
 }

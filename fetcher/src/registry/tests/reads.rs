@@ -530,3 +530,45 @@ fn manifests_say_what_they_are() {
     assert!(parse(OCI_INDEX, "{").is_err());
     assert!(parse(OCI_INDEX, r#"{"schemaVersion":2,"manifests":[]}"#).is_ok());
 }
+
+#[tokio::test]
+async fn a_place_that_does_not_answer_does_not_hide_one_that_does() {
+    let (dead, alive) = (FakeRegistry::start().await, FakeRegistry::start().await);
+    dead.misbehave("GET", "/blobs/", 0, u32::MAX, Misbehaviour::NoAnswer);
+    let bytes = sample_blob();
+    let blob = dead.add_blob("team/app", bytes.clone());
+    alive.add_blob("team/app", bytes.clone());
+    let options = RegistryOptions {
+        place_timeout: Duration::from_millis(200),
+        header_timeout: Duration::from_secs(60),
+        ..quick_options()
+    };
+    let places = || [dead.place("team/app"), alive.place("team/app")];
+    // Within the patience of one opening.
+    let client = client(options);
+    let one = RegistryBlobSource::once(
+        client.clone(),
+        blob,
+        length(&bytes),
+        OriginSet::new(places()),
+    );
+    assert_eq!(read(&one, 5, 9).await.unwrap(), bytes.slice(5..9));
+    // From then on the other is asked first.
+    assert_eq!(read(&one, 5, 9).await.unwrap(), bytes.slice(5..9));
+    assert_eq!((dead.take_lines().len(), alive.take_lines().len()), (1, 2));
+    // A caller without the patience for it drops the opening, and comes again.
+    let long = RegistryOptions {
+        place_timeout: Duration::from_millis(300),
+        ..client.options().clone()
+    };
+    let client = RegistryClient::new(long, Arc::new(NoCredentials)).unwrap();
+    alive.misbehave("GET", "/blobs/", 0, 1, Misbehaviour::NoAnswer);
+    let two = RegistryBlobSource::once(client, blob, length(&bytes), OriginSet::new(places()));
+    let patience = Duration::from_millis(800);
+    let hasty = tokio::time::timeout(patience, two.open(&context(), extent(5, 9))).await;
+    assert!(hasty.is_err());
+    assert_eq!((dead.take_lines().len(), alive.take_lines().len()), (1, 1));
+    // Both kept it waiting: the one after the last is asked first, and has its share only.
+    assert_eq!(read(&two, 5, 9).await.unwrap(), bytes.slice(5..9));
+    assert_eq!((dead.take_lines().len(), alive.take_lines().len()), (1, 1));
+}
