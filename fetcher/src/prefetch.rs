@@ -32,7 +32,8 @@ use crate::store::StoreError;
 
 /// How long a job waits when all it could do is done by others or cannot be done now.
 const IDLE: Duration = Duration::from_millis(200);
-/// After a seal that could not be done for reasons of the disk.
+/// After a seal that could not be done for reasons of the disk, also before what it lost is fetched
+/// again: a disk that loses everything must not cost the line.
 const SEAL_PAUSE: Duration = Duration::from_secs(60);
 
 /// A layer to complete.

@@ -46,7 +46,7 @@ pub(crate) use plan::{Limits, coalesce};
 pub(crate) use sources::Choice;
 
 use crate::clock;
-use crate::metrics::{Metrics, priority_word};
+use crate::metrics::{FROM_STORE, Metrics, priority_word};
 use crate::source::Priority;
 use crate::store::{DeviceKey, SealStep, Store, StoreError, lock};
 use flight::{Flights, Waiter};
@@ -431,6 +431,9 @@ impl Fetcher {
         match &result {
             Ok(()) => self.core.metrics.sealed(true),
             Err(StoreError::Failed(_)) => self.core.metrics.sealed(false),
+            Err(StoreError::Rotten { rotten_chunks }) => {
+                (0..*rotten_chunks).for_each(|_| self.core.metrics.corrupt(FROM_STORE));
+            }
             Err(_) => {}
         }
         result
@@ -468,11 +471,12 @@ async fn recheck(core: Arc<Core>, layer: Arc<LayerHandle>) {
         let checked = tokio::task::spawn_blocking(move || device.recheck(chunk)).await;
         match checked {
             Ok(Ok(crate::store::Rechecked::Dropped)) => {
-                core.metrics.corrupt(crate::metrics::FROM_STORE);
+                core.metrics.corrupt(FROM_STORE);
                 let device = layer.key();
-                tracing::warn!(%device, chunk, "drop chunk with a wrong crc32");
+                tracing::warn!(%device, chunk, "drop chunk that fails its check");
             }
-            Ok(Ok(_)) => {}
+            // A chunk map that was damaged meanwhile concerns that chunk only.
+            Ok(Ok(_) | Err(StoreError::NoSuchChunk { .. })) => {}
             Ok(Err(error)) => {
                 tracing::warn!(device = %layer.key(), "failed to check chunks: {error}");
                 return;

@@ -7,6 +7,7 @@ use crate::fixture::line::{Line, Mishap};
 use crate::metrics::Metrics;
 use crate::scheduler::FetcherOptions;
 use crate::source::{BlobSource, SourceKind};
+use crate::store::crash::CrashDisk;
 use crate::store::{BootId, Store, StoreOptions};
 use sluice_blockindex::digest::DiffId;
 use sluice_blockindex::extent::Extent;
@@ -210,6 +211,34 @@ async fn a_layer_that_lies_about_its_diff_id_fails_and_the_rest_goes_on() {
     );
     assert!(one.device().read_at(0, &mut [0]).is_err());
     assert_eq!(fetcher.metrics().seals(), (1, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_disk_lost_is_fetched_again_and_sealed() {
+    let layer = TestLayer::even(12, 8, 16 << 10);
+    let disk = CrashDisk::default();
+    let boot = StoreOptions {
+        boot: Some(BootId([1; 16])),
+        reclaim: None,
+    };
+    let store = Store::on(Box::new(disk.clone()), None, boot).unwrap();
+    let fetcher = Fetcher::new(FetcherOptions::default(), Arc::new(store), Metrics::new());
+    let line = Line::new("a", &layer.blob);
+    let handle = add(&fetcher, &layer, &line).await;
+    let whole = Extent::new(0, layer.tar.len() as u64).unwrap();
+    fetcher
+        .fill(&handle, whole, Priority::Foreground, None)
+        .await
+        .unwrap();
+    disk.rot(&layer.key, 40_000);
+    let job = fetcher.prefetch(vec![handle.clone().into()]);
+    assert_eq!(job.join().await.sealed_layers, 1);
+    assert!(is_right(&handle, &layer));
+    assert_eq!(
+        line.asked().last().unwrap().extent,
+        layer.chunks.chunk(2).unwrap().blob
+    );
+    fetcher.shutdown().await;
 }
 
 #[tokio::test(start_paused = true)]

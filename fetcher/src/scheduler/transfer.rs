@@ -510,7 +510,7 @@ fn from_store(core: &Core, layer: &LayerHandle, ordinal: u32) -> Result<bool, St
         Rechecked::Trusted => {}
         Rechecked::Dropped => {
             core.metrics.corrupt(FROM_STORE);
-            tracing::warn!(device = %device.key(), chunk = ordinal, "drop chunk with a wrong crc32");
+            tracing::warn!(device = %device.key(), chunk = ordinal, "drop chunk that fails its check");
         }
         Rechecked::NotSuspect => {}
     }

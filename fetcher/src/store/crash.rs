@@ -34,6 +34,8 @@ struct Disk {
     cut_at: Option<u64>,
     /// Writes still to be refused because the disk is full.
     refuse_writes: u32,
+    /// Reads of this byte of a device fail.
+    unreadable: Option<u64>,
     /// What the bitmaps held at that moment; stores to them afterwards went nowhere.
     frozen: Option<BTreeMap<DeviceKey, Vec<u64>>>,
 }
@@ -108,6 +110,17 @@ impl CrashDisk {
     /// Lets the next `writes` writes of data find the disk full.
     pub(crate) fn fill_up(&self, writes: u32) {
         lock(&self.0).refuse_writes = writes;
+    }
+
+    /// Lets reads of byte `at` of any device fail, or of none.
+    pub(crate) fn unreadable(&self, at: Option<u64>) {
+        lock(&self.0).unreadable = at;
+    }
+
+    /// Flips a bit of byte `at` of a device, as a disk that rots.
+    pub(crate) fn rot(&self, key: &DeviceKey, at: usize) {
+        let mut disk = lock(&self.0);
+        disk.devices.get_mut(key).unwrap().data[at] ^= 1;
     }
 
     /// How many operations the disk has seen.
@@ -294,6 +307,10 @@ impl DeviceMedia for CrashDevice {
         let disk = lock(&self.disk.0);
         let content = disk.devices.get(&self.key).ok_or(io::ErrorKind::NotFound)?;
         let range = place(&content.data, offset, buffer.len())?;
+        let bad = |at: u64| usize::try_from(at).is_ok_and(|at| range.contains(&at));
+        if disk.unreadable.is_some_and(bad) {
+            return Err(io::Error::other("bad sector"));
+        }
         buffer.copy_from_slice(&content.data[range]);
         Ok(())
     }

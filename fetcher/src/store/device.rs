@@ -6,7 +6,7 @@
 //!            commit (length and crc32 checked)
 //!   absent ------------------------------------> present --- seal ---> sealed with all others
 //!     ^                                             |
-//!     |  crc32 differs                              | opened in another run of the kernel,
+//!     |  crc32 differs, or unreadable               | opened in another run of the kernel,
 //!     +------------------- suspect <----------------+ and that run did not stop cleanly
 //!                             |   crc32 is right
 //!                             +--------------------> present
@@ -29,6 +29,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLo
 use sluice_blockindex::chunkmap::{Chunk, ChunkMap};
 use sluice_blockindex::digest::{DiffId, Sha256Hasher};
 use sluice_blockindex::extent::{DeviceSpace, Extent};
+use sluice_blockindex::frames::verify_chunk;
 
 use super::error::StoreError;
 use super::media::DeviceMedia;
@@ -57,7 +58,7 @@ pub enum Rechecked {
     NotSuspect,
     /// Its crc32 is right: it is present again.
     Trusted,
-    /// Its crc32 is wrong: it is absent and must be fetched again.
+    /// Its crc32 is wrong, or it cannot be read: it is absent and must be fetched again.
     Dropped,
 }
 
@@ -122,7 +123,6 @@ impl Device {
             .map_err(StoreError::io("read record of device"))?;
         let stored = stored.as_deref().and_then(Meta::decode).filter(|_| !fresh);
         let presence = media.presence();
-        let mut meta = Meta::fresh(shared.boot);
         let mut closed = None;
         match stored {
             Some(Meta {
@@ -131,15 +131,13 @@ impl Device {
             }) => {
                 presence.set_state(DeviceState::Failed);
                 presence.clear_all();
-                meta.failed = Some(failure);
                 closed = Some(Closed::Failed(failure));
             }
             Some(Meta {
-                sealed: Some(seal), ..
+                sealed: Some(_), ..
             }) => {
                 presence.set_all();
                 presence.set_state(DeviceState::Sealed);
-                meta.sealed = Some(seal);
             }
             // Bits of this run of the kernel, or flushed before the last one ended.
             Some(stored) if stored.boot == shared.boot || stored.clean => {
@@ -151,7 +149,13 @@ impl Device {
             }
         }
         // From here on bits may be set that are not durable: a record that vouches for bits must be
-        // gone from the disk before. A new device has none, and losing it loses nothing.
+        // gone from the disk before. A new device has none, and losing it loses nothing. What is sealed
+        // or failed gets no more bits, whatever kernel runs: its record is not written again, so that
+        // it can be opened on a full disk.
+        let meta = match stored {
+            Some(last) if last.sealed.is_some() || last.failed.is_some() => last,
+            Some(_) | None => Meta::fresh(shared.boot),
+        };
         if stored != Some(meta) {
             let written = media.replace_meta(&meta.encode(), !fresh);
             written.map_err(StoreError::io("write record of device"))?;
@@ -297,6 +301,8 @@ impl Device {
     }
 
     /// Compares a chunk that waits for it with its crc32, and trusts or drops it. **Blocks**.
+    ///
+    /// A chunk that cannot be read is dropped as well: a fetch brings it again, written anew.
     pub fn recheck(&self, chunk: u32) -> Result<Rechecked, StoreError> {
         let admitted = self.admit()?;
         if !self.is_suspect(chunk) {
@@ -304,12 +310,16 @@ impl Device {
         }
         let expect = self.chunk(chunk)?;
         let mut bytes = vec![0; length(&expect)];
-        let read = self.media.read_at(expect.device.start(), &mut bytes);
-        read.map_err(StoreError::io("read chunk"))?;
-        if check(&expect, &bytes).is_ok() {
-            self.reveal(&expect);
-            drop(admitted);
-            return Ok(Rechecked::Trusted);
+        match self.media.read_at(expect.device.start(), &mut bytes) {
+            Ok(()) if check(&expect, &bytes).is_ok() => {
+                self.reveal(&expect);
+                drop(admitted);
+                return Ok(Rechecked::Trusted);
+            }
+            Ok(()) => {}
+            Err(error) => {
+                tracing::warn!(device = %self.key, chunk, "failed to read chunk: {error}");
+            }
         }
         self.media.presence().clear_suspect(chunk);
         drop(admitted);
@@ -345,8 +355,10 @@ impl Device {
     ///
     /// Fine when it is sealed already. One seal of a device runs at a time.
     ///
-    /// **Errors**: [`StoreError::Incomplete`]; [`StoreError::Cancelled`];
-    /// [`StoreError::Failed`] when the digest differs: from then on nothing of it can be read.
+    /// **Errors**: [`StoreError::Incomplete`]; [`StoreError::Cancelled`]; when the digest differs,
+    /// [`StoreError::Rotten`] if some chunks are not what the index says any more, which are absent from
+    /// then on and must be fetched again, and [`StoreError::Failed`] if all are: it is the image that
+    /// lies, and from then on nothing of it can be read.
     pub fn seal(&self, step: &mut dyn FnMut() -> SealStep) -> Result<(), StoreError> {
         if self.is_sealed() {
             return Ok(());
@@ -355,12 +367,16 @@ impl Device {
         if self.sealing.swap(true, Ordering::AcqRel) {
             return Err(StoreError::Cancelled);
         }
-        let result = self.digest(step).and_then(|actual| self.conclude(actual));
+        let result = self.digest(step).and_then(|found| match found {
+            Some(actual) if actual == self.key.diff_id => self.conclude(),
+            found => self.blame(found, step),
+        });
         self.sealing.store(false, Ordering::Release);
         result
     }
 
-    fn digest(&self, step: &mut dyn FnMut() -> SealStep) -> Result<DiffId, StoreError> {
+    /// What the device digests to; `None` when it cannot be read.
+    fn digest(&self, step: &mut dyn FnMut() -> SealStep) -> Result<Option<DiffId>, StoreError> {
         let total = self.chunks.count();
         let present = self.media.presence().present_chunks();
         if present != total {
@@ -377,28 +393,60 @@ impl Device {
             }
             let left = usize::try_from(self.device_bytes() - at).unwrap_or(usize::MAX);
             let part = &mut buffer[..left.min(SEAL_STEP_BYTES)];
-            self.media
-                .read_at(at, part)
-                .map_err(StoreError::io("read device"))?;
+            if let Err(error) = self.media.read_at(at, part) {
+                tracing::warn!(device = %self.key, offset = at, "failed to read device: {error}");
+                return Ok(None);
+            }
             hasher.update(part);
             at += u64::try_from(part.len()).unwrap_or(u64::MAX);
         }
-        Ok(DiffId::from_bytes(hasher.finish()))
+        Ok(Some(DiffId::from_bytes(hasher.finish())))
     }
 
-    fn conclude(&self, actual: DiffId) -> Result<(), StoreError> {
-        let at_unix_seconds = clock::unix_seconds();
-        if actual != self.key.diff_id {
-            let failure = FailureRecord {
-                at_unix_seconds,
-                actual,
-            };
-            tracing::error!(
-                device = %self.key, %actual,
-                "layer does not have its diff ID; it is not readable any more"
-            );
-            return Err(self.fail(failure));
+    /// Finds out whether the disk or the image is to blame for a device that is not its diff ID.
+    fn blame(
+        &self,
+        found: Option<DiffId>,
+        step: &mut dyn FnMut() -> SealStep,
+    ) -> Result<(), StoreError> {
+        let mut rotten_chunks = 0;
+        for ordinal in 0..self.chunks.count() {
+            if step() == SealStep::Cancel {
+                return Err(StoreError::Cancelled);
+            }
+            let admitted = self.admit()?;
+            let expect = self.chunk(ordinal)?;
+            let mut bytes = vec![0; length(&expect)];
+            let read = self.media.read_at(expect.device.start(), &mut bytes);
+            let sound = read.is_ok() && verify_chunk(&bytes, &expect).is_ok();
+            if !sound {
+                tracing::warn!(device = %self.key, chunk = ordinal, "drop chunk that rotted");
+                rotten_chunks += 1;
+                if self.media.presence().clear(ordinal) {
+                    self.present_bytes
+                        .fetch_sub(expect.device.len(), Ordering::Relaxed);
+                }
+            }
+            drop(admitted);
         }
+        match found {
+            Some(actual) if rotten_chunks == 0 => {
+                tracing::error!(
+                    device = %self.key, %actual,
+                    "layer does not have its diff ID; it is not readable any more"
+                );
+                Err(self.fail(FailureRecord {
+                    at_unix_seconds: clock::unix_seconds(),
+                    actual,
+                }))
+            }
+            // Also of none, where what could not be read a moment ago now could: look again.
+            Some(_) | None => Err(StoreError::Rotten { rotten_chunks }),
+        }
+    }
+
+    fn conclude(&self) -> Result<(), StoreError> {
+        let at_unix_seconds = clock::unix_seconds();
         let admitted = self.admit()?;
         if let Err(error) = self.media.sync() {
             drop(admitted);

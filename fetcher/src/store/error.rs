@@ -66,6 +66,13 @@ pub enum StoreError {
         /// How many.
         missing_chunks: u32,
     },
+    /// Chunks that were present are not what the index says: they were dropped, and must be fetched
+    /// again.
+    #[error("{rotten_chunks} chunks rotted and were dropped")]
+    Rotten {
+        /// How many.
+        rotten_chunks: u32,
+    },
     /// The caller gave up, or the same work already runs.
     #[error("cancelled")]
     Cancelled,
@@ -93,7 +100,7 @@ impl StoreError {
     pub fn class(&self) -> Class {
         match self {
             Self::Full { .. } | Self::Locked { .. } | Self::NotPresent { .. } => Class::Transient,
-            Self::Incomplete { .. } => Class::Transient,
+            Self::Incomplete { .. } | Self::Rotten { .. } => Class::Transient,
             Self::Io { .. }
             | Self::NoSuchChunk { .. }
             | Self::OutOfRange { .. }

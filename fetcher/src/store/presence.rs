@@ -289,12 +289,12 @@ impl PresenceMap {
         u64::from_le(self.words[word].load(Ordering::Acquire)) & mask != 0
     }
 
-    /// How many chunks are present.
+    /// How many chunks are present. Who finds all of them may read all of them.
     pub fn present_chunks(&self) -> u32 {
         let words = index(self.layout.count).div_ceil(64);
         self.words[self.layout.present..self.layout.present + words]
             .iter()
-            .map(|word| word.load(Ordering::Relaxed).count_ones())
+            .map(|word| word.load(Ordering::Acquire).count_ones())
             .sum()
     }
 
@@ -435,11 +435,21 @@ impl Presence {
         u64::from_le(self.words[word].fetch_or(mask.to_le(), Ordering::Release)) & mask == 0
     }
 
-    /// Says that all chunks are present, as a sealed record proves.
+    /// Says that all chunks are present, as a sealed record proves. Where it says so already, no page
+    /// of the file becomes dirty.
     pub(crate) fn set_all(&self) {
         for chunk in 0..self.count() {
-            self.set(chunk);
+            if !self.is_present(chunk) {
+                self.set(chunk);
+            }
         }
+    }
+
+    /// Says that `chunk` is not present any more. True when it was before.
+    pub(crate) fn clear(&self, chunk: u32) -> bool {
+        debug_assert!(chunk < self.count(), "chunk {chunk} is beyond the last");
+        let (word, mask) = place(self.layout.present, chunk);
+        u64::from_le(self.words[word].fetch_and(!mask.to_le(), Ordering::AcqRel)) & mask != 0
     }
 
     /// Says that `chunk` need not be checked any more.
@@ -470,7 +480,11 @@ impl Presence {
 
     /// Says what may be done with the device.
     pub(crate) fn set_state(&self, state: DeviceState) {
-        self.words[AT_STATE / WORD_BYTES].store(state.code().to_le(), Ordering::Release);
+        let word = &self.words[AT_STATE / WORD_BYTES];
+        if u64::from_le(word.load(Ordering::Acquire)) == state.code() {
+            return;
+        }
+        word.store(state.code().to_le(), Ordering::Release);
     }
 
     /// Writes the bitmap back to the disk and waits for it; nothing where there is no file.

@@ -4,6 +4,8 @@
 use proptest::prelude::*;
 
 use super::crash::CrashDisk;
+use sluice_blockindex::extent::Extent;
+
 use super::*;
 use crate::fixture::TestLayer;
 use crate::source::Class;
@@ -155,6 +157,101 @@ fn a_chunk_that_rotted_over_a_reboot_is_dropped() {
     assert_eq!(device.recheck(0).unwrap(), Rechecked::Trusted);
     assert_eq!(device.recheck(1).unwrap(), Rechecked::Dropped);
     assert!(device.is_present(0) && !device.is_present(1) && !device.any_suspect());
+}
+
+#[test]
+fn a_chunk_that_cannot_be_read_after_a_reboot_is_dropped() {
+    let layer = TestLayer::even(5, 3, 600);
+    let disk = CrashDisk::default();
+    let open = |boot| Store::on(Box::new(disk.clone()), None, options(boot)).unwrap();
+    let store = open(BOOT);
+    commit_all(&store.device(layer.key, &layer.chunks).unwrap(), &layer);
+    drop(store);
+    let store = open(NEXT_BOOT);
+    let device = store.device(layer.key, &layer.chunks).unwrap();
+    disk.unreadable(Some(700));
+    let found = [0, 1, 2].map(|chunk| device.recheck(chunk).unwrap());
+    assert_eq!(
+        found,
+        [Rechecked::Trusted, Rechecked::Dropped, Rechecked::Trusted]
+    );
+    assert!(!device.is_present(1) && !device.any_suspect());
+    // A fetch writes it anew.
+    disk.unreadable(None);
+    device.commit(1, layer.bytes_of(1)).unwrap();
+    assert_eq!(check_present(&device, &layer, "written anew"), 3);
+}
+
+#[test]
+fn what_is_sealed_or_failed_is_opened_without_a_write() {
+    let honest = TestLayer::even(23, 3, 600);
+    let mut liar = honest.clone();
+    liar.key.diff_id = DiffId::of(b"claimed");
+    for layer in [honest, liar] {
+        let disk = CrashDisk::default();
+        let open = |boot| Store::on(Box::new(disk.clone()), None, options(boot)).unwrap();
+        let device = open(BOOT).device(layer.key, &layer.chunks).unwrap();
+        commit_all(&device, &layer);
+        let sealed = device.seal(&mut go_on()).is_ok();
+        drop(device);
+        let store = open(NEXT_BOOT);
+        // Opening is one operation; a write would be the next.
+        disk.cut_at(disk.operations() + 1);
+        let device = store.device(layer.key, &layer.chunks).unwrap();
+        assert_eq!(
+            (device.is_sealed(), device.failure().is_none()),
+            (sealed, sealed)
+        );
+        assert_eq!(
+            check_present(&device, &layer, "sealed"),
+            if sealed { 3 } else { 0 }
+        );
+    }
+}
+
+#[test]
+fn a_seal_that_fails_blames_the_disk_where_chunks_rotted() {
+    let honest = TestLayer::even(24, 4, 600);
+    let mut liar = honest.clone();
+    liar.key.diff_id = DiffId::of(b"claimed");
+    // Where a byte rotted, and where one cannot be read.
+    for (rotten, unreadable, dropped) in [
+        (Some(700), None, vec![1]),
+        (None, Some(0), vec![0]),
+        (Some(2399), Some(601), vec![1, 3]),
+    ] {
+        for layer in [&honest, &liar] {
+            let disk = CrashDisk::default();
+            let store = Store::on(Box::new(disk.clone()), None, options(BOOT)).unwrap();
+            let device = store.device(layer.key, &layer.chunks).unwrap();
+            commit_all(&device, layer);
+            if let Some(at) = rotten {
+                disk.rot(&layer.key, at);
+            }
+            disk.unreadable(unreadable);
+            let error = device.seal(&mut go_on()).unwrap_err();
+            let count = u32::try_from(dropped.len()).unwrap();
+            assert!(
+                matches!(error, StoreError::Rotten { rotten_chunks } if rotten_chunks == count),
+                "{error}"
+            );
+            assert_eq!(device.present_bytes(), 600 * u64::from(4 - count));
+            assert_eq!(
+                device
+                    .missing(Extent::new(0, 2400).unwrap())
+                    .collect::<Vec<_>>(),
+                dropped
+            );
+            // Fetched again, it is judged by what the image says.
+            disk.unreadable(None);
+            commit_all(&device, layer);
+            let result = device.seal(&mut go_on());
+            match (layer.key == honest.key, result) {
+                (true, Ok(())) | (false, Err(StoreError::Failed(_))) => {}
+                (_, other) => panic!("{other:?}"),
+            }
+        }
+    }
 }
 
 #[test]
