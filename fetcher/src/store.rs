@@ -19,7 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 
 use sluice_blockindex::chunkmap::ChunkMap;
 use sluice_blockindex::digest::{DiffId, IndexDigest};
@@ -130,7 +130,38 @@ pub struct Store {
     /// The `devices` directory; none for a store in memory.
     root: Option<PathBuf>,
     shared: Arc<Shared>,
-    open: Mutex<BTreeMap<DeviceKey, Weak<Device>>>,
+    open: Mutex<OpenDevices>,
+    turned: Condvar,
+}
+
+/// **Locks** held for map operations only: no disk is waited for under it.
+#[derive(Debug, Default)]
+struct OpenDevices {
+    devices: BTreeMap<DeviceKey, Weak<Device>>,
+    /// Layers of which a device is being opened or removed, each by one thread; who wants one of the
+    /// same layer waits, because its indexes share a directory.
+    busy: BTreeSet<DiffId>,
+    /// Nothing is opened any more.
+    stopped: bool,
+}
+
+impl OpenDevices {
+    fn get(&self, key: &DeviceKey) -> Option<Arc<Device>> {
+        self.devices.get(key).and_then(Weak::upgrade)
+    }
+}
+
+/// The right to open or remove devices of one layer. Dropped, it lets the next one in.
+struct Turn<'a> {
+    store: &'a Store,
+    diff_id: DiffId,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        lock(&self.store.open).busy.remove(&self.diff_id);
+        self.store.turned.notify_all();
+    }
 }
 
 impl Store {
@@ -183,6 +214,7 @@ impl Store {
             root,
             shared: Arc::new(shared),
             open: Mutex::default(),
+            turned: Condvar::new(),
         })
     }
 
@@ -190,11 +222,12 @@ impl Store {
     ///
     /// All holders share one [`Device`]. Under another boot ID without a clean stop its chunks are
     /// suspect: not present until [`Device::recheck`] trusts them.
+    ///
+    /// **Errors** those of the disk; [`StoreError::OtherChunkMap`]; [`StoreError::Stopped`].
+    /// **Locks** waits for another opening or removal of the same layer, and of no other.
     pub fn device(&self, key: DeviceKey, chunks: &ChunkMap) -> Result<Arc<Device>, StoreError> {
-        // One lock over all openings: it is a few system calls, and two Devices of one key would
-        // count bytes twice.
-        let mut open = lock(&self.open);
-        if let Some(device) = open.get(&key).and_then(Weak::upgrade) {
+        let _turn = self.turn(key.diff_id);
+        if let Some(device) = lock(&self.open).get(&key) {
             let same = device.chunks().count() == chunks.count()
                 && device.device_bytes() == chunks.device_bytes();
             return if same {
@@ -223,9 +256,29 @@ impl Store {
             self.shared.drop_sealed(&key);
         }
         let device = Arc::new(device);
-        open.retain(|_, device| device.strong_count() > 0);
-        open.insert(key, Arc::downgrade(&device));
+        let mut open = lock(&self.open);
+        if open.stopped {
+            return Err(StoreError::Stopped);
+        }
+        open.devices.retain(|_, device| device.strong_count() > 0);
+        open.devices.insert(key, Arc::downgrade(&device));
         Ok(device)
+    }
+
+    /// Waits until nobody else opens or removes a device of this layer. Two Devices of one key would
+    /// count bytes twice, and a removal must not meet an opening.
+    fn turn(&self, diff_id: DiffId) -> Turn<'_> {
+        let mut open = lock(&self.open);
+        while !open.busy.insert(diff_id) {
+            open = self
+                .turned
+                .wait(open)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        Turn {
+            store: self,
+            diff_id,
+        }
     }
 
     /// Where the files of a device are, whether it exists or not; `None` for a store in memory.
@@ -266,8 +319,9 @@ impl Store {
     /// Who still holds it can neither commit nor seal. The caller has unmounted everything that reads
     /// its files.
     pub fn remove_device(&self, key: &DeviceKey) -> Result<(), StoreError> {
-        let mut open = lock(&self.open);
-        if let Some(device) = open.remove(key).and_then(|device| device.upgrade()) {
+        let _turn = self.turn(key.diff_id);
+        let open = lock(&self.open).devices.remove(key);
+        if let Some(device) = open.and_then(|device| device.upgrade()) {
             device.mark_removed();
         }
         self.shared.drop_sealed(key);
@@ -294,8 +348,11 @@ impl Store {
     ///
     /// **Errors**: nothing is lost by one; the chunks are checked at the next start.
     pub fn stop(&self) -> Result<(), StoreError> {
-        let open = lock(&self.open);
-        let devices: Vec<Arc<Device>> = open.values().filter_map(Weak::upgrade).collect();
+        let devices: Vec<Arc<Device>> = {
+            let mut open = lock(&self.open);
+            open.stopped = true;
+            open.devices.values().filter_map(Weak::upgrade).collect()
+        };
         for device in &devices {
             device.stop();
         }

@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Barrier, Mutex};
 
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
@@ -34,6 +34,8 @@ struct Disk {
     cut_at: Option<u64>,
     /// Writes still to be refused because the disk is full.
     refuse_writes: u32,
+    /// The next opening of this device stands still, twice, until somebody else comes there.
+    held: Option<(DeviceKey, Arc<Barrier>)>,
     /// Reads of this byte of a device fail.
     unreadable: Option<u64>,
     /// What the bitmaps held at that moment; stores to them afterwards went nowhere.
@@ -112,6 +114,13 @@ impl CrashDisk {
         lock(&self.0).refuse_writes = writes;
     }
 
+    /// Lets the next opening of `key` wait at the barrier when it begins, and once more to go on.
+    pub(crate) fn hold_opening(&self, key: DeviceKey) -> Arc<Barrier> {
+        let barrier = Arc::new(Barrier::new(2));
+        lock(&self.0).held = Some((key, Arc::clone(&barrier)));
+        barrier
+    }
+
     /// Lets reads of byte `at` of any device fail, or of none.
     pub(crate) fn unreadable(&self, at: Option<u64>) {
         lock(&self.0).unreadable = at;
@@ -188,6 +197,11 @@ impl Media for CrashDisk {
     }
 
     fn open_device(&self, key: &DeviceKey, ends: &[u64]) -> io::Result<Opened> {
+        let held = lock(&self.0).held.take_if(|(held, _)| held == key);
+        if let Some((_, barrier)) = held {
+            barrier.wait();
+            barrier.wait();
+        }
         let mut disk = lock(&self.0);
         disk.operate()?;
         let known = disk

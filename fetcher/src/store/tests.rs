@@ -409,6 +409,42 @@ fn one_process_has_the_store() {
 }
 
 #[test]
+fn an_opening_that_waits_for_the_disk_holds_up_its_own_layer_only() {
+    let (slow, quick) = (TestLayer::even(25, 2, 600), TestLayer::even(26, 2, 600));
+    let disk = CrashDisk::default();
+    let store = Store::on(Box::new(disk.clone()), None, options(BOOT)).unwrap();
+    let barrier = disk.hold_opening(slow.key);
+    std::thread::scope(|scope| {
+        let open = || store.device(slow.key, &slow.chunks).unwrap();
+        let first = scope.spawn(open);
+        barrier.wait();
+        let second = scope.spawn(open);
+        let (send, opened) = std::sync::mpsc::channel();
+        let other = &store;
+        scope.spawn(move || {
+            let device = other.device(quick.key, &quick.chunks).unwrap();
+            other.remove_device(&quick.key).unwrap();
+            send.send(device.key()).unwrap();
+        });
+        let opened = opened.recv_timeout(std::time::Duration::from_secs(30));
+        let waits = !second.is_finished();
+        barrier.wait();
+        let (first, second) = (first.join().unwrap(), second.join().unwrap());
+        assert!(opened.is_ok(), "another layer waited");
+        assert!(waits && Arc::ptr_eq(&first, &second));
+    });
+}
+
+#[test]
+fn nothing_is_opened_after_the_store_stopped() {
+    let layer = TestLayer::even(27, 2, 600);
+    let store = Store::in_memory(options(BOOT)).unwrap();
+    store.stop().unwrap();
+    let error = store.device(layer.key, &layer.chunks).unwrap_err();
+    assert!(matches!(error, StoreError::Stopped), "{error}");
+}
+
+#[test]
 fn unfinished_and_damaged_devices_are_replaced() {
     let layer = TestLayer::even(11, 3, 600);
     let dir = tempfile::tempdir().unwrap();
