@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use sluice_blockindex::extent::{DeviceSpace, Extent};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedMutexGuard, Semaphore};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -141,6 +141,7 @@ pub(crate) struct Core {
 pub struct Fetcher {
     pub(crate) core: Arc<Core>,
     layers: Arc<Mutex<BTreeMap<DeviceKey, Arc<LayerHandle>>>>,
+    turns: Arc<Turns>,
 }
 
 impl Fetcher {
@@ -167,6 +168,7 @@ impl Fetcher {
         Self {
             core: Arc::new(core),
             layers: Arc::default(),
+            turns: Arc::default(),
         }
     }
 
@@ -191,23 +193,18 @@ impl Fetcher {
         if self.core.cancel.is_cancelled() {
             return Err(StoreError::Stopped);
         }
-        if let Some(known) = self.layer(&spec.key) {
-            spec.sources
-                .into_iter()
-                .for_each(|source| known.add_source(source));
+        if let Some(known) = self.join_layer(&spec) {
+            return Ok(known);
+        }
+        // A removal of it comes to its end before, or begins afterwards.
+        let _turn = self.turns.take(spec.key).await;
+        if let Some(known) = self.join_layer(&spec) {
             return Ok(known);
         }
         let store = Arc::clone(&self.core.store);
         let (key, chunks) = (spec.key, spec.chunks.clone());
         let opening = tokio::task::spawn_blocking(move || store.device(key, &chunks));
         let device = opening.await.map_err(|_| StoreError::Cancelled)??;
-        let mut layers = lock(&self.layers);
-        if let Some(known) = layers.get(&key) {
-            spec.sources
-                .into_iter()
-                .for_each(|source| known.add_source(source));
-            return Ok(Arc::clone(known));
-        }
         let flights = Arc::new(Flights::new(Arc::clone(&self.core.gate)));
         let limits = WindowLimits {
             initial_bytes: self.core.options.read_ahead_initial_bytes,
@@ -216,14 +213,22 @@ impl Fetcher {
         let ahead = ReadAhead::new(limits, device.device_bytes());
         let cancel = self.core.cancel.child_token();
         let layer = Arc::new(LayerHandle::new(spec, device, flights, ahead, cancel));
-        layers.insert(key, Arc::clone(&layer));
-        drop(layers);
+        lock(&self.layers).insert(key, Arc::clone(&layer));
         if layer.device.any_suspect() {
             self.core
                 .tasks
                 .spawn(recheck(Arc::clone(&self.core), Arc::clone(&layer)));
         }
         Ok(layer)
+    }
+
+    /// The layer that is open under this name, with the sources of `spec` added.
+    fn join_layer(&self, spec: &LayerSpec) -> Option<Arc<LayerHandle>> {
+        let known = self.layer(&spec.key)?;
+        for source in &spec.sources {
+            known.add_source(Arc::clone(source));
+        }
+        Some(known)
     }
 
     /// The layer of this name, if it is open.
@@ -240,16 +245,31 @@ impl Fetcher {
     pub fn close_layer(&self, key: &DeviceKey) {
         if let Some(layer) = lock(&self.layers).remove(key) {
             layer.cancel.cancel();
+            layer.drop_twin();
         }
+    }
+
+    /// Deletes a device that was closed. **Blocks**.
+    fn remove_device(&self, key: &DeviceKey) -> Result<(), StoreError> {
+        let removed = self.core.store.remove_device(key);
+        // Its bytes are free when nobody has them open; from now on nobody opens them.
+        for layer in self.layers() {
+            layer.drop_twin_of(key);
+        }
+        removed
     }
 
     /// Closes a layer and deletes its device. Everything that reads its files is unmounted before.
     ///
-    /// **Cancel** the deletion goes on.
+    /// **Cancel** a deletion that has begun goes on.
     pub async fn remove_layer(&self, key: &DeviceKey) -> Result<(), StoreError> {
+        let turn = self.turns.take(*key).await;
         self.close_layer(key);
-        let (store, key) = (Arc::clone(&self.core.store), *key);
-        let removal = tokio::task::spawn_blocking(move || store.remove_device(&key));
+        let (fetcher, key) = (self.clone(), *key);
+        let removal = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            fetcher.remove_device(&key)
+        });
         removal.await.map_err(|_| StoreError::Cancelled)?
     }
 
@@ -429,7 +449,10 @@ impl Fetcher {
         });
         let result = work.await.map_err(|_| StoreError::Cancelled)?;
         match &result {
-            Ok(()) => self.core.metrics.sealed(true),
+            Ok(()) => {
+                self.core.metrics.sealed(true);
+                layer.drop_twin();
+            }
             Err(StoreError::Failed(_)) => self.core.metrics.sealed(false),
             Err(StoreError::Rotten { rotten_chunks }) => {
                 (0..*rotten_chunks).for_each(|_| self.core.metrics.corrupt(FROM_STORE));
@@ -446,6 +469,23 @@ impl Fetcher {
         self.core.tasks.close();
         self.core.tasks.wait().await;
         lock(&self.layers).clear();
+    }
+}
+
+/// Who opens or removes a layer, one at a time each: so no handle of a removed device stays behind.
+#[derive(Debug, Default)]
+struct Turns(Mutex<BTreeMap<DeviceKey, Arc<tokio::sync::Mutex<()>>>>);
+
+impl Turns {
+    fn of(&self, key: DeviceKey) -> Arc<tokio::sync::Mutex<()>> {
+        let mut turns = lock(&self.0);
+        turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+        Arc::clone(turns.entry(key).or_default())
+    }
+
+    /// Waits for the turn. Cancel-safe.
+    async fn take(&self, key: DeviceKey) -> OwnedMutexGuard<()> {
+        self.of(key).lock_owned().await
     }
 }
 

@@ -185,11 +185,24 @@ impl LayerHandle {
     }
 
     /// A sealed device of the same layer, opened when there is one. **Blocks** (shortly).
+    ///
+    /// It is kept open until this layer is sealed or closed, or the twin removed: an open file keeps
+    /// its bytes on the disk.
     pub(crate) fn twin(&self, store: &Store) -> Option<Arc<Twin>> {
         let mut twin = lock(&self.twin);
-        if twin.is_none() {
+        if twin.is_none() && !self.cancel.is_cancelled() {
             *twin = store.open_twin(&self.key()).map(Arc::new);
         }
         twin.clone()
+    }
+
+    /// Closes the twin: nothing more is copied from it.
+    pub(crate) fn drop_twin(&self) {
+        *lock(&self.twin) = None;
+    }
+
+    /// Closes the twin if it is the device of this name.
+    pub(crate) fn drop_twin_of(&self, key: &DeviceKey) {
+        lock(&self.twin).take_if(|twin| twin.key() == *key);
     }
 }

@@ -89,6 +89,9 @@ impl Drop for Run {
         }
         self.transfer.urgency.receiving(&self.core.gate, false);
         self.layer.flights.finish_all(&self.transfer, None);
+        if self.layer.device.is_complete() {
+            self.layer.drop_twin();
+        }
     }
 }
 

@@ -22,6 +22,11 @@ impl Twin {
         Self { key, bytes }
     }
 
+    /// Its name.
+    pub(crate) fn key(&self) -> DeviceKey {
+        self.key
+    }
+
     /// Copies `chunk` into `device`; false when the twin does not have its bytes. **Blocks**.
     ///
     /// **Errors** those of [`Device::commit`].

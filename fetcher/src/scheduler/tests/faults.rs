@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use sluice_blockindex::digest::{BlobDigest, StrongAlgorithm};
+use sluice_blockindex::digest::{BlobDigest, IndexDigest, StrongAlgorithm};
 use sluice_blockindex::encode::{EncodeOptions, encode_layer};
 use sluice_blockindex::index::{UncheckedIndex, decompress_index};
 
@@ -86,4 +86,95 @@ async fn a_chunk_map_that_rots_ends_the_fill() {
 fn no_such_chunk(filled: &Result<(), FillError>) -> bool {
     matches!(filled, Err(FillError::Store(error))
         if matches!(**error, StoreError::NoSuchChunk { chunk: 0 }))
+}
+
+#[tokio::test]
+async fn a_removal_waits_for_an_opening_and_leaves_no_dead_layer() {
+    let disk = CrashDisk::default();
+    let boot = StoreOptions {
+        boot: Some(BootId([1; 16])),
+        reclaim: None,
+    };
+    let store = Store::on(Box::new(disk.clone()), None, boot).unwrap();
+    let fetcher = Fetcher::new(options(), Arc::new(store), Metrics::new());
+    let layer = TestLayer::even(30, 2, 4000);
+    let barrier = disk.hold_opening(layer.key);
+    let pass = || {
+        let barrier = Arc::clone(&barrier);
+        tokio::task::spawn_blocking(move || barrier.wait())
+    };
+    let (adder, remover, spec) = (fetcher.clone(), fetcher.clone(), layer.spec(vec![]));
+    let adding = tokio::spawn(async move { adder.add_layer(spec).await });
+    pass().await.unwrap();
+    let key = layer.key;
+    let removing = tokio::spawn(async move { remover.remove_layer(&key).await });
+    // It begins, and has all the time that it could want.
+    tokio::time::sleep(50 * MILLISECOND).await;
+    pass().await.unwrap();
+    let added = adding.await.unwrap().unwrap();
+    removing.await.unwrap().unwrap();
+    assert!(fetcher.layer(&key).is_none());
+    assert!(matches!(added.check_open(), Err(FillError::Closed)));
+    // And it can be added again.
+    let line = Line::new("a", &layer.blob);
+    let again = add(&fetcher, &layer, &[&line]).await;
+    let extent = chunk_extent(&layer, 1);
+    let filled = fetcher.fill(&again, extent, Priority::Foreground, None);
+    filled.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_twin_is_closed_when_nothing_more_is_copied() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = StoreOptions {
+        boot: Some(BootId([1; 16])),
+        reclaim: None,
+    };
+    let store = Arc::new(Store::open(dir.path(), store).unwrap());
+    let layer = TestLayer::even(31, 4, 4000);
+    let others = [b"one", b"two"].map(|index| TestLayer {
+        key: DeviceKey {
+            index: IndexDigest::of(index),
+            ..layer.key
+        },
+        ..layer.clone()
+    });
+    let fetcher = Fetcher::new(options(), Arc::clone(&store), Metrics::new());
+    let line = Line::new("a", &layer.blob);
+    let whole = Extent::new(0, layer.tar.len() as u64).unwrap();
+    let first = add(&fetcher, &layer, &[&line]).await;
+    async fn fill(fetcher: &Fetcher, layer: &Arc<LayerHandle>, extent: Extent<DeviceSpace>) {
+        let filled = fetcher
+            .fill(layer, extent, Priority::Foreground, None)
+            .await;
+        filled.unwrap();
+    }
+    fill(&fetcher, &first, whole).await;
+    fetcher.seal(&first).await.unwrap();
+    drop(first);
+    let data = store.device_paths(&layer.key).unwrap().data;
+    let file = std::fs::metadata(&data).unwrap();
+    let open_files = || {
+        use std::os::unix::fs::MetadataExt as _;
+        let files = std::fs::read_dir("/proc/self/fd").unwrap();
+        files
+            .filter_map(|it| std::fs::metadata(it.unwrap().path()).ok())
+            .filter(|it| (it.dev(), it.ino()) == (file.dev(), file.ino()))
+            .count()
+    };
+    fetcher.close_layer(&layer.key);
+    assert_eq!(open_files(), 0);
+    // Complete: the twin is closed.
+    let one = add(&fetcher, &others[0], &[&line]).await;
+    fill(&fetcher, &one, whole).await;
+    tokio::time::sleep(SECOND).await;
+    assert_eq!(open_files(), 0);
+    // Not complete, and the twin is removed.
+    let two = add(&fetcher, &others[1], &[&line]).await;
+    fill(&fetcher, &two, chunk_extent(&layer, 1)).await;
+    tokio::time::sleep(SECOND).await;
+    assert_eq!((open_files(), line.asked().len()), (1, 1));
+    fetcher.remove_layer(&layer.key).await.unwrap();
+    assert_eq!(open_files(), 0);
+    fetcher.shutdown().await;
 }
