@@ -200,8 +200,8 @@ pub enum SourceError {
     /// The caller's deadline passed.
     #[error("deadline exceeded")]
     DeadlineExceeded,
-    /// No byte arrived for the stall time-out.
-    #[error("no byte for {after:?} at offset {offset}")]
+    /// No byte, or far too few, arrived for the stall time-out.
+    #[error("nothing came for {after:?} at offset {offset}")]
     Stalled {
         /// The time-out that passed.
         after: Duration,

@@ -60,7 +60,8 @@ async fn filled(layer: &TestLayer, lines: &[Line]) -> (Fetcher, FilledLayer) {
         .add_layer(layer.spec(sources.collect()))
         .await
         .unwrap();
-    let deadline = Some(Duration::from_secs(60));
+    // In paused time, and above all that the mishaps of a case can cost: 8 times 80 s at each source.
+    let deadline = Some(Duration::from_secs(3600));
     (
         fetcher.clone(),
         FilledLayer::new(fetcher, handle, Priority::Foreground, deadline),

@@ -33,7 +33,7 @@ const LONGEST_ASKED_PAUSE: Duration = Duration::from_secs(60);
 const CORRUPT_CHUNKS: usize = 4096;
 
 /// Which source, for reporting back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct SourceId(usize);
 
 /// What to do now.

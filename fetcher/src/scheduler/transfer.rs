@@ -11,9 +11,9 @@
 //! claimed and committed: it is never asked for again, and never held. There is one such stream
 //! per layer; others hand their claims over to it.
 
+use std::collections::HashMap;
 use std::pin::pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -41,6 +41,12 @@ const DECODES: usize = 8;
 /// A request that stalled is given at most eight times the first limit when it is made again.
 const MOST_DOUBLINGS: u32 = 3;
 
+/// What must come within a body's patience, or it has stalled: a source that trickles would pin its
+/// chunks for ever. At 4 KiB in 10 s the frame of a chunk, some 64 KiB, takes half of the default
+/// read deadline; below it asking another source is the better chance. A line of 64 kbit/s carries
+/// 20 such bodies at once, and on a slower one patience doubles.
+const PROGRESS_BYTES: usize = 4 << 10;
+
 /// Runs `transfer`, which has claims in `layer`, until they all landed or nobody wants them.
 ///
 /// `job` calls it off as soon as nobody waits for it. **Errors** why it ended without some chunks that
@@ -51,7 +57,7 @@ pub(crate) async fn run(
     transfer: Arc<Transfer>,
     job: CancellationToken,
 ) -> Result<(), FetchFailure> {
-    let stalls = AtomicU32::new(0);
+    let stalls = Mutex::default();
     let run = Run {
         core,
         layer,
@@ -71,8 +77,9 @@ struct Run {
     layer: Arc<LayerHandle>,
     transfer: Arc<Transfer>,
     job: CancellationToken,
-    /// Attempts that stalled: each makes the next one twice as patient.
-    stalls: AtomicU32,
+    /// Attempts that stalled, by source: each makes the next one there twice as patient. A source that
+    /// is silent for good does not make others wait for longer.
+    stalls: Mutex<HashMap<SourceId, u32>>,
 }
 
 /// Whatever happens, no claim outlives its transfer: its waiters look again.
@@ -140,15 +147,16 @@ impl Run {
         }
     }
 
-    /// How long a request may be without a byte. It doubles with each stall, or a source that is
-    /// always slower than the first limit would never give anything.
-    fn patience(&self) -> Duration {
-        let doublings = self.stalls.load(Ordering::Relaxed).min(MOST_DOUBLINGS);
+    /// How long a request may be without a byte. It doubles with each stall of the source, or one that
+    /// is always slower than the first limit would never give anything.
+    fn patience(&self, id: SourceId) -> Duration {
+        let stalls = lock(&self.stalls).get(&id).copied().unwrap_or(0);
+        let doublings = stalls.min(MOST_DOUBLINGS);
         self.core.options.stall.saturating_mul(1 << doublings)
     }
 
-    fn stalled(&self, source: &Arc<dyn BlobSource>) {
-        self.stalls.fetch_add(1, Ordering::Relaxed);
+    fn stalled(&self, id: SourceId, source: &Arc<dyn BlobSource>) {
+        *lock(&self.stalls).entry(id).or_default() += 1;
         self.core.metrics.stalled(source.kind());
     }
 
@@ -310,11 +318,11 @@ impl Run {
         let priority = self.transfer.urgency.effective();
         let context = ReadContext::new(priority).with_cancel(self.layer.cancel.clone());
         self.core.metrics.requested(source.kind(), priority);
-        let stall = self.patience();
+        let stall = self.patience(id);
         let opening = tokio::time::timeout(stall, source.open(&context, piece.extent));
         let label: Arc<str> = source.label().into();
         let opened = self.unless_called_off(opening).await?.unwrap_or_else(|_| {
-            self.stalled(source);
+            self.stalled(id, source);
             Err(SourceError::Stalled {
                 after: stall,
                 offset: piece.extent.start(),
@@ -375,7 +383,7 @@ impl Receiving<'_> {
     ) -> Result<(), FetchFailure> {
         let (run, layer) = (self.run, &self.run.layer);
         let (gate, urgency) = (&run.core.gate, &run.transfer.urgency);
-        let (stall, lull) = (run.patience(), run.core.options.lull);
+        let (stall, lull) = (run.patience(self.id), run.core.options.lull);
         let BlobStream { extent, mut body } = stream;
         let missing = layer.chunks_in(extent).map(|chunk| chunk.ordinal);
         layer.flights.claim(
@@ -384,7 +392,10 @@ impl Receiving<'_> {
         );
         let mut cutter = FrameCutter::new(extent.start(), layer.chunks_in(extent));
         let mut called_off = pin!(run.called_off());
+        // When a byte came, and when the last of enough bytes came.
+        let mut last_byte = clock::now();
         let mut quiet_since = clock::now();
+        let mut progress_bytes = 0;
         let mut paused = false;
         let mut flowing = false;
         loop {
@@ -400,12 +411,12 @@ impl Receiving<'_> {
                 Some(decoded) = decodes.join_next() => {
                     self.settle(decoded)?;
                     if !reading {
-                        quiet_since = clock::now();
+                        (last_byte, quiet_since) = (clock::now(), clock::now());
                     }
                 }
                 () = gate.turn(urgency), if paused => {
                     paused = false;
-                    quiet_since = clock::now();
+                    (last_byte, quiet_since) = (clock::now(), clock::now());
                 }
                 part = body.next(), if reading => match part {
                     None => return Ok(()),
@@ -413,19 +424,23 @@ impl Receiving<'_> {
                         return Err(FetchFailure::Source { label: self.label.clone(), error });
                     }
                     Some(Ok(bytes)) => {
-                        quiet_since = clock::now();
+                        last_byte = clock::now();
+                        progress_bytes += bytes.len();
+                        if progress_bytes >= PROGRESS_BYTES {
+                            (quiet_since, progress_bytes) = (last_byte, 0);
+                        }
                         self.take(bytes, &mut cutter, decodes);
                         flowing = true;
                         urgency.receiving(gate, true);
                         paused = !gate.may_run(urgency.effective());
                     }
                 },
-                () = tokio::time::sleep_until(quiet_since + lull), if reading && flowing => {
+                () = tokio::time::sleep_until(last_byte + lull), if reading && flowing => {
                     flowing = false;
                     urgency.receiving(gate, false);
                 }
                 () = tokio::time::sleep_until(quiet_since + stall), if reading => {
-                    run.stalled(self.source);
+                    run.stalled(self.id, self.source);
                     let error = SourceError::Stalled { after: stall, offset: cutter.at() };
                     return Err(FetchFailure::Source { label: self.label.clone(), error });
                 }
