@@ -11,11 +11,17 @@
 //! | `committed_chunks` | source | | chunks that became present, by where they came from |
 //! | `fill_duration_seconds` | priority | seconds | how long a fill took that had to wait |
 //! | `fill_failures` | reason | | fills that failed, each an error at a reader |
-//! | `sealed_layers`, `seal_failures`, `evicted_chunks` | | | |
+//! | `sealed_layers` | | | layers found equal to their diff ID |
+//! | `seal_failures` | | | layers found to be something else |
+//! | `evicted_layers` | | | layer devices taken away for the budget or on a full disk |
+//! | `evicted_bytes` | | bytes | what they took |
+//! | `store_held_bytes` | | bytes | what the store took when it was last looked at (gauge) |
+//! | `store_pinned_bytes` | | bytes | of these, in use by mounts or containers (gauge) |
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
@@ -71,6 +77,9 @@ pub struct Metrics {
     sealed: Counter,
     seal_failures: Counter,
     evicted: Counter,
+    evicted_bytes: Counter,
+    held: Gauge,
+    pinned: Gauge,
 }
 
 impl Default for Metrics {
@@ -87,6 +96,9 @@ impl Default for Metrics {
             sealed: Counter::default(),
             seal_failures: Counter::default(),
             evicted: Counter::default(),
+            evicted_bytes: Counter::default(),
+            held: Gauge::default(),
+            pinned: Gauge::default(),
         }
     }
 }
@@ -159,7 +171,14 @@ impl Metrics {
         );
         let failed = "Layers found not to be what they claim";
         registry.register("seal_failures", failed, self.seal_failures.clone());
-        registry.register("evicted_chunks", "Chunks evicted", self.evicted.clone());
+        let evicted = "Layer devices evicted";
+        registry.register("evicted_layers", evicted, self.evicted.clone());
+        let held = "Bytes that the store takes";
+        registry.register_with_unit("store_held", held, Unit::Bytes, self.held.clone());
+        let pinned = "Bytes of the store that are in use";
+        registry.register_with_unit("store_pinned", pinned, Unit::Bytes, self.pinned.clone());
+        let bytes = "Bytes of evicted layer devices";
+        registry.register_with_unit("evicted", bytes, Unit::Bytes, self.evicted_bytes.clone());
     }
 
     fn flow(source: SourceKind, priority: Priority) -> Flow {
@@ -228,9 +247,20 @@ impl Metrics {
         };
     }
 
-    /// Counts chunks that were evicted.
-    pub fn evicted(&self, chunks: u64) {
-        self.evicted.inc_by(chunks);
+    pub(crate) fn evicted(&self, bytes: u64) {
+        self.evicted.inc();
+        self.evicted_bytes.inc_by(bytes);
+    }
+
+    pub(crate) fn store_holds(&self, held_bytes: u64, pinned_bytes: u64) {
+        let gauge = |bytes| i64::try_from(bytes).unwrap_or(i64::MAX);
+        self.held.set(gauge(held_bytes));
+        self.pinned.set(gauge(pinned_bytes));
+    }
+
+    /// Layer devices that were evicted, and the bytes that they took.
+    pub fn evictions(&self) -> (u64, u64) {
+        (self.evicted.get(), self.evicted_bytes.get())
     }
 
     /// Compressed bytes that arrived from `source` for `priority`.

@@ -29,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 mod error;
+mod evict;
 mod flight;
 mod gate;
 mod layer;
@@ -39,6 +40,7 @@ mod transfer;
 mod window;
 
 pub use error::{FetchFailure, FillError};
+pub use evict::{Room, RoomReport};
 pub use layer::{LayerHandle, LayerSpec, LayerTraffic};
 
 pub(crate) use flight::Transfer;
@@ -232,8 +234,14 @@ impl Fetcher {
     }
 
     /// The layer of this name, if it is open.
+    ///
+    /// **Locks** its last use is noted under the lock of the table: an eviction sees it, or has taken
+    /// it out before.
     pub fn layer(&self, key: &DeviceKey) -> Option<Arc<LayerHandle>> {
-        lock(&self.layers).get(key).cloned()
+        let layers = lock(&self.layers);
+        let layer = layers.get(key)?;
+        layer.touch();
+        Some(Arc::clone(layer))
     }
 
     /// All open layers.
@@ -249,14 +257,12 @@ impl Fetcher {
         }
     }
 
-    /// Deletes a device that was closed. **Blocks**.
-    fn remove_device(&self, key: &DeviceKey) -> Result<(), StoreError> {
-        let removed = self.core.store.remove_device(key);
-        // Its bytes are free when nobody has them open; from now on nobody opens them.
+    /// Closes what copies from a device that was removed: its bytes are free when nobody has them
+    /// open. From its removal on nobody opens them.
+    fn drop_twins_of(&self, key: &DeviceKey) {
         for layer in self.layers() {
             layer.drop_twin_of(key);
         }
-        removed
     }
 
     /// Closes a layer and deletes its device. Everything that reads its files is unmounted before.
@@ -268,7 +274,9 @@ impl Fetcher {
         let (fetcher, key) = (self.clone(), *key);
         let removal = tokio::task::spawn_blocking(move || {
             let _turn = turn;
-            fetcher.remove_device(&key)
+            let removed = fetcher.core.store.remove_device(&key);
+            fetcher.drop_twins_of(&key);
+            removed
         });
         removal.await.map_err(|_| StoreError::Cancelled)?
     }
@@ -481,6 +489,11 @@ impl Turns {
         let mut turns = lock(&self.0);
         turns.retain(|_, turn| Arc::strong_count(turn) > 1);
         Arc::clone(turns.entry(key).or_default())
+    }
+
+    /// The turn, if nobody has it.
+    fn try_take(&self, key: DeviceKey) -> Option<OwnedMutexGuard<()>> {
+        self.of(key).try_lock_owned().ok()
     }
 
     /// Waits for the turn. Cancel-safe.

@@ -24,6 +24,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use sluice_blockindex::chunkmap::ChunkMap;
 use sluice_blockindex::digest::{DiffId, IndexDigest};
 
+mod budget;
 #[cfg(test)]
 pub(crate) mod crash;
 mod device;
@@ -35,6 +36,8 @@ mod meta;
 mod presence;
 mod twin;
 
+pub use budget::HeldDevice;
+pub(crate) use budget::{next_victim, sums};
 pub use device::{Committed, Device, Rechecked, SealStep};
 pub use dir::DevicePaths;
 pub use error::StoreError;
@@ -255,6 +258,10 @@ impl Store {
         if !device.is_sealed() {
             self.shared.drop_sealed(&key);
         }
+        // Only the order of evictions depends on it.
+        if let Err(error) = self.touch(&key) {
+            tracing::debug!(device = %key, "{error}");
+        }
         let device = Arc::new(device);
         let mut open = lock(&self.open);
         if open.stopped {
@@ -319,7 +326,25 @@ impl Store {
     /// Who still holds it can neither commit nor seal. The caller has unmounted everything that reads
     /// its files.
     pub fn remove_device(&self, key: &DeviceKey) -> Result<(), StoreError> {
-        let _turn = self.turn(key.diff_id);
+        self.remove_in(&self.turn(key.diff_id), key)
+    }
+
+    /// As [`Self::remove_device`], unless a device of the same layer is being opened or removed; says
+    /// whether it did. Waits for nobody: a writer that finds the disk full comes here, and others may
+    /// wait for that writer.
+    pub(crate) fn remove_device_unless_busy(&self, key: &DeviceKey) -> Result<bool, StoreError> {
+        let free = lock(&self.open).busy.insert(key.diff_id);
+        if !free {
+            return Ok(false);
+        }
+        let turn = Turn {
+            store: self,
+            diff_id: key.diff_id,
+        };
+        self.remove_in(&turn, key).map(|()| true)
+    }
+
+    fn remove_in(&self, _turn: &Turn<'_>, key: &DeviceKey) -> Result<(), StoreError> {
         let open = lock(&self.open).devices.remove(key);
         if let Some(device) = open.and_then(|device| device.upgrade()) {
             device.mark_removed();
@@ -341,6 +366,29 @@ impl Store {
     /// Bytes that all devices really take on the disk. **Blocks**.
     pub fn total_held_bytes(&self) -> Result<u64, StoreError> {
         self.keys()?.iter().map(|key| self.held_bytes(key)).sum()
+    }
+
+    /// What every device takes, and when it was last used; pinned are those of `pinned`. **Blocks**.
+    pub fn held_devices(
+        &self,
+        pinned: &BTreeSet<DeviceKey>,
+    ) -> Result<Vec<HeldDevice>, StoreError> {
+        let held = |key: DeviceKey| {
+            Ok(HeldDevice {
+                key,
+                held_bytes: self.media.held_bytes(&key)?,
+                last_used: self.media.last_used(&key)?,
+                pinned: pinned.contains(&key),
+            })
+        };
+        let devices: io::Result<_> = self.keys()?.into_iter().map(held).collect();
+        devices.map_err(StoreError::io("stat device"))
+    }
+
+    /// Notes that the device is in use now. **Blocks** (shortly). Fine when there is none.
+    pub fn touch(&self, key: &DeviceKey) -> Result<(), StoreError> {
+        let touched = self.media.touch(key);
+        touched.map_err(StoreError::io("note use of device"))
     }
 
     /// Stops all writing, flushes, and records for every open device that its bits can be trusted

@@ -4,6 +4,7 @@
 //! - `prepare`: decides a Prepare, by a plan for the whole image.
 //! - `lowers`: merged trees and their mounts for a chain.
 //! - `sweep`: takes away what no snapshot needs any more.
+//! - `evict`: takes away what nobody uses, when the store is over its budget or the disk is full.
 //! - `decisions`: remembers why layers are not lazy, and which images were seen.
 //!
 //! The metadata store is the truth about what exists; everything here can be rebuilt from it and from
@@ -11,6 +12,7 @@
 //! has a deadline; every task is tracked and joined by [`Lazy::stop`].
 
 mod decisions;
+mod evict;
 mod index_fetch;
 mod lowers;
 mod metrics;
@@ -42,6 +44,7 @@ use crate::trees::TreeFiles;
 use crate::trust::Trust;
 
 pub use decisions::{Decision, ImageDocument, ImageLayer, decision_key};
+pub use evict::Reclaimer;
 pub use metrics::LazyMetrics;
 
 /// Begins the keys of snapshots that clients unpack layers into.
@@ -64,6 +67,8 @@ pub struct LazyOptions {
     pub mount_grace: Duration,
     /// How long files that no snapshot needs stay. Must be longer than a Prepare takes.
     pub file_grace: Duration,
+    /// Most bytes of chunks to keep; `None`: no limit.
+    pub store_budget_bytes: Option<u64>,
 }
 
 /// The parts that lazy layers are made of.
@@ -97,6 +102,7 @@ struct Inner {
     tasks: TaskTracker,
     stop: CancellationToken,
     swept: Notify,
+    budget: evict::BudgetWatch,
 }
 
 impl Lazy {
@@ -111,6 +117,7 @@ impl Lazy {
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
             swept: Notify::new(),
+            budget: evict::BudgetWatch::default(),
         });
         let sweeper = Arc::clone(&inner);
         inner.spawn(async move { sweeper.sweep_until_stopped().await });

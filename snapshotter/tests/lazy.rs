@@ -151,6 +151,16 @@ impl Client {
         self.snapshots().remove(request).await.unwrap();
     }
 
+    /// Asks the daemon itself: older containerds do not pass it on.
+    async fn cleanup(&self) {
+        let socket = self.root.join("run/snapshots.sock");
+        let daemon = Containerd::new(&socket, Duration::from_secs(20)).channel();
+        let request = api::CleanupRequest {
+            snapshotter: "sluice".into(),
+        };
+        SnapshotsClient::new(daemon).cleanup(request).await.unwrap();
+    }
+
     async fn end(&self, key: &str) {
         umount(&self.root.join(key)).unwrap();
         self.remove(key).await;
@@ -318,6 +328,53 @@ async fn an_image_runs_before_its_bytes_are_here() {
             && left("mnt") + left("trees") + left("indexes") + left("devices") == 0
     })
     .await;
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_store_keeps_its_budget_and_what_went_is_fetched_anew() {
+    let setup = setup().await;
+    let (tars, large) = three_layers();
+    let image = push(setup.port, "team/budget", &tars, &[]).await;
+    let extra = "budget = \"1MB\"\n[prefetch]\nenabled = false\n";
+    let daemon = start_daemon(&setup.root, extra).await;
+    let client = &setup.client;
+    client.ready().await;
+    commit_to_containerd(&image, &client.containerd, NS).await;
+    client.unpack(&image).await;
+    let devices = setup.root.join("sluice/devices");
+    let held = || {
+        use std::os::unix::fs::MetadataExt as _;
+        let below = |path: &Path| {
+            let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
+            entries.map(|entry| entry.path()).collect::<Vec<_>>()
+        };
+        let layers = below(&devices);
+        let files = layers
+            .iter()
+            .flat_map(|it| below(it))
+            .flat_map(|it| below(&it));
+        files
+            .filter_map(|it| Some(it.metadata().ok()?.blocks() * 512))
+            .sum::<u64>()
+    };
+    for round in 0..2 {
+        let one = client.container("one", &image.top()).await;
+        assert_eq!(read(&one, "large"), large, "{round}");
+        // In use it stays, whatever the budget says.
+        client.cleanup().await;
+        assert!(held() > 4 << 20, "{round}: {}", held());
+        assert_eq!(read(&one, "top"), b"top", "{round}");
+        client.end("one").await;
+        until("the store is within its budget", async || {
+            client.cleanup().await;
+            held() <= 1_000_000
+        })
+        .await;
+    }
+    let log = std::fs::read_to_string(setup.root.join("sluiced.log")).unwrap();
+    let warnings = log.matches("take more than [store] budget").count();
+    assert_eq!(warnings, 2, "once each time: {log}");
     daemon.stop().await;
 }
 

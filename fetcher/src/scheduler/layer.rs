@@ -3,16 +3,19 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use sluice_blockindex::chunkmap::{Chunk, ChunkMap};
 use sluice_blockindex::digest::BlobDigest;
 use sluice_blockindex::extent::{BlobSpace, Extent};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::error::FillError;
 use super::flight::{Flights, Transfer};
 use super::sources::SourceSet;
 use super::window::ReadAhead;
+use crate::clock;
 use crate::source::{BlobSource, SourceKind};
 use crate::store::{Device, DeviceKey, Store, Twin, lock};
 
@@ -67,6 +70,7 @@ pub struct LayerHandle {
     /// The transfer on which the whole blob comes, because its source ignores ranges.
     pub(crate) whole: Mutex<Option<Arc<Transfer>>>,
     twin: Mutex<Option<Arc<Twin>>>,
+    last_used: Mutex<Instant>,
     traffic: Traffic,
     blob: BlobDigest,
     blob_bytes: u64,
@@ -88,6 +92,7 @@ impl LayerHandle {
             cancel,
             whole: Mutex::new(None),
             twin: Mutex::new(None),
+            last_used: Mutex::new(clock::now()),
             traffic: Traffic::default(),
             blob: spec.blob,
             blob_bytes: spec.blob_bytes,
@@ -123,6 +128,16 @@ impl LayerHandle {
     /// transfers try it at once.
     pub fn add_source(&self, source: Arc<dyn BlobSource>) {
         self.sources.add(source);
+    }
+
+    /// Somebody wants it.
+    pub(crate) fn touch(&self) {
+        *lock(&self.last_used) = clock::now();
+    }
+
+    /// How long nobody has wanted it.
+    pub(crate) fn idle(&self) -> Duration {
+        clock::now() - *lock(&self.last_used)
     }
 
     /// How much came from where.

@@ -205,10 +205,8 @@ impl BlobSource for Round {
                     self.asked_first.store(at, Ordering::Relaxed);
                     return Ok(stream);
                 }
+                Err(error) if error.class() == Class::Cancelled => return Err(error),
                 Err(error) => {
-                    if error.class() == Class::Cancelled {
-                        return Err(error);
-                    }
                     let place = &places[at];
                     tracing::debug!(%place, blob = %self.blob, %error, "origin failed");
                     worst = Some(more_telling(worst, error));
@@ -241,20 +239,24 @@ impl Round {
         let open = self
             .client
             .open_blob(context, &places[at], self.blob, self.size_bytes, extent);
+        let after = u32::try_from(left + 1)
+            .ok()
+            .and_then(|places| context.remaining()?.checked_div(places))
+            .map_or(share, |fair| fair.min(share));
         let opened = if left == 0 {
-            Ok(open.await)
+            open.await.map_err(SourceError::from)
         } else {
-            let fair = context
-                .remaining()
-                .and_then(|it| it.checked_div(u32::try_from(left + 1).ok()?));
-            tokio::time::timeout(fair.map_or(share, |fair| fair.min(share)), open).await
+            let opened = tokio::time::timeout(after, open).await;
+            opened.map_or_else(
+                |_| {
+                    let offset = extent.start();
+                    Err(SourceError::Stalled { after, offset })
+                },
+                |opened| opened.map_err(SourceError::from),
+            )
         };
-        let opened = opened.map_err(|_| SourceError::Stalled {
-            after: share,
-            offset: extent.start(),
-        });
         drop(patience);
-        Ok(opened??)
+        opened
     }
 }
 

@@ -10,6 +10,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Barrier, Mutex};
+use std::time::SystemTime;
 
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
@@ -260,6 +261,14 @@ impl Media for CrashDisk {
             .devices
             .get(key)
             .map_or(0, |content| content.presence.device_bytes()))
+    }
+
+    fn touch(&self, _key: &DeviceKey) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn last_used(&self, _key: &DeviceKey) -> io::Result<SystemTime> {
+        Ok(SystemTime::UNIX_EPOCH)
     }
 }
 

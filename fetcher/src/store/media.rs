@@ -8,6 +8,7 @@
 use std::fmt::Debug;
 use std::io;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use super::DeviceKey;
 use super::meta::META_BYTES;
@@ -78,4 +79,10 @@ pub(crate) trait Media: Send + Sync + Debug {
 
     /// Bytes that a device really takes; 0 when there is none.
     fn held_bytes(&self, key: &DeviceKey) -> io::Result<u64>;
+
+    /// Notes that a device is in use now. Fine when there is none.
+    fn touch(&self, key: &DeviceKey) -> io::Result<()>;
+
+    /// When that was last noted, by the wall clock; long ago when nothing is known.
+    fn last_used(&self, key: &DeviceKey) -> io::Result<SystemTime>;
 }

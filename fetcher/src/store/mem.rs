@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 use super::DeviceKey;
 use super::media::{DeviceMedia, Media, Opened, SealedBytes};
@@ -27,6 +28,7 @@ struct MemDevice {
     presence: Presence,
     data: Mutex<Vec<u8>>,
     meta: Mutex<Option<Vec<u8>>>,
+    used: Mutex<SystemTime>,
 }
 
 impl Media for MemMedia {
@@ -52,6 +54,7 @@ impl Media for MemMedia {
             presence,
             data: Mutex::new(vec![0; length]),
             meta: Mutex::new(None),
+            used: Mutex::new(SystemTime::UNIX_EPOCH),
         });
         devices.insert(*key, Arc::clone(&device));
         Ok(Opened {
@@ -86,6 +89,19 @@ impl Media for MemMedia {
         lock(&self.devices)
             .get(key)
             .map_or(Ok(0), |device| device.held_bytes())
+    }
+
+    fn touch(&self, key: &DeviceKey) -> io::Result<()> {
+        if let Some(device) = lock(&self.devices).get(key) {
+            *lock(&device.used) = SystemTime::now();
+        }
+        Ok(())
+    }
+
+    fn last_used(&self, key: &DeviceKey) -> io::Result<SystemTime> {
+        let devices = lock(&self.devices);
+        let used = devices.get(key).map(|device| *lock(&device.used));
+        Ok(used.unwrap_or(SystemTime::UNIX_EPOCH))
     }
 }
 

@@ -117,6 +117,8 @@ async fn fetch(
 fn refused(error: &SourceError) -> Refusal {
     match error.class() {
         Class::Cancelled => late(),
+        // The place was silent for its share of the time.
+        Class::Transient if matches!(error, SourceError::Stalled { .. }) => late(),
         Class::Transient | Class::Permanent | Class::Corrupt => {
             Refusal::new(RefusalKind::Fetch, format!("fetch index: {error}"))
         }

@@ -123,6 +123,7 @@ impl Inner {
         let kept = needed.kept;
         self.blocking(move |inner| inner.sweep_trees(&kept)).await;
         self.sweep_devices(&needed.devices).await;
+        self.keep_budget().await;
         let indexes: BTreeSet<IndexDigest> = needed.devices.iter().map(|key| key.index).collect();
         self.plans.release(&indexes, self.options.file_grace);
         let documents = self.blocking(move |inner| {

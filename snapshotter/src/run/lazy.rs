@@ -15,7 +15,7 @@ use sluice_fetcher::registry::{
     CredentialProvider, DockerConfig, HostOptions, RegistryClient, RegistryOptions,
 };
 use sluice_fetcher::scheduler::{Fetcher, FetcherOptions};
-use sluice_fetcher::store::{Store, StoreOptions};
+use sluice_fetcher::store::{Reclaim, Store, StoreOptions};
 use tokio::task::JoinHandle;
 
 use super::{Parts, bind_private};
@@ -25,7 +25,7 @@ use crate::control::ControlService;
 use crate::durable;
 use crate::indexes::IndexFiles;
 use crate::layers::Layers;
-use crate::lazy::{Lazy, LazyMetrics, LazyOptions, LazyParts};
+use crate::lazy::{Lazy, LazyMetrics, LazyOptions, LazyParts, Reclaimer};
 use crate::mount::attached::AttachedMount;
 use crate::mounts::Mounts;
 use crate::resolve::{Containerd, ContainerdContent};
@@ -71,7 +71,9 @@ impl LazySide {
         } = parts;
         let listener = bind_private(&config.control_socket())?;
         let root = config.root.clone();
-        let files = tokio::task::spawn_blocking(move || open_files(root)).await??;
+        let reclaimer = Reclaimer::default();
+        let reclaim = reclaimer.hook();
+        let files = tokio::task::spawn_blocking(move || open_files(root, reclaim)).await??;
         let Files {
             indexes,
             trees,
@@ -122,8 +124,10 @@ impl LazySide {
                 read_deadline: config.read_deadline,
                 mount_grace: config.mount_grace,
                 file_grace: config.store_grace,
+                store_budget_bytes: config.store_budget_bytes,
             },
         );
+        reclaimer.attach(&lazy);
 
         let service = ControlService::new(lazy.clone(), containerd, stop);
         let control = tokio::spawn(async move {
@@ -203,12 +207,16 @@ struct Files {
 }
 
 /// Opens what is on disk. Blocks.
-fn open_files(root: PathBuf) -> Result<Files, Failure> {
+fn open_files(root: PathBuf, reclaim: Reclaim) -> Result<Files, Failure> {
+    let options = StoreOptions {
+        reclaim: Some(reclaim),
+        ..StoreOptions::default()
+    };
     durable::create_private_directory(&root.join("mnt"))?;
     Ok(Files {
         indexes: Arc::new(IndexFiles::open(&root.join("indexes"))?),
         trees: Arc::new(TreeFiles::open(&root.join("trees"))?),
-        chunks: Arc::new(Store::open(&root.join("devices"), StoreOptions::default())?),
+        chunks: Arc::new(Store::open(&root.join("devices"), options)?),
     })
 }
 

@@ -178,3 +178,130 @@ async fn a_twin_is_closed_when_nothing_more_is_copied() {
     assert_eq!(open_files(), 0);
     fetcher.shutdown().await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_nobody_uses_is_evicted_and_fetched_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = StoreOptions {
+        boot: Some(BootId([1; 16])),
+        reclaim: None,
+    };
+    let store = Arc::new(Store::open(dir.path(), store).unwrap());
+    let fetcher = Fetcher::new(options(), Arc::clone(&store), Metrics::new());
+    let layers = [0, 1, 2].map(|seed| TestLayer::even(50 + seed, 4, 64 << 10));
+    let lines = [0, 1, 2].map(|at| Line::new("a", &layers[at].blob));
+    let whole = Extent::new(0, layers[0].tar.len() as u64).unwrap();
+    for at in [0, 1, 2] {
+        let handle = add(&fetcher, &layers[at], &[&lines[at]]).await;
+        let filled = fetcher.fill(&handle, whole, Priority::Foreground, None);
+        filled.await.unwrap();
+        if at != 1 {
+            fetcher.seal(&handle).await.unwrap();
+        }
+        tokio::time::sleep(SECOND).await;
+    }
+    // Ordered by their last use, whatever order the test's own files got.
+    for (layer, age) in layers.iter().zip([300, 200, 100]) {
+        let dir = store.device_paths(&layer.key).unwrap().data;
+        let used = std::time::SystemTime::now() - Duration::from_secs(age);
+        let dir = std::fs::File::open(dir.parent().unwrap()).unwrap();
+        dir.set_modified(used).unwrap();
+    }
+    let none = std::collections::BTreeSet::new();
+    let room = |room, pinned: &_, idle| fetcher.make_room(room, pinned, idle).unwrap();
+    let held = store.total_held_bytes().unwrap();
+    // Within the budget, in use, wanted a moment ago, or pinned: all stay.
+    let idle = Duration::from_secs(50);
+    assert_eq!(room(Room::Budget(held), &none, idle).evicted, 0);
+    let handles = layers
+        .each_ref()
+        .map(|layer| fetcher.layer(&layer.key).unwrap());
+    assert_eq!(room(Room::Budget(0), &none, Duration::ZERO).evicted, 0);
+    drop(handles);
+    assert_eq!(room(Room::Budget(0), &none, idle).evicted, 0);
+    tokio::time::sleep(idle).await;
+    let keys = layers.iter().map(|layer| layer.key).collect();
+    let report = room(Room::Budget(0), &keys, idle);
+    assert_eq!(
+        report,
+        RoomReport {
+            held_bytes: held,
+            pinned_bytes: held,
+            ..RoomReport::default()
+        }
+    );
+    // The first was not used for longest, and is enough.
+    let report = room(Room::Budget(held - 1), &none, idle);
+    assert_eq!(
+        (report.evicted, report.held_bytes + report.freed_bytes),
+        (1, held)
+    );
+    let mut left: Vec<_> = layers[1..].iter().map(|layer| layer.key).collect();
+    left.sort_unstable();
+    assert_eq!(store.keys().unwrap(), left);
+    assert!(fetcher.layer(&layers[0].key).is_none());
+    // A full disk: the next, which is not sealed.
+    assert_eq!(room(Room::Bytes(1), &none, idle).evicted, 1);
+    assert_eq!(store.keys().unwrap(), [layers[2].key]);
+    assert_eq!(fetcher.metrics().evictions().0, 2);
+    // It is missing data again, and no error.
+    for at in [0, 1] {
+        let handle = add(&fetcher, &layers[at], &[&lines[at]]).await;
+        assert_eq!(check(&handle, &layers[at]), 0);
+        let filled = fetcher.fill(&handle, whole, Priority::Foreground, None);
+        filled.await.unwrap();
+        assert_eq!(
+            (check(&handle, &layers[at]), lines[at].asked().len()),
+            (4, 2)
+        );
+    }
+    fetcher.shutdown().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_source_makes_no_other_wait_for_longer() {
+    let (fetcher, layer) = (fetcher(), TestLayer::even(60, 3, 4000));
+    let (good, silent) = (
+        Line::new("good", &layer.blob),
+        Line::new("silent", &layer.blob),
+    );
+    good.mishaps([Some(Mishap::Refuse), Some(Mishap::Silence)]);
+    silent.always(Some(Mishap::Silence));
+    let handle = add(&fetcher, &layer, &[&good, &silent]).await;
+    let before = clock::now();
+    fetcher
+        .fill(&handle, chunk_extent(&layer, 1), Priority::Foreground, None)
+        .await
+        .unwrap();
+    // Once each, and once more, twice as long, at the silent one.
+    let took = clock::now() - before;
+    assert!(took < 4 * options().stall + SECOND, "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_source_that_trickles_has_stalled_and_a_slow_line_has_not() {
+    let layer = TestLayer::even(61, 3, 64 << 10);
+    let whole = Extent::new(0, layer.tar.len() as u64).unwrap();
+    // One byte in 9 seconds; 64 kbit/s; a twentieth of that.
+    for (bytes, pause, stalls) in [
+        (1, 9 * SECOND, true),
+        (1 << 10, 125 * MILLISECOND, false),
+        (512, 1150 * MILLISECOND, false),
+    ] {
+        let (fetcher, good) = (fetcher(), Line::new("good", &layer.blob));
+        let slow = Line::new("slow", &layer.blob).pieces(bytes, pause);
+        let handle = add(&fetcher, &layer, &[&slow, &good]).await;
+        let before = clock::now();
+        fetcher
+            .fill(&handle, whole, Priority::Foreground, None)
+            .await
+            .unwrap();
+        assert_eq!(check(&handle, &layer), 3);
+        let asked = (slow.asked().len(), good.asked().len());
+        assert_eq!(asked, (1, usize::from(stalls)), "{bytes} in {pause:?}");
+        if stalls {
+            let took = clock::now() - before;
+            assert!(took < options().stall + SECOND, "{took:?}");
+        }
+    }
+}
