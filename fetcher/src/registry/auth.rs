@@ -4,7 +4,8 @@
 //! # How
 //! A host's scheme (Basic, or Bearer with its token service) is learnt from its first 401 and
 //! remembered, so later requests carry their header from the start. Credentials are tried in order,
-//! the one that worked last first, anonymous last. When a request that carried a remembered token or
+//! the one that worked last first, anonymous last. While the one that worked last has a live token (or
+//! needs none) nothing is looked up at all. When a request that carried a remembered token or
 //! credential is answered 401 or 403, the token is dropped, the credentials are looked up anew, and
 //! each is tried once more with a new token; that is the one refresh of a request.
 //!
@@ -188,7 +189,8 @@ pub(super) struct Authorizer {
     schemes: Mutex<LruCache<String, Scheme>>,
     tokens: Mutex<LruCache<TokenKey, Token>>,
     flights: Mutex<HashMap<TokenKey, WeakShared<Flight>>>,
-    working: Mutex<LruCache<(String, String), Fingerprint>>,
+    /// The credential that was accepted last, by host and scope.
+    working: Mutex<LruCache<(String, String), Candidate>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -264,7 +266,7 @@ impl Authorizer {
     pub(super) fn accepted(&self, entry: &Entry) {
         if let Some(used) = &entry.used {
             let key = (entry.host.clone(), entry.scope.clone());
-            lock(&self.working).put(key, used.candidate.fingerprint);
+            lock(&self.working).put(key, used.candidate.clone());
         }
     }
 
@@ -274,6 +276,14 @@ impl Authorizer {
         entry: &mut Entry,
         scheme: &Scheme,
     ) -> Result<Option<HeaderValue>, RegistryError> {
+        if !entry.loaded
+            && entry.tried.is_empty()
+            && let Some((header, used)) = self.proven(entry, scheme)
+        {
+            entry.names.push(used.candidate.name());
+            entry.used = Some(used);
+            return Ok(Some(header));
+        }
         if !entry.loaded {
             self.load(context, entry, false).await?;
         }
@@ -317,6 +327,36 @@ impl Authorizer {
         }
     }
 
+    /// The header that was accepted last, if it is good still: the look-up of credentials, which may
+    /// run a helper, is not on the way of every request, and may fail meanwhile.
+    fn proven(&self, entry: &Entry, scheme: &Scheme) -> Option<(HeaderValue, Used)> {
+        let key = (entry.host.clone(), entry.scope.clone());
+        let candidate = lock(&self.working).get(&key).cloned()?;
+        let (text, token) = match (scheme, &candidate.credential) {
+            (Scheme::Basic, Some(Credential::Password { username, password })) => {
+                (basic(username, password), None)
+            }
+            (Scheme::Basic, _) => return None,
+            (Scheme::Bearer { .. }, _) => {
+                let token = self.live_token(&TokenKey {
+                    host: entry.host.clone(),
+                    scope: entry.scope.clone(),
+                    credential: candidate.fingerprint,
+                })?;
+                (format!("Bearer {}", token.secret.reveal()), Some(token))
+            }
+        };
+        Some((secret_header(&text)?, Used { candidate, token }))
+    }
+
+    fn live_token(&self, key: &TokenKey) -> Option<TokenUse> {
+        let token = lock(&self.tokens).get(key).cloned()?;
+        (Instant::now() < token.usable_until).then_some(TokenUse {
+            secret: token.secret,
+            remembered: true,
+        })
+    }
+
     async fn load(
         &self,
         context: &ReadContext,
@@ -333,7 +373,7 @@ impl Authorizer {
             .map(Candidate::new)
             .collect();
         let key = (entry.host.clone(), entry.scope.clone());
-        let working = lock(&self.working).get(&key).copied();
+        let working = lock(&self.working).get(&key).map(|it| it.fingerprint);
         if let Some(at) = queue.iter().position(|c| Some(c.fingerprint) == working)
             && let Some(candidate) = queue.remove(at)
         {
@@ -375,12 +415,8 @@ impl Authorizer {
             scope: entry.scope.clone(),
             credential: candidate.fingerprint,
         };
-        let remembered = lock(&self.tokens).get(&key).cloned();
-        if let Some(token) = remembered.filter(|token| Instant::now() < token.usable_until) {
-            return Ok(TokenUse {
-                secret: token.secret,
-                remembered: true,
-            });
+        if let Some(token) = self.live_token(&key) {
+            return Ok(token);
         }
         let flight = self.flight(&key, scheme, candidate);
         let outcome = context.bound(flight).await?;

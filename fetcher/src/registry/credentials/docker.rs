@@ -2,20 +2,22 @@
 //! Docker's `config.json` and the credential helpers that it names.
 //!
 //! The file is read anew for each look-up, so a change counts at once; it is small, and look-ups
-//! happen when a token is missing, not per request of a blob. For a host these are tried, the most
+//! happen when a token is missing or refused, not per request of a blob. For a host these are tried, the most
 //! specific first: its entry in `credHelpers`, its entry in `auths` (an identity token, or name and
 //! password), `credsStore`. The entries of `auths` are read by the `docker_credential` crate; helpers
 //! are run here, because a helper that hangs must be killed with all its children.
 //!
 //! A helper's answer is kept for [`HELPER_LIFE`]; a refresh runs it again unless its answer is
-//! younger than [`HELPER_MIN_AGE`], so that a burst of refusals runs it once.
+//! younger than [`HELPER_MIN_AGE`], so that a burst of refusals runs it once. One run for a server is
+//! under way at a time, and who comes meanwhile has its answer. While a helper does not work, its last
+//! answer is given for [`HELPER_FAILED_LIFE`] at a time.
 
 use std::collections::HashMap;
 use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -37,6 +39,8 @@ const HELPER_TIMEOUT: Duration = Duration::from_secs(10);
 const HELPER_LIFE: Duration = Duration::from_secs(300);
 /// Youngest answer that a refresh replaces.
 const HELPER_MIN_AGE: Duration = Duration::from_secs(1);
+/// How long after a run that failed the helper is left alone.
+const HELPER_FAILED_LIFE: Duration = Duration::from_secs(10);
 /// Largest answer of a helper that is read; tokens are some kilobytes.
 const HELPER_ANSWER_BYTES: u64 = 64 * 1024;
 /// Largest configuration that is read.
@@ -53,7 +57,46 @@ pub struct DockerConfig {
     path: Option<PathBuf>,
     helper_folder: Option<PathBuf>,
     helper_timeout: Duration,
-    answers: Mutex<HashMap<HelperKey, (Option<Credential>, Instant)>>,
+    answers: Mutex<HashMap<HelperKey, Arc<Helper>>>,
+}
+
+/// What is known from a helper about a server.
+#[derive(Debug, Default)]
+struct Helper {
+    /// Held while it runs.
+    run: tokio::sync::Mutex<()>,
+    answer: Mutex<Option<Answer>>,
+}
+
+#[derive(Clone, Debug)]
+struct Answer {
+    credential: Option<Credential>,
+    since: Instant,
+    /// The run failed: the credential is that of an earlier one.
+    failed: bool,
+}
+
+impl Helper {
+    /// The last answer, young or not.
+    fn last(&self) -> Option<Answer> {
+        lock(&self.answer).clone()
+    }
+
+    /// The last answer, if it need not be asked for again.
+    fn answer(&self, refresh: bool) -> Option<Answer> {
+        self.last().filter(|answer| {
+            let life = match (refresh, answer.failed) {
+                (true, _) => HELPER_MIN_AGE,
+                (false, true) => HELPER_FAILED_LIFE,
+                (false, false) => HELPER_LIFE,
+            };
+            answer.since.elapsed() < life
+        })
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl DockerConfig {
@@ -135,22 +178,28 @@ impl DockerConfig {
 
     async fn helper_answer(&self, helper: &str, server: &str, refresh: bool) -> Option<Credential> {
         let key = (helper.to_owned(), server.to_owned());
-        let lock = || self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-        let life = if refresh { HELPER_MIN_AGE } else { HELPER_LIFE };
-        if let Some((answer, since)) = lock().get(&key).cloned()
-            && since.elapsed() < life
-        {
-            return answer;
+        let known = Arc::clone(lock(&self.answers).entry(key).or_default());
+        if let Some(answer) = known.answer(refresh) {
+            return answer.credential;
         }
-        let answer = match self.run_helper(helper, server).await {
-            Ok(answer) => answer,
+        let _run = known.run.lock().await;
+        // Whoever ran it before us asked for us too.
+        if let Some(answer) = known.answer(refresh) {
+            return answer.credential;
+        }
+        let (credential, failed) = match self.run_helper(helper, server).await {
+            Ok(credential) => (credential, false),
             Err(problem) => {
                 tracing::warn!(helper, server, problem, "failed to ask a credential helper");
-                None
+                (known.last().and_then(|last| last.credential), true)
             }
         };
-        lock().insert(key, (answer.clone(), Instant::now()));
-        answer
+        *lock(&known.answer) = Some(Answer {
+            credential: credential.clone(),
+            since: Instant::now(),
+            failed,
+        });
+        credential
     }
 }
 

@@ -401,3 +401,52 @@ async fn redirects_end() {
         .unwrap_err();
     assert!(matches!(error, RegistryError::Redirect { .. }), "{error}");
 }
+
+/// Counts look-ups, and knows nothing any more after so many.
+#[derive(Debug)]
+struct Forgetful {
+    lookups: Mutex<usize>,
+    good: usize,
+}
+
+#[async_trait]
+impl CredentialProvider for Forgetful {
+    async fn credentials(&self, _host: &str, _refresh: bool) -> Vec<Credential> {
+        let mut lookups = self.lookups.lock().unwrap();
+        *lookups += 1;
+        if *lookups > self.good {
+            return Vec::new();
+        }
+        vec![password("u", "p")]
+    }
+}
+
+#[tokio::test]
+async fn credentials_are_looked_up_when_they_are_needed_and_not_else() {
+    let basic = Access::Basic {
+        username: "u".into(),
+        password: "p".into(),
+    };
+    for (access, by_token) in [(bearer(401), true), (basic, false)] {
+        let (fake, blob, place) = setting(access).await;
+        let provider = Arc::new(Forgetful {
+            lookups: Mutex::new(0),
+            good: 2,
+        });
+        let client = RegistryClient::new(quick_options(), provider.clone()).unwrap();
+        let lookups = || *provider.lookups.lock().unwrap();
+        for _ in 0..5 {
+            assert_eq!(size(&client, &place, blob).await.unwrap(), Some(11));
+        }
+        assert_eq!(lookups(), 1, "{by_token}");
+        if by_token {
+            fake.expire_tokens();
+            assert_eq!(size(&client, &place, blob).await.unwrap(), Some(11));
+            assert_eq!(lookups(), 2);
+            // From now on there are none: what is good still goes on.
+            assert_eq!(size(&client, &place, blob).await.unwrap(), Some(11));
+            fake.expire_tokens();
+            size(&client, &place, blob).await.unwrap_err();
+        }
+    }
+}

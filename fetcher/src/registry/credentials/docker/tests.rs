@@ -226,3 +226,40 @@ async fn a_refresh_runs_the_helper_again_but_not_in_a_burst() {
         [password("2", "s")]
     );
 }
+
+#[tokio::test]
+async fn one_run_of_a_helper_answers_all_who_wait() {
+    let folder = tempfile::tempdir().unwrap();
+    let runs = folder.path().join("runs");
+    let script = format!(
+        r#"echo run >> {}; sleep 0.3; printf '{{"Username":"u","Secret":"s"}}'"#,
+        runs.display()
+    );
+    let name = helper(folder.path(), &script);
+    let config = format!(r#"{{"credHelpers":{{"r.example":"{name}"}}}}"#);
+    let config = write(folder.path(), &config).with_helper_folder(folder.path().to_owned());
+    let asks = (0..8).map(|_| config.credentials("r.example", false));
+    for answer in futures::future::join_all(asks).await {
+        assert_eq!(answer, [password("u", "s")]);
+    }
+    assert_eq!(std::fs::read_to_string(&runs).unwrap(), "run\n");
+}
+
+#[tokio::test]
+async fn a_helper_that_fails_later_takes_nothing_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let broken = folder.path().join("broken");
+    let script = format!(
+        r#"test -e {} && echo hello || printf '{{"Username":"u","Secret":"s"}}'"#,
+        broken.display()
+    );
+    let name = helper(folder.path(), &script);
+    let config = format!(r#"{{"credHelpers":{{"r.example":"{name}"}}}}"#);
+    let config = write(folder.path(), &config).with_helper_folder(folder.path().to_owned());
+    let known = [password("u", "s")];
+    assert_eq!(config.credentials("r.example", false).await, known);
+    std::fs::write(broken, "").unwrap();
+    tokio::time::sleep(HELPER_MIN_AGE + Duration::from_millis(100)).await;
+    assert_eq!(config.credentials("r.example", true).await, known);
+    assert_eq!(config.credentials("r.example", false).await, known);
+}
