@@ -33,6 +33,8 @@ struct Disk {
     operations: u64,
     /// The operation at which the power is cut.
     cut_at: Option<u64>,
+    /// Syncs of a device still to fail.
+    refuse_syncs: u32,
     /// Writes still to be refused because the disk is full.
     refuse_writes: u32,
     /// The next opening of this device stands still, twice, until somebody else comes there.
@@ -120,6 +122,11 @@ impl CrashDisk {
         let barrier = Arc::new(Barrier::new(2));
         lock(&self.0).held = Some((key, Arc::clone(&barrier)));
         barrier
+    }
+
+    /// Lets the next sync of a device fail.
+    pub(crate) fn fail_sync(&self) {
+        lock(&self.0).refuse_syncs = 1;
     }
 
     /// Lets reads of byte `at` of any device fail, or of none.
@@ -339,6 +346,13 @@ impl DeviceMedia for CrashDevice {
     }
 
     fn sync(&self) -> io::Result<()> {
+        {
+            let mut disk = lock(&self.disk.0);
+            if disk.refuse_syncs > 0 {
+                disk.refuse_syncs -= 1;
+                return Err(io::Error::other("lost write"));
+            }
+        }
         let sync = |content: &mut Content| {
             content.sync();
             Ok(())

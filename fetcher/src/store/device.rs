@@ -34,7 +34,7 @@ use sluice_blockindex::frames::verify_chunk;
 use super::error::StoreError;
 use super::media::DeviceMedia;
 use super::mem::lock;
-use super::meta::{FailureRecord, Meta, SealRecord};
+use super::meta::{BootId, FailureRecord, Meta, SealRecord};
 use super::presence::DeviceState;
 use super::{DeviceKey, Shared};
 use crate::clock;
@@ -451,6 +451,11 @@ impl Device {
         if let Err(error) = self.media.sync() {
             drop(admitted);
             self.close(Closed::PreviousIo);
+            // The kernel may have dropped writes whose bits it keeps: under no kernel, this one
+            // included, are they trusted again without a check.
+            if let Err(error) = self.record(|meta| meta.boot = BootId::NONE) {
+                tracing::error!(device = %self.key, %error, "failed to record the failed sync");
+            }
             return Err(StoreError::io("sync device")(error));
         }
         self.record(|meta| meta.sealed = Some(SealRecord { at_unix_seconds }))?;

@@ -33,6 +33,9 @@ const AT_CRC: usize = META_BYTES - 4;
 pub struct BootId(pub [u8; 16]);
 
 impl BootId {
+    /// That of no kernel: what was written under it is checked under every one.
+    pub(crate) const NONE: Self = Self([0; 16]);
+
     /// The boot ID of the running kernel.
     ///
     /// **Errors** when `/proc` is not there or says something else than a UUID.

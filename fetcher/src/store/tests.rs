@@ -522,6 +522,34 @@ fn making_files_anew_may_fail_at_any_step_and_vouches_for_nothing() {
 }
 
 #[test]
+fn after_a_failed_sync_chunks_are_checked_also_by_the_next_daemon() {
+    let layer = TestLayer::even(28, 3, 600);
+    let disk = CrashDisk::default();
+    let open = || Store::on(Box::new(disk.clone()), None, options(BOOT)).unwrap();
+    let store = open();
+    let device = store.device(layer.key, &layer.chunks).unwrap();
+    commit_all(&device, &layer);
+    disk.fail_sync();
+    device.seal(&mut go_on()).unwrap_err();
+    let error = device.seal(&mut go_on()).unwrap_err();
+    assert!(matches!(error, StoreError::PreviousIo), "{error}");
+    store.stop().unwrap();
+    drop((device, store));
+    // The kernel dropped a write.
+    disk.rot(&layer.key, 700);
+    let store = open();
+    let device = store.device(layer.key, &layer.chunks).unwrap();
+    assert_eq!(check_present(&device, &layer, "lost write"), 0);
+    let found = [0, 1, 2].map(|chunk| device.recheck(chunk).unwrap());
+    assert_eq!(
+        found,
+        [Rechecked::Trusted, Rechecked::Dropped, Rechecked::Trusted]
+    );
+    device.commit(1, layer.bytes_of(1)).unwrap();
+    device.seal(&mut go_on()).unwrap();
+}
+
+#[test]
 fn a_full_disk_asks_for_room_once_and_says_so() {
     let layer = TestLayer::even(12, 2, 600);
     let asked = Arc::new(Mutex::new(Vec::new()));
