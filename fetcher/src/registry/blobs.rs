@@ -10,7 +10,8 @@ use sluice_blockindex::extent::{BlobSpace, Extent};
 use super::transport::{Answer, Call};
 use super::{RegistryClient, RegistryError, Repository, pull_scope};
 use crate::source::{
-    Attempts, BlobSource, BlobStream, OriginSet, ReadContext, RegistryBlobSource, SourceError,
+    Attempts, BlobSource, BlobStream, Class, OriginSet, ReadContext, RegistryBlobSource,
+    SourceError,
 };
 
 impl RegistryClient {
@@ -104,15 +105,16 @@ impl RegistryClient {
         Ok(bytes)
     }
 
-    /// Whether `place` is known to answer ranges with whole blobs.
-    pub fn ignores_ranges(&self, place: &Repository) -> bool {
-        self.inner.ranges.ignores(place)
+    /// Whether `place` is known to answer ranges of this blob with all of it.
+    pub fn ignores_ranges(&self, place: &Repository, blob: BlobDigest) -> bool {
+        self.inner.ranges.ignores(place, blob)
     }
 
     /// One attempt to open a part of `blob`, which has `size_bytes` in all.
     ///
-    /// The target of a redirect is tried directly while it is fresh. A 400, 401 or 403 of such a
-    /// target means that it has expired: the registry is asked once more for another.
+    /// The target of a redirect is tried directly while it is fresh. A 400, 401 or 403 of any target
+    /// means that it has expired; whatever else is wrong with a remembered one (gone, its server down)
+    /// may be wrong with it alone: the registry is asked once more for another.
     pub(crate) async fn open_blob(
         &self,
         context: &ReadContext,
@@ -125,7 +127,7 @@ impl RegistryClient {
         let url = inner.url(place, &format!("blobs/{blob}"))?;
         let mut call = Call::new(Method::GET, url, format!("blob {blob} of {place}"));
         let whole = extent.start() == 0 && extent.end() == size_bytes;
-        let ranged = !whole && !inner.ranges.ignores(place);
+        let ranged = !whole && !inner.ranges.ignores(place, blob);
         if ranged {
             // The one place where a range becomes inclusive.
             let range = format!(
@@ -167,12 +169,17 @@ impl RegistryClient {
                 Ok(answer) => answer,
                 Err(error) => {
                     inner.redirects.forget(place, blob);
+                    if from_memory && error.class() != Class::Cancelled {
+                        refreshed = true;
+                        continue;
+                    }
                     return Err(error);
                 }
             };
             let status = answer.status().as_u16();
-            let expired = matches!(status, 400 | 401 | 403) || (from_memory && status == 404);
-            if answer.redirected.is_some() && expired && !refreshed {
+            let expired = matches!(status, 400 | 401 | 403);
+            let useless = from_memory && matches!(status, 404 | 410 | 500..=599);
+            if answer.redirected.is_some() && (expired || useless) && !refreshed {
                 inner.redirects.forget(place, blob);
                 refreshed = true;
                 continue;
@@ -193,8 +200,8 @@ impl RegistryClient {
             .await?;
         let comes = judge_extent(&answer, extent, size_bytes, ranged)?;
         if ranged && comes != extent {
-            tracing::info!(%place, "registry ignores ranges: whole blobs are streamed");
-            inner.ranges.note(place);
+            tracing::info!(%place, %blob, "registry ignores ranges: the whole blob is streamed");
+            inner.ranges.note(place, blob);
         }
         let body = inner
             .transport

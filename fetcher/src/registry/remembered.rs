@@ -54,11 +54,11 @@ impl Redirects {
     }
 }
 
-/// Repositories that answered a range with the whole blob. Forgotten after a while: a proxy that
-/// does so for a cold blob serves ranges of a warm one.
+/// Blobs of which a repository answered a range with all. Forgotten after a while: a proxy that does so
+/// for a cold blob serves ranges of a warm one, and of other blobs anyway.
 pub(super) struct RangeMemory {
     life: Duration,
-    ignoring: Mutex<LruCache<Repository, Instant>>,
+    ignoring: Mutex<LruCache<(Repository, BlobDigest), Instant>>,
 }
 
 impl RangeMemory {
@@ -69,20 +69,21 @@ impl RangeMemory {
         }
     }
 
-    pub(super) fn ignores(&self, place: &Repository) -> bool {
+    pub(super) fn ignores(&self, place: &Repository, blob: BlobDigest) -> bool {
+        let key = (place.clone(), blob);
         let mut ignoring = self.ignoring.lock().unwrap_or_else(PoisonError::into_inner);
-        match ignoring.get(place).map(Instant::elapsed) {
+        match ignoring.get(&key).map(Instant::elapsed) {
             Some(age) if age < self.life => true,
             Some(_) => {
-                ignoring.pop(place);
+                ignoring.pop(&key);
                 false
             }
             None => false,
         }
     }
 
-    pub(super) fn note(&self, place: &Repository) {
+    pub(super) fn note(&self, place: &Repository, blob: BlobDigest) {
         let mut ignoring = self.ignoring.lock().unwrap_or_else(PoisonError::into_inner);
-        ignoring.put(place.clone(), Instant::now());
+        ignoring.put((place.clone(), blob), Instant::now());
     }
 }

@@ -175,7 +175,10 @@ impl BlobSource for Round {
 
     fn whole_blob_only(&self) -> bool {
         let places = self.origins.places();
-        !places.is_empty() && places.iter().all(|place| self.client.ignores_ranges(place))
+        !places.is_empty()
+            && places
+                .iter()
+                .all(|place| self.client.ignores_ranges(place, self.blob))
     }
 
     async fn open(

@@ -115,7 +115,7 @@ async fn one_range_is_one_request() {
 }
 
 #[tokio::test]
-async fn an_ignored_range_is_remembered_for_the_repository() {
+async fn an_ignored_range_is_remembered_for_the_blob() {
     let (fake, bytes, blob, place) = setting().await;
     fake.misbehave("GET", "/blobs/", 0, 1, Misbehaviour::IgnoreRange);
     let client = client(quick_options());
@@ -123,8 +123,9 @@ async fn an_ignored_range_is_remembered_for_the_repository() {
     let stream = source.open(&context(), extent(1000, 2000)).await.unwrap();
     assert_eq!(stream.extent, extent(0, length(&bytes)));
     assert_eq!(stream.collect(u64::MAX).await.unwrap(), bytes);
-    assert!(source.whole_blob_only() && client.ignores_ranges(&place));
-    assert!(!client.ignores_ranges(&fake.place("team/other")));
+    assert!(source.whole_blob_only() && client.ignores_ranges(&place, blob));
+    assert!(!client.ignores_ranges(&fake.place("team/other"), blob));
+    assert!(!client.ignores_ranges(&place, BlobDigest::of(b"another")));
     fake.take_seen();
     read(&source, 5, 6).await.unwrap();
     let seen = fake.take_seen();
@@ -571,4 +572,43 @@ async fn a_place_that_does_not_answer_does_not_hide_one_that_does() {
     // Both kept it waiting: the one after the last is asked first, and has its share only.
     assert_eq!(read(&two, 5, 9).await.unwrap(), bytes.slice(5..9));
     assert_eq!((dead.take_lines().len(), alive.take_lines().len()), (1, 1));
+}
+
+#[tokio::test]
+async fn a_remembered_target_that_is_of_no_use_is_asked_for_anew() {
+    for status in [404, 410, 500, 503] {
+        let (fake, bytes, blob, place) = setting().await;
+        fake.set_redirects(true);
+        let client = client(quick_options());
+        let origins = OriginSet::new([place]);
+        let source = RegistryBlobSource::once(client, blob, length(&bytes), origins);
+        read(&source, 5, 9).await.unwrap();
+        fake.take_lines();
+        fake.misbehave("GET", "storage ", 0, 1, Misbehaviour::Status(status, None));
+        assert_eq!(
+            read(&source, 5, 9).await.unwrap(),
+            bytes.slice(5..9),
+            "{status}"
+        );
+        assert_eq!(
+            fake.take_lines().len(),
+            3,
+            "{status}: target, registry, target"
+        );
+        // Where the registry's own new target fails, that is the answer.
+        fake.misbehave("GET", "storage ", 0, 2, Misbehaviour::Status(status, None));
+        read(&source, 5, 9).await.unwrap_err();
+    }
+}
+
+#[test]
+fn a_reader_that_the_scheduler_lets_run_does_not_queue_here() {
+    let (registry, scheduler) = (
+        RegistryOptions::default(),
+        crate::scheduler::FetcherOptions::default(),
+    );
+    let all = scheduler.foreground_requests + scheduler.other_requests;
+    assert!(registry.max_in_flight >= all);
+    assert!(registry.kept_for_readers >= scheduler.foreground_requests);
+    assert!(registry.max_in_flight - registry.kept_for_readers >= scheduler.other_requests);
 }

@@ -283,7 +283,7 @@ async fn real_registry_push_pull_range_mount() {
     let origins = OriginSet::new([place.clone()]);
     let source = RegistryBlobSource::new(client.clone(), blob, length(&bytes), origins, policy);
     check_source(Arc::new(source), &bytes).await;
-    assert!(!client.ignores_ranges(&place));
+    assert!(!client.ignores_ranges(&place, blob));
 
     // Mount: from a repository that has it, and from one that has not.
     let other = Repository::new(&host, "team/other").unwrap();
