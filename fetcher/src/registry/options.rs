@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::reference::is_plain_http_default;
+use super::reference::{api_host, is_plain_http_default};
 use crate::source::RetryPolicy;
 
 /// Options of one host (`host[:port]` as references write it).
@@ -70,9 +70,10 @@ impl Default for RegistryOptions {
             stall_timeout: Duration::from_secs(20),
             token_timeout: Duration::from_secs(30),
             retry: RetryPolicy::default(),
-            // Enough to fill a line at 20 ms per request; few enough not to be throttled.
-            max_in_flight: 16,
-            kept_for_readers: 4,
+            // All requests that the scheduler runs at one origin (32 of readers, 6 others), and two for
+            // the rest: a reader that has a slot there must not queue here.
+            max_in_flight: 40,
+            kept_for_readers: 32,
             // Signed URLs live for minutes at least; a minute saves nearly all redirects of a burst.
             redirect_ttl: Duration::from_secs(60),
             range_memory: Duration::from_secs(600),
@@ -83,24 +84,74 @@ impl Default for RegistryOptions {
 }
 
 impl RegistryOptions {
+    /// The options of `host` and the name under which they were given, which may be another of the same
+    /// host: `docker.io` for the host of its API, or with the scheme's own port.
+    pub(crate) fn host(&self, host: &str) -> Option<(&str, &HostOptions)> {
+        let same = |(name, options): &(&String, &HostOptions)| {
+            let plain = options.plain_http;
+            let plain = plain.unwrap_or_else(|| is_plain_http_default(name));
+            without_own_port(name, plain) == without_own_port(host, plain)
+        };
+        let exact = self.hosts.get_key_value(host);
+        exact
+            .or_else(|| self.hosts.iter().find(same))
+            .map(|(name, options)| (name.as_str(), options))
+    }
+
     /// Whether requests to `host` go without TLS.
     pub fn is_plain(&self, host: &str) -> bool {
-        self.hosts
-            .get(host)
-            .and_then(|options| options.plain_http)
+        self.host(host)
+            .and_then(|(_, options)| options.plain_http)
             .unwrap_or_else(|| is_plain_http_default(host))
     }
 
     /// Whether `host` was explicitly configured to be plain; what a redirect away from TLS needs.
     pub fn is_configured_plain(&self, host: &str) -> bool {
-        self.hosts
-            .get(host)
-            .and_then(|options| options.plain_http)
+        self.host(host)
+            .and_then(|(_, options)| options.plain_http)
             .unwrap_or(false)
     }
 
     /// The options of `host`, to change.
     pub fn host_mut(&mut self, host: &str) -> &mut HostOptions {
         self.hosts.entry(host.to_owned()).or_default()
+    }
+}
+
+/// Host and port of the API of `host`; without the port that the scheme has by itself.
+fn without_own_port(host: &str, plain: bool) -> &str {
+    let host = api_host(host);
+    let own = if plain { ":80" } else { ":443" };
+    host.strip_suffix(own).unwrap_or(host)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_found_under_every_name_of_a_host() {
+        let mut options = RegistryOptions::default();
+        options.host_mut("docker.io").max_in_flight = Some(1);
+        options.host_mut("tls.example:443").max_in_flight = Some(2);
+        options.host_mut("plain.example").plain_http = Some(true);
+        options.host_mut("other.example:8443").max_in_flight = Some(3);
+        options.host_mut("bare.example").max_in_flight = Some(4);
+        let cases = [
+            ("docker.io", Some("docker.io")),
+            ("registry-1.docker.io", Some("docker.io")),
+            ("tls.example", Some("tls.example:443")),
+            ("tls.example:443", Some("tls.example:443")),
+            ("tls.example:80", None),
+            ("bare.example:443", Some("bare.example")),
+            ("plain.example:80", Some("plain.example")),
+            ("plain.example:443", None),
+            ("other.example:8443", Some("other.example:8443")),
+            ("other.example", None),
+            ("unknown.example", None),
+        ];
+        for (host, expected) in cases {
+            assert_eq!(options.host(host).map(|it| it.0), expected, "{host}");
+        }
     }
 }

@@ -108,6 +108,7 @@ pub(super) struct Transport {
     common: reqwest::Client,
     /// For this machine's own addresses: never through a proxy.
     local: reqwest::Client,
+    /// By the name under which the options were given.
     special: HashMap<String, reqwest::Client>,
     lanes: Mutex<LruCache<String, Arc<Lane>>>,
 }
@@ -255,7 +256,8 @@ impl Transport {
         context.check()?;
         let permit = self.permit(context, url).await?;
         let host = host_of(url);
-        let client = match self.special.get(&host) {
+        let configured = self.options.host(&host);
+        let client = match configured.and_then(|(name, _)| self.special.get(name)) {
             Some(client) => client,
             None if is_plain_http_default(&host) => &self.local,
             None => &self.common,
@@ -340,11 +342,8 @@ impl Transport {
     fn lane(&self, endpoint: &str, host: &str) -> Arc<Lane> {
         let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
         let lane = lanes.get_or_insert(endpoint.to_owned(), || {
-            let configured = self
-                .options
-                .hosts
-                .get(host)
-                .and_then(|options| options.max_in_flight);
+            let configured = self.options.host(host);
+            let configured = configured.and_then(|(_, options)| options.max_in_flight);
             let all = configured
                 .unwrap_or(self.options.max_in_flight)
                 .clamp(1, 1024);
