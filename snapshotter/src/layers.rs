@@ -144,14 +144,21 @@ impl Layers {
         ))
     }
 
-    /// Adds what is new of these places to the layer's; says whether there were any before.
+    /// Adds what is new of these places to the layer's, and lets an open layer try them at once; says
+    /// whether there were any before.
     fn origin_set(&self, key: DeviceKey, origins: &[BlobOrigin]) -> (OriginSet, bool) {
         let mut sets = self.origins.lock().unwrap_or_else(PoisonError::into_inner);
         let known = sets.contains_key(&key);
         let set = sets.entry(key).or_default().clone();
         drop(sets);
-        for place in places(origins) {
-            set.add(place);
+        // Each is added, also after one that was new.
+        let new = places(origins)
+            .filter(|place| set.add(place.clone()))
+            .count();
+        if new > 0
+            && let Some(handle) = self.fetcher.layer(&key)
+        {
+            handle.refresh_sources();
         }
         (set, known)
     }

@@ -130,6 +130,12 @@ impl LayerHandle {
         self.sources.add(source);
     }
 
+    /// Its sources have learnt of further places of the blob: they need not back off any more, and
+    /// waiting transfers try them at once.
+    pub fn refresh_sources(&self) {
+        self.sources.refresh();
+    }
+
     /// Somebody wants it.
     pub(crate) fn touch(&self) {
         *lock(&self.last_used) = clock::now();

@@ -4,11 +4,15 @@
 //! Readers have slots of their own, so a miss starts at once whatever else runs. Who finds no slot
 //! waits, in the order of coming; the number who can wait is bounded by the readers, and by the few
 //! requests of each prefetch.
+//!
+//! A transfer keeps a reader's slot after its readers are served, for what it reads ahead. When it is
+//! paused and a reader finds no slot, it is asked to give its own up ([`Slots::plea`]).
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use super::gate::Urgency;
 use crate::source::Priority;
@@ -19,6 +23,40 @@ use crate::store::lock;
 pub(crate) struct Slots {
     foreground: Arc<Semaphore>,
     rest: Arc<Semaphore>,
+    plea: Arc<Plea>,
+}
+
+/// Readers that find no slot.
+#[derive(Debug, Default)]
+struct Plea {
+    waiting: AtomicUsize,
+    /// One is woken for each of them.
+    made: Notify,
+}
+
+/// Counts a reader that waits for a slot.
+struct Waiting<'a>(&'a Plea);
+
+impl<'a> Waiting<'a> {
+    fn new(plea: &'a Plea) -> Self {
+        plea.waiting.fetch_add(1, Ordering::AcqRel);
+        plea.made.notify_one();
+        Self(plea)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// The right to run; given back by being dropped.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    _permit: OwnedSemaphorePermit,
+    /// It is one that is kept for readers.
+    pub(crate) of_readers: bool,
 }
 
 impl Slots {
@@ -27,26 +65,47 @@ impl Slots {
         Self {
             foreground: Arc::new(Semaphore::new(foreground.max(1))),
             rest: Arc::new(Semaphore::new(rest.max(1))),
+            plea: Arc::default(),
         }
     }
 
     /// Waits for a slot as urgent as `urgency` says, which may change meanwhile. Cancel-safe.
-    pub(crate) async fn take(&self, urgency: &Urgency) -> OwnedSemaphorePermit {
+    pub(crate) async fn take(&self, urgency: &Urgency) -> Slot {
         loop {
             let priority = urgency.effective();
-            let pool = if priority == Priority::Foreground {
+            let of_readers = priority == Priority::Foreground;
+            let pool = if of_readers {
                 &self.foreground
             } else {
                 &self.rest
             };
+            let slot = |_permit| Slot {
+                _permit,
+                of_readers,
+            };
+            if let Ok(permit) = Arc::clone(pool).try_acquire_owned() {
+                return slot(permit);
+            }
+            let _waiting = of_readers.then(|| Waiting::new(&self.plea));
             tokio::select! {
                 biased;
                 permit = Arc::clone(pool).acquire_owned() => match permit {
-                    Ok(permit) => return permit,
+                    Ok(permit) => return slot(permit),
                     // The pools are never closed.
                     Err(_) => std::future::pending().await,
                 },
                 () = urgency.differs(priority) => {}
+            }
+        }
+    }
+
+    /// Waits until a reader needs a slot that this caller, and nobody else, is asked for. Cancel-safe.
+    pub(crate) async fn plea(&self) {
+        loop {
+            self.plea.made.notified().await;
+            // It may have found one meanwhile.
+            if self.plea.waiting.load(Ordering::Acquire) > 0 {
+                return;
             }
         }
     }
@@ -116,6 +175,6 @@ mod tests {
             tokio::time::timeout(soon, same_host.take(&background)),
             promotion
         );
-        assert!(permit.is_ok());
+        assert!(permit.unwrap().of_readers);
     }
 }

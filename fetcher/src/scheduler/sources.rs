@@ -166,11 +166,18 @@ impl SourceSet {
         chunks.filter(rests).collect()
     }
 
-    /// Waits until a source is added or replaced. Cancel-safe.
-    pub(crate) async fn changed(&self) {
-        let mut changed = self.changed.subscribe();
-        // The sender is in `self`: it cannot be closed.
-        let _ = changed.changed().await;
+    /// Tells of every source that is added, replaced or refreshed from now on.
+    pub(crate) fn watch(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    /// The sources know of further places: they may be asked at once.
+    pub(crate) fn refresh(&self) {
+        for entry in &mut lock(&self.entries).list {
+            entry.failures = 0;
+            entry.not_before = None;
+        }
+        self.changed.send_replace(());
     }
 
     /// A source gave what was asked of it.

@@ -28,6 +28,7 @@ use super::error::FetchFailure;
 use super::flight::Transfer;
 use super::layer::LayerHandle;
 use super::plan::{FrameCutter, Piece, coalesce};
+use super::slots::{Slot, Slots};
 use super::sources::{Choice, SourceId};
 use crate::clock;
 use crate::metrics::FROM_STORE;
@@ -210,7 +211,7 @@ impl Run {
             return Ok(());
         }
         let slots = self.core.origins.of(source.label());
-        let _slot = self.unless_called_off(slots.take(urgency)).await?;
+        let slot = self.unless_called_off(slots.take(urgency)).await?;
         self.unless_called_off(self.core.gate.turn(urgency)).await?;
         // It may have waited long: what landed meanwhile is not asked for.
         self.land_present();
@@ -218,7 +219,9 @@ impl Run {
             return Ok(());
         };
         let began = clock::now();
-        let result = self.request(id, &source, &piece).await;
+        let lent = Lent { slots, slot };
+        let result = self.request(id, &source, &piece, &lent).await;
+        drop(lent);
         urgency.receiving(&self.core.gate, false);
         match &result {
             Ok(()) => self.layer.sources.succeeded(id),
@@ -256,6 +259,8 @@ impl Run {
 
     /// The source to ask now; waits for one while somebody waits for the transfer.
     async fn choose(&self, chunk: u32) -> Result<(SourceId, Arc<dyn BlobSource>), FetchFailure> {
+        // From before the first look: nothing that is added meanwhile is missed.
+        let mut changed = self.layer.sources.watch();
         loop {
             let until = match self.layer.sources.choose(Some(chunk), clock::now()) {
                 Choice::Use(id, source) => return Ok((id, source)),
@@ -274,7 +279,8 @@ impl Run {
             self.unless_called_off(async {
                 tokio::select! {
                     () = clock::sleep_until(until) => {}
-                    () = self.layer.sources.changed() => {}
+                    // The sender is in the set: it cannot be closed.
+                    _ = changed.changed() => {}
                 }
             })
             .await?;
@@ -314,6 +320,7 @@ impl Run {
         id: SourceId,
         source: &Arc<dyn BlobSource>,
         piece: &Piece,
+        lent: &Lent,
     ) -> Result<(), FetchFailure> {
         let priority = self.transfer.urgency.effective();
         let context = ReadContext::new(priority).with_cancel(self.layer.cancel.clone());
@@ -340,6 +347,7 @@ impl Run {
             run: self,
             id,
             source,
+            lent,
             label,
             corrupt: None,
         };
@@ -352,11 +360,18 @@ impl Run {
     }
 }
 
+/// The slot of an attempt, and where it is from.
+struct Lent {
+    slots: Slots,
+    slot: Slot,
+}
+
 /// The body of one request.
 struct Receiving<'a> {
     run: &'a Run,
     id: SourceId,
     source: &'a Arc<dyn BlobSource>,
+    lent: &'a Lent,
     label: Arc<str>,
     corrupt: Option<FetchFailure>,
 }
@@ -413,6 +428,12 @@ impl Receiving<'_> {
                     if !reading {
                         (last_byte, quiet_since) = (clock::now(), clock::now());
                     }
+                }
+                // Nobody waits for it, it stands still, and a reader needs its slot.
+                () = self.lent.slots.plea(),
+                    if paused && self.lent.slot.of_readers && urgency.waiters() == 0 =>
+                {
+                    return Err(FetchFailure::Cancelled);
                 }
                 () = gate.turn(urgency), if paused => {
                     paused = false;

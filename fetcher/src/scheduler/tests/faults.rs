@@ -305,3 +305,71 @@ async fn a_source_that_trickles_has_stalled_and_a_slow_line_has_not() {
         }
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_is_read_ahead_gives_its_slot_to_a_reader() {
+    let options = FetcherOptions {
+        foreground_requests: 1,
+        read_ahead_initial_bytes: 1 << 20,
+        read_ahead_max_bytes: 1 << 20,
+        ..options()
+    };
+    let fetcher = fetcher_with(options);
+    let layers = [62, 63, 64].map(|seed| TestLayer::even(seed, 60, 16 << 10));
+    let [ahead, busy, wanted] = &layers;
+    // Two layers at one registry, one at another, which is busy for long.
+    let lines = [
+        Line::new("one/a", &ahead.blob),
+        Line::new("two/b", &busy.blob).pieces(16 << 10, 20 * MILLISECOND),
+        Line::new("one/c", &wanted.blob),
+    ];
+    let handles = [
+        add(&fetcher, ahead, &[&lines[0]]).await,
+        add(&fetcher, busy, &[&lines[1]]).await,
+        add(&fetcher, wanted, &[&lines[2]]).await,
+    ];
+    let whole = Extent::new(0, busy.tar.len() as u64).unwrap();
+    let other = fetcher.fill(&handles[1], whole, Priority::Foreground, None);
+    let readers = async {
+        let fill = |at: usize| {
+            let extent = chunk_extent(&layers[at], 0);
+            fetcher.fill(&handles[at], extent, Priority::Foreground, None)
+        };
+        fill(0).await.unwrap();
+        tokio::time::sleep(50 * MILLISECOND).await;
+        // What follows is on its way, and stands still for the other reader.
+        assert!(handles[0].flights.len() > 30);
+        let before = clock::now();
+        fill(2).await.unwrap();
+        clock::now() - before
+    };
+    let (filled, took) = tokio::join!(other, readers);
+    filled.unwrap();
+    assert!(took < 50 * MILLISECOND, "{took:?}");
+    // What gave way is fetched when it is wanted.
+    let rest = Extent::new(0, 1 << 19).unwrap();
+    let filled = fetcher.fill(&handles[0], rest, Priority::Foreground, None);
+    filled.await.unwrap();
+    assert!(check(&handles[0], ahead) >= 32);
+}
+
+#[tokio::test(start_paused = true)]
+async fn further_places_are_tried_at_once() {
+    let (fetcher, layer) = (fetcher(), TestLayer::even(65, 3, 4000));
+    let line = Line::new("a", &layer.blob);
+    line.mishaps([Some(Mishap::Refuse); 8]);
+    let handle = add(&fetcher, &layer, &[&line]).await;
+    let fill = fetcher.fill(&handle, chunk_extent(&layer, 1), Priority::Foreground, None);
+    let learn = async {
+        // After 8 failures it backs off for 10 seconds.
+        while line.asked().len() < 8 {
+            tokio::time::sleep(10 * MILLISECOND).await;
+        }
+        tokio::time::sleep(100 * MILLISECOND).await;
+        handle.refresh_sources();
+        clock::now()
+    };
+    let (filled, learnt) = tokio::join!(fill, learn);
+    filled.unwrap();
+    assert!(clock::now() - learnt < 50 * MILLISECOND);
+}
