@@ -9,7 +9,7 @@
 //! # Layers, outermost first
 //! [`RetrySource`] reopens a broken stream where it broke; [`RegistryBlobSource`] tries every known
 //! place of a blob ([`OriginSet`]); the registry client below it does authentication and redirects.
-//! [`TieredSource`] asks one source after another.
+//! The scheduler chooses between sources, and repeats by itself.
 //!
 //! # Rules
 //! - A short body is an error, never a short success.
@@ -45,13 +45,11 @@ mod file;
 pub mod memory;
 mod registry;
 mod retry;
-mod tiered;
 
 pub use file::FileSource;
 pub use registry::{OriginSet, RegistryBlobSource};
 pub(crate) use retry::Attempts;
 pub use retry::{RetryPolicy, RetrySource};
-pub use tiered::TieredSource;
 
 /// How urgent a read is. Orders from most to least urgent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

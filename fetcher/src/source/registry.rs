@@ -18,10 +18,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 use async_trait::async_trait;
 use sluice_blockindex::digest::BlobDigest;
 use sluice_blockindex::extent::{BlobSpace, Extent};
-
 use tokio::time::Instant;
 
-use super::tiered::more_telling;
 use super::{
     BlobSource, BlobStream, Class, ReadContext, RetryPolicy, RetrySource, SourceError, SourceKind,
 };
@@ -279,6 +277,48 @@ impl Drop for Patience<'_> {
             // Another opening may know better already.
             let _ =
                 first.compare_exchange(self.at, self.next, Ordering::Relaxed, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Of the failures of several places, the one a caller should act on: one that may pass (so that it
+/// is tried again), else the first.
+fn more_telling(present: Option<SourceError>, new: SourceError) -> SourceError {
+    match present {
+        Some(present) if present.class() == Class::Transient || new.class() != Class::Transient => {
+            present
+        }
+        _ => new,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_that_may_pass_is_told_before_one_that_will_not() {
+        let stalled = |offset| SourceError::Stalled {
+            after: std::time::Duration::ZERO,
+            offset,
+        };
+        let gone = |blob: &str| SourceError::NoSource { blob: blob.into() };
+        let cases = [
+            (vec![gone("a"), gone("b")], gone("a")),
+            (vec![gone("a"), stalled(1)], stalled(1)),
+            (vec![stalled(1), gone("a")], stalled(1)),
+            (vec![stalled(1), stalled(2)], stalled(1)),
+        ];
+        for (errors, expected) in cases {
+            let told = errors
+                .iter()
+                .cloned()
+                .fold(None, |worst, error| Some(more_telling(worst, error)));
+            assert_eq!(
+                told.unwrap().to_string(),
+                expected.to_string(),
+                "{errors:?}"
+            );
         }
     }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The contract over every local twin, and exact checks of retry, tiers and faults.
+//! The contract over every local twin, and exact checks of retry and faults.
 
 use std::io::Write;
 
@@ -83,24 +83,6 @@ async fn contract_retry_over_cuts() {
         after_bytes: 70_000,
     });
     check_source(Arc::new(RetrySource::new(below, quick())), &blob).await;
-}
-
-#[tokio::test]
-async fn contract_tiered_behind_a_dead_source() {
-    let blob = sample_blob();
-    let dead = FaultSource::new(memory(&blob)).always(Fault::Fail(stalled()));
-    let tiered = TieredSource::new(vec![Arc::new(dead), memory(&blob)]);
-    // Beyond the end, the dead source's own error is the more telling one, so it only is asked inside.
-    let read = tiered
-        .open(&context(), extent(5, 1000))
-        .await
-        .unwrap()
-        .collect(1000)
-        .await
-        .unwrap();
-    assert_eq!(read, blob.slice(5..1000));
-    let healthy = TieredSource::new(vec![memory(&blob), memory(&blob)]);
-    check_source(Arc::new(healthy), &blob).await;
 }
 
 #[tokio::test]
@@ -324,23 +306,4 @@ async fn bodies_must_have_the_promised_length() {
         .narrow(extent(13, 15))
         .unwrap_err();
     assert_eq!(outside.class(), Class::Corrupt);
-}
-
-#[tokio::test]
-async fn tiers_keep_the_nearest_first() {
-    let blob = sample_blob();
-    let tiered = TieredSource::default();
-    assert!(matches!(
-        tiered.open(&context(), extent(0, 1)).await.unwrap_err(),
-        SourceError::NoSource { .. }
-    ));
-    let dead = Arc::new(
-        FaultSource::new(memory(&blob))
-            .always(Fault::Fail(SourceError::NoSource { blob: "x".into() })),
-    );
-    let alive = Arc::new(FaultSource::new(memory(&blob)));
-    tiered.add(dead.clone());
-    tiered.add(alive.clone());
-    tiered.open(&context(), extent(0, 1)).await.unwrap();
-    assert_eq!((dead.calls(), alive.calls()), (1, 1));
 }

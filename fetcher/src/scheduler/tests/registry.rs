@@ -85,3 +85,36 @@ async fn a_dead_place_costs_no_stall_while_another_answers() {
     assert_eq!(fetcher.metrics().stalls(SourceKind::Origin), 0);
     fetcher.shutdown().await;
 }
+
+#[tokio::test]
+async fn every_reader_that_has_a_slot_has_a_connection() {
+    let layer = TestLayer::even(42, 2 * 32, 70_000);
+    let fake = FakeRegistry::start().await;
+    fake.add_blob("team/app", layer.blob.clone());
+    fake.misbehave("GET", "/blobs/", 0, u32::MAX, Misbehaviour::StallBody(0));
+    let fetcher = fetcher_with(FetcherOptions {
+        stall: LONG,
+        gap_bytes: 0,
+        ..options()
+    });
+    let readers = u32::try_from(options().foreground_requests).unwrap();
+    let client = client(RegistryOptions::default());
+    let handle = add_at(&fetcher, &layer, &client, &[fake.place("team/app")]).await;
+    // Chunks that are no neighbours: a request each, of which none comes to an end.
+    let fills = (0..readers).map(|reader| {
+        let extent = chunk_extent(&layer, 2 * reader);
+        fetcher.fill(&handle, extent, Priority::Foreground, Some(LONG))
+    });
+    let all_asked = async {
+        let mut asked = 0;
+        while asked < readers as usize {
+            asked += fake.take_lines().len();
+            tokio::time::sleep(10 * MILLISECOND).await;
+        }
+    };
+    tokio::select! {
+        ends = futures::future::join_all(fills) => panic!("{ends:?}"),
+        () = all_asked => {}
+    }
+    fetcher.shutdown().await;
+}
