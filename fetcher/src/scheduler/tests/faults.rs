@@ -373,3 +373,42 @@ async fn further_places_are_tried_at_once() {
     filled.unwrap();
     assert!(clock::now() - learnt < 50 * MILLISECOND);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_full_disk_evicts_what_nobody_uses_and_goes_on() {
+    let disk = CrashDisk::default();
+    let fetcher: Arc<std::sync::OnceLock<Fetcher>> = Arc::default();
+    let asked = Arc::clone(&fetcher);
+    let boot = StoreOptions {
+        boot: Some(BootId([1; 16])),
+        reclaim: Some(Arc::new(move |bytes| {
+            let none = std::collections::BTreeSet::new();
+            let fetcher = asked.get().expect("set before the first fill");
+            let report = fetcher.make_room(Room::Bytes(bytes), &none, SECOND);
+            report.unwrap().freed_bytes > 0
+        })),
+    };
+    let store = Store::on(Box::new(disk.clone()), None, boot).unwrap();
+    let fetcher = fetcher.get_or_init(|| Fetcher::new(options(), Arc::new(store), Metrics::new()));
+    let (old, new) = (TestLayer::even(66, 3, 4000), TestLayer::even(67, 3, 4000));
+    let (line, other) = (Line::new("a", &old.blob), Line::new("b", &new.blob));
+    let fill = async |layer: &TestLayer, line: &Line, chunk| {
+        let handle = add(fetcher, layer, &[line]).await;
+        let extent = chunk_extent(layer, chunk);
+        fetcher
+            .fill(&handle, extent, Priority::Foreground, None)
+            .await
+    };
+    fill(&old, &line, 1).await.unwrap();
+    tokio::time::sleep(2 * SECOND).await;
+    disk.fill_up(1);
+    fill(&new, &other, 0).await.unwrap();
+    assert_eq!(fetcher.store().keys().unwrap(), [new.key]);
+    // Nothing is left that may go.
+    disk.fill_up(1);
+    let error = fill(&new, &other, 1).await.unwrap_err();
+    assert!(matches!(error, FillError::NoSpace { .. }), "{error}");
+    fill(&new, &other, 1).await.unwrap();
+    fill(&old, &line, 1).await.unwrap();
+    assert_eq!(line.asked().len(), 2);
+}
