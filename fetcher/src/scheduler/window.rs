@@ -4,9 +4,9 @@
 //! The fetcher only sees reads of what is missing, or still on its way; reads of present chunks go past
 //! it. A read that continues where an earlier one was (within the part fetched for it) belongs to the
 //! same *stream*. A stream's window starts at what a round trip is worth, because most first reads of an
-//! image are single small files, doubles at the second, and then grows with the distance that the reader
-//! has come, up to a cap: a program that imports files near each other gets a little more than it reads, a
-//! long file the full line.
+//! image are single small files. It doubles, up to a cap, while each read begins where the one before or
+//! the last window ended; a reader that skips gets windows in proportion to the distance that it has come:
+//! a program that imports files near each other gets a little more than it reads, a long file the full line.
 //! The next window is asked for when the reader enters the present one, not when it reaches its end:
 //! so the line does not idle for a round trip between two windows.
 
@@ -17,9 +17,12 @@ use sluice_blockindex::extent::{DeviceSpace, Extent};
 /// Streams remembered per device: a few readers at once, and a short list to search.
 const STREAMS: usize = 16;
 
-/// The window is this part of the distance that a stream has come. Windows that double at each step made
+/// The window of a reader that skips is this part of the distance that it has come. Windows that double at each step made
 /// starts of Python programs fetch a third more, and no faster (docs/decisions/005-read-ahead.md).
 const DISTANCE_PER_WINDOW: u64 = 4;
+
+/// A read that begins so few bytes later goes on where another ended: between two files stands a header.
+const SKIP_BYTES: u64 = 4 << 10;
 
 /// The windows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,8 +37,9 @@ pub(crate) struct WindowLimits {
 struct Stream {
     /// First byte of the first read.
     origin: u64,
-    /// First byte of the latest read.
+    /// The latest read.
     start: u64,
+    read_end: u64,
     /// A read that ends beyond this calls for the next window.
     marker: u64,
     /// End of what was read ahead.
@@ -81,6 +85,7 @@ impl ReadAhead {
                 let stream = Stream {
                     origin: read.start(),
                     start: read.start(),
+                    read_end: read.end(),
                     marker: read.end(),
                     end,
                     window,
@@ -89,19 +94,26 @@ impl ReadAhead {
             }
             Some(mut stream) if read.end() <= stream.marker => {
                 stream.start = stream.start.max(read.start());
+                stream.read_end = stream.read_end.max(read.end());
                 (stream, None)
             }
             Some(stream) => {
-                let come = read.start().saturating_sub(stream.origin);
-                let window = (come / DISTANCE_PER_WINDOW)
-                    .max(self.limits.initial_bytes.saturating_mul(2))
-                    .min(self.limits.max_bytes);
+                let next =
+                    |end: u64| (end..=end.saturating_add(SKIP_BYTES)).contains(&read.start());
+                let window = if next(stream.read_end) || next(stream.end) {
+                    stream.window.saturating_mul(2)
+                } else {
+                    let come = read.start().saturating_sub(stream.origin);
+                    (come / DISTANCE_PER_WINDOW).max(self.limits.initial_bytes.saturating_mul(2))
+                };
+                let window = window.min(self.limits.max_bytes);
                 let from = stream.end.max(read.end());
                 let end = self.clip(from.saturating_add(window));
                 (
                     Stream {
                         origin: stream.origin,
                         start: read.start(),
+                        read_end: read.end(),
                         marker: from,
                         end,
                         window,
@@ -143,27 +155,50 @@ mod tests {
     }
 
     #[test]
-    fn the_window_grows_with_the_distance_come() {
+    fn sequential_reads_double_the_window() {
         let mut ahead = windows(20, 100);
         let cases = [
             // A first read: the initial window.
             (device(0, 10), Some(device(10, 30))),
-            // Into the window: the next one, behind it, twice as large.
+            // Into the window: the next one, twice as large, behind it.
             (device(10, 20), Some(device(30, 70))),
             // Still in the first window: nothing new.
             (device(20, 30), None),
             // Into the second.
-            (device(30, 40), Some(device(70, 110))),
-            (device(109, 115), Some(device(115, 155))),
-            // A quarter of the distance, once that is more.
-            (device(150, 160), Some(device(160, 200))),
-            (device(195, 205), Some(device(205, 253))),
-            (device(250, 260), Some(device(260, 322))),
-            // As long as the reader stays near, up to the cap.
-            (device(380, 390), Some(device(390, 485))),
-            (device(500, 510), Some(device(510, 610))),
+            (device(30, 40), Some(device(70, 150))),
+            // What came between was there already: from where the last window ended.
+            (device(150, 160), Some(device(160, 260))),
         ];
         for (read, expected) in cases {
+            assert_eq!(ahead.on_read(read), expected, "{read}");
+        }
+    }
+
+    #[test]
+    fn a_reader_that_skips_gets_windows_by_the_distance_come() {
+        const KIB: u64 = 1 << 10;
+        let limits = WindowLimits {
+            initial_bytes: 20 * KIB,
+            max_bytes: 100 * KIB,
+        };
+        let mut ahead = ReadAhead::new(limits, 10_000 * KIB);
+        let cases = [
+            ((0, 10), Some((10, 30))),
+            // Twice the first window at least.
+            ((25, 35), Some((35, 75))),
+            ((60, 80), Some((80, 120))),
+            // A quarter of the distance, once that is more.
+            ((150, 160), Some((160, 200))),
+            ((192, 204), Some((204, 252))),
+            // As long as the reader stays near, up to the cap.
+            ((280, 290), Some((290, 360))),
+            ((420, 430), Some((430, 530))),
+            ((600, 610), Some((610, 710))),
+        ];
+        for ((start, end), expected) in cases {
+            let read = Extent::new(start * KIB, end * KIB).unwrap();
+            let expected =
+                expected.map(|(start, end)| Extent::new(start * KIB, end * KIB).unwrap());
             assert_eq!(ahead.on_read(read), expected, "{read}");
         }
     }

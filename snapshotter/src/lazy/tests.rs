@@ -70,6 +70,7 @@ fn site_with(file_grace: Duration) -> Site {
         read_deadline: None,
         mount_grace: Duration::from_secs(60),
         file_grace,
+        store_budget_bytes: None,
     };
     let (payload, annotations) = sample::layer();
     Site {
