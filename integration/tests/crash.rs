@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The daemon dies under readers: no read fails, none is wrong, and all goes on when it is back.
+//! The daemon dies and is stopped under readers: no read fails, none is wrong, and all goes on when it is back.
 #![allow(clippy::unwrap_used, reason = "a test may stop where it stands")]
 
 use std::time::{Duration, Instant};
@@ -27,7 +27,7 @@ print('digest', whole.hexdigest(), flush=True)
 ";
 
 #[test]
-fn daemon_killed_under_readers() -> Result<()> {
+fn daemon_killed_and_stopped_under_readers() -> Result<()> {
     let mut site = Site::start("crash", Release::V1, Line::OPEN, "")?;
     let (host, direct) = (site.registry.host(), site.registry.direct());
     images::push_layout(
@@ -67,7 +67,12 @@ fn daemon_killed_under_readers() -> Result<()> {
     let mut kills = 0;
     let start = Instant::now();
     while !reader.is_finished() && start.elapsed() < Duration::from_secs(60) {
-        site.daemon.kill()?;
+        // Now a crash, now the way an upgrade goes.
+        if kills % 2 == 0 {
+            site.daemon.kill()?;
+        } else {
+            site.daemon.stop()?;
+        }
         kills += 1;
         std::thread::sleep(Duration::from_millis(700));
         site.daemon.start_again()?;
@@ -75,7 +80,7 @@ fn daemon_killed_under_readers() -> Result<()> {
     }
     let output = reader.join().unwrap()?;
     println!(
-        "killed {kills} times in {:.1} s",
+        "killed and stopped {kills} times in {:.1} s",
         start.elapsed().as_secs_f64()
     );
     ensure!(

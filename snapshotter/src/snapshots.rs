@@ -22,7 +22,7 @@
 //!   not leave it half done.
 //! - stat, list, update, usage and remove touch the metadata store and, for the usage of an active
 //!   snapshot, its own upper directory; they wait for nobody.
-//! - Only remove deletes rows, and it deletes no directory: the [`reaper`](Snapshots::reap) and
+//! - Only remove deletes rows, and it deletes no directory: the reaper and
 //!   [`Snapshots::cleanup`] do, by way of a graveyard that survives crashes.
 
 mod directories;

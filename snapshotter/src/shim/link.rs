@@ -25,6 +25,10 @@ const FIRST_PAUSE: Duration = Duration::from_millis(20);
 /// Longest pause: readers of missing data wait for it.
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
+/// A shim that serves nothing ends when no daemon has been there for so long: nothing depends on it, and
+/// the next daemon starts another. Longer than a restart or an upgrade of the daemon takes.
+const ALONE: Duration = Duration::from_secs(60);
+
 /// An operation of the daemon, and where its answer goes.
 #[derive(Debug)]
 struct Operation {
@@ -79,11 +83,13 @@ impl Link {
     pub fn run(&self) -> ! {
         let path = self.run_dir.join(SOCKET_NAME);
         let mut pause = FIRST_PAUSE;
+        let mut alone_since = Instant::now();
         loop {
             match UnixStream::connect(&path) {
                 Ok(stream) => {
                     let begun = Instant::now();
                     let served = self.serve(stream);
+                    alone_since = Instant::now();
                     self.waiting.disconnected();
                     match served {
                         // One that ends as soon as it begins will do so again.
@@ -95,9 +101,25 @@ impl Link {
                 }
                 Err(error) => tracing::debug!(%error, "connect to the daemon"),
             }
+            if is_idle(alone_since.elapsed(), self.mounts.is_empty()) {
+                alone_since = Instant::now();
+                self.shut_down();
+            }
             std::thread::sleep(pause);
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
+    }
+
+    /// Ends the shim unless it has got something to serve; in turn with the daemon's operations.
+    fn shut_down(&self) {
+        tracing::info!("nothing is served, and the daemon does not come back");
+        let (answer, _unread) = channel();
+        let body = Body::Shutdown(wire::Shutdown {});
+        let _gone = self.operations.send(Operation {
+            id: 0,
+            body,
+            answer,
+        });
     }
 
     /// One connection, to its end. False: the daemon does not want us.
@@ -181,6 +203,11 @@ impl Link {
     }
 }
 
+/// Whether a shim without a daemon for `alone` may end.
+fn is_idle(alone: Duration, serves_nothing: bool) -> bool {
+    serves_nothing && alone >= ALONE
+}
+
 /// Does one operation; gives the answer, and whether it was the last.
 fn operate(keeper: &Keeper, mounts: &Arc<Mounts>, body: Body) -> (Body, bool) {
     match body {
@@ -233,6 +260,25 @@ fn operate(keeper: &Keeper, mounts: &Arc<Mounts>, body: Body) -> (Body, bool) {
                 wire::ListReply::default()
             });
             (Body::ListReply(reply), false)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_shim_that_serves_nothing_ends_without_its_daemon() {
+        let minute = Duration::from_secs(60);
+        let cases = [
+            (Duration::ZERO, true, false),
+            (minute - Duration::from_millis(1), true, false),
+            (minute, true, true),
+            (minute * 1000, false, false),
+        ];
+        for (alone, serves_nothing, expected) in cases {
+            assert_eq!(is_idle(alone, serves_nothing), expected, "{alone:?}");
         }
     }
 }
