@@ -83,7 +83,7 @@ pub enum SeekTableError {
     },
 }
 
-/// Bytes of the whole skippable frame of a table for `frames` frames, as [`write`] makes it.
+/// Bytes of the whole skippable frame of a table for `frames` frames, as [`write()`] makes it.
 pub fn table_bytes(frames: u32) -> u64 {
     SKIPPABLE_HEADER_BYTES + u64::from(frames) * size_of::<RawEntry>() as u64 + FOOTER_BYTES
 }
