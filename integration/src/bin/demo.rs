@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use sluice_integration::harness::command::run_observed;
 use sluice_integration::harness::containerd::Release;
+use sluice_integration::harness::daemon::shim_pids;
 use sluice_integration::harness::images;
 use sluice_integration::harness::mounts;
 use sluice_integration::harness::proxy::Line;
@@ -118,9 +119,10 @@ fn main() -> Result<()> {
     let root = site.root.path().to_owned();
     drop(site);
     let left = mounts::below(&root);
+    let shims = shim_pids(&root.join("run"));
     ensure!(
-        left.is_empty() && !root.exists(),
-        "left behind: {left:?} in {}",
+        left.is_empty() && shims.is_empty() && !root.exists(),
+        "left behind: {left:?}, processes {shims:?} in {}",
         root.display()
     );
     println!(
