@@ -5,11 +5,11 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use sluice_integration::harness::command;
 use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::layout::{self, Attributes, Layer};
 use sluice_integration::harness::proxy::{Line, Mode};
 use sluice_integration::harness::site::Site;
-use sluice_integration::harness::{command, images};
 
 fn image(site: &Site, name: &str, layers: usize) -> Result<String> {
     let mut all = Vec::new();
@@ -29,14 +29,8 @@ fn image(site: &Site, name: &str, layers: usize) -> Result<String> {
     }
     let directory = tempfile::tempdir()?;
     let layout = layout::write(directory.path(), &mut all, &["/bin/sh", "-c", "cat /*-*"])?;
-    let (host, direct) = (site.registry.host(), site.registry.direct());
-    images::push_layout(&layout, &format!("{direct}/budget-{name}:original"))?;
-    site.daemon.sluice_ok(&[
-        "convert",
-        &format!("docker://{host}/budget-{name}:original"),
-        &format!("docker://{host}/budget-{name}:sluice"),
-    ])?;
-    Ok(format!("{}/budget-{name}:sluice", site.registry.host()))
+    let [_, reference] = site.push_and_convert(&layout, &format!("budget-{name}"))?;
+    Ok(reference)
 }
 
 #[test]

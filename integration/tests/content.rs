@@ -10,7 +10,7 @@ use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::layout::{self, Attributes, Layer};
 use sluice_integration::harness::proxy::Line;
 use sluice_integration::harness::site::Site;
-use sluice_integration::harness::{command, http, images, tools};
+use sluice_integration::harness::{command, http, tools};
 
 #[test]
 fn push_save_and_export_after_completion() -> Result<()> {
@@ -27,13 +27,7 @@ fn push_save_and_export_after_completion() -> Result<()> {
         &mut [base, top],
         &["/bin/sh", "-c", "md5sum /data"],
     )?;
-    images::push_layout(&layout, &format!("{direct}/content:original"))?;
-    site.daemon.sluice_ok(&[
-        "convert",
-        &format!("docker://{host}/content:original"),
-        &format!("docker://{host}/content:sluice"),
-    ])?;
-    let reference = format!("{host}/content:sluice");
+    let [_, reference] = site.push_and_convert(&layout, "content")?;
     let nerdctl = site.nerdctl("content");
     nerdctl.ok(&["pull", "--quiet", &reference])?;
     let before = site

@@ -29,19 +29,9 @@ print('digest', whole.hexdigest(), flush=True)
 #[test]
 fn daemon_killed_and_stopped_under_readers() -> Result<()> {
     let mut site = Site::start("crash", Release::V1, Line::OPEN, "")?;
-    let (host, direct) = (site.registry.host(), site.registry.direct());
-    images::push_layout(
-        &images::python_layout()?,
-        &format!("{direct}/crash/python:original"),
-    )?;
-    site.daemon.sluice_ok(&[
-        "convert",
-        &format!("docker://{host}/crash/python:original"),
-        &format!("docker://{host}/crash/python:sluice"),
-    ])?;
+    let [original, reference] = site.push_and_convert(&images::python_layout()?, "crash/python")?;
     let expected = {
         let ordinary = site.nerdctl_with("crash", "overlayfs");
-        let original = format!("{host}/crash/python:original");
         ordinary.ok(&["pull", "--quiet", &original])?;
         ordinary
             .ok(&[
@@ -56,7 +46,6 @@ fn daemon_killed_and_stopped_under_readers() -> Result<()> {
         bytes_per_second: 8_000_000,
         latency: Duration::from_millis(10),
     });
-    let reference = format!("{host}/crash/python:sluice");
     site.nerdctl("crash").ok(&["pull", "--quiet", &reference])?;
     let mut run = site.nerdctl("crash").command()?;
     run.args([

@@ -141,16 +141,7 @@ fn identical(name: &str, layout: &std::path::Path) -> Result<()> {
     let start = SystemTime::now() - Duration::from_secs(1);
     let site = Site::start(name, Release::V1, Line::OPEN, "")?;
     let direct = site.registry.direct();
-    let (original, converted) = (
-        format!("{direct}/{name}:original"),
-        format!("{direct}/{name}:sluice"),
-    );
-    images::push_layout(layout, &original)?;
-    site.daemon.sluice_ok(&[
-        "convert",
-        &format!("docker://{original}"),
-        &format!("docker://{converted}"),
-    ])?;
+    let [original, converted] = site.push_and_convert(layout, name)?;
     // A namespace each: in one, the second image would find the first one's snapshots.
     let ctr = |namespace: &str, args: &[&str]| site.containerd.ctr_ok(namespace, args);
     for (namespace, reference) in [("original", &original), ("converted", &converted)] {
@@ -187,14 +178,7 @@ fn identical(name: &str, layout: &std::path::Path) -> Result<()> {
     assert_same(&files, &converted_files, start)?;
 
     // Sluice: pulled lazily through containerd's API; the same chain IDs appear.
-    site.daemon.sluice_ok(&[
-        "pull",
-        "--address",
-        &site.containerd.socket().display().to_string(),
-        "--namespace",
-        "lazy",
-        &converted,
-    ])?;
+    site.pull_lazily("lazy", &converted)?;
     let chains = |namespace: &str, snapshotter: &str| -> Result<Vec<String>> {
         let list = ctr(
             namespace,

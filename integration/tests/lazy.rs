@@ -3,14 +3,16 @@
 //! registry afterwards, share one mount, and leave nothing when the image is removed.
 #![allow(clippy::unwrap_used, reason = "a test may stop where it stands")]
 
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use sluice_integration::harness::command::run_observed;
 use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::proxy::Line;
 use sluice_integration::harness::site::Site;
-use sluice_integration::harness::{command, images, mounts};
+use sluice_integration::harness::{images, mounts};
 
 const LINE: Line = Line {
     bytes_per_second: 12_500_000,
@@ -21,23 +23,26 @@ fn image_mounts(site: &Site) -> Vec<mounts::MountEntry> {
     mounts::below(&site.daemon.state().join("mnt"))
 }
 
-/// Bytes of disk below a directory, as `du` counts them.
-fn disk_bytes(directory: &std::path::Path) -> Result<u64> {
-    if !directory.exists() {
-        return Ok(0);
+/// Bytes of disk that the files below a directory take; what is deleted meanwhile takes none.
+fn disk_bytes(directory: &Path) -> Result<u64> {
+    let mut total = 0;
+    let mut todo = vec![directory.to_owned()];
+    while let Some(path) = todo.pop() {
+        let looked = std::fs::symlink_metadata(&path).and_then(|metadata| {
+            if metadata.is_dir() {
+                for entry in std::fs::read_dir(&path)? {
+                    todo.push(entry?.path());
+                }
+            }
+            Ok(metadata.blocks() * 512)
+        });
+        match looked {
+            Ok(bytes) => total += bytes,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e).with_context(|| format!("look at {}", path.display())),
+        }
     }
-    let output = command::run_ok(
-        std::process::Command::new("du")
-            .args(["-s", "-B1"])
-            .arg(directory),
-        Duration::from_secs(60),
-    )?;
-    Ok(output
-        .stdout
-        .split_whitespace()
-        .next()
-        .unwrap_or("0")
-        .parse()?)
+    Ok(total)
 }
 
 fn eventually(
@@ -63,17 +68,8 @@ fn whole_life(release: Release) -> Result<()> {
         Line::OPEN,
         sluice_integration::harness::daemon::QUICK_REAPER,
     )?;
-    let (host, direct) = (site.registry.host(), site.registry.direct());
-    images::push_layout(
-        &images::python_layout()?,
-        &format!("{direct}/lazy/python:original"),
-    )?;
-    site.daemon.sluice_ok(&[
-        "convert",
-        &format!("docker://{host}/lazy/python:original"),
-        &format!("docker://{host}/lazy/python:sluice"),
-    ])?;
-    let reference = format!("{host}/lazy/python:sluice");
+    let [_, reference] = site.push_and_convert(&images::python_layout()?, "lazy/python")?;
+    let direct = site.registry.direct();
     let image_bytes: u64 =
         sluice_integration::harness::http::manifest(&direct, "lazy/python", "sluice")?["layers"]
             .as_array()

@@ -84,16 +84,7 @@ fn conversion(site: &Site, layout: &Path) -> Result<()> {
 
 fn file_systems(site: &Site, layout: &Path) -> Result<()> {
     let direct = site.registry.direct();
-    let (original, converted) = (
-        format!("{direct}/bench:original"),
-        format!("{direct}/bench:sluice"),
-    );
-    images::push_layout(layout, &original)?;
-    site.daemon.sluice_ok(&[
-        "convert",
-        &format!("docker://{original}"),
-        &format!("docker://{converted}"),
-    ])?;
+    let [original, converted] = site.push_and_convert(layout, "bench")?;
     let ctr = |args: &[&str]| site.containerd.ctr_ok("bench", args);
     ctr(&[
         "images",
@@ -103,14 +94,7 @@ fn file_systems(site: &Site, layout: &Path) -> Result<()> {
         "overlayfs",
         &original,
     ])?;
-    site.daemon.sluice_ok(&[
-        "pull",
-        "--address",
-        &site.containerd.socket().display().to_string(),
-        "--namespace",
-        "bench",
-        &converted,
-    ])?;
+    site.pull_lazily("bench", &converted)?;
     let chain_id = http::chain_id(&direct, "bench", "original")?;
     let mut mounted = Vec::new();
     for snapshotter in ["overlayfs", "sluice"] {

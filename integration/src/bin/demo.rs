@@ -146,14 +146,7 @@ fn cold_start(site: &Site, go: bool, snapshotter: &str, reference: &str) -> Resu
         site.nerdctl_with("demo", snapshotter)
             .ok(&["pull", "--quiet", reference])?;
     } else if snapshotter == "sluice" {
-        site.daemon.sluice_ok(&[
-            "pull",
-            "--address",
-            &site.containerd.socket().display().to_string(),
-            "--namespace",
-            "demo",
-            reference,
-        ])?;
+        site.pull_lazily("demo", reference)?;
     } else {
         site.containerd.ctr_ok(
             "demo",

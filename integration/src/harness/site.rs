@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A whole set-up: registry behind a line, `sluiced`, containerd.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
 use super::containerd::{Containerd, Release};
 use super::daemon::Daemon;
+use super::images;
 use super::nerdctl::Nerdctl;
 use super::proxy::Line;
 use super::registry::Registry;
@@ -78,6 +80,26 @@ impl Site {
             registry,
             root,
         })
+    }
+
+    /// Pushes a layout as `repository:original`, past the line, and converts it to `repository:sluice`.
+    /// Returns both references, which go over the line.
+    pub fn push_and_convert(&self, layout: &Path, repository: &str) -> Result<[String; 2]> {
+        let (host, direct) = (self.registry.host(), self.registry.direct());
+        images::push_layout(layout, &format!("{direct}/{repository}:original"))?;
+        let references = ["original", "sluice"].map(|tag| format!("{host}/{repository}:{tag}"));
+        let [original, converted] = references.each_ref().map(|it| format!("docker://{it}"));
+        self.daemon.sluice_ok(&["convert", &original, &converted])?;
+        Ok(references)
+    }
+
+    /// `sluice pull REFERENCE` into a namespace of containerd.
+    pub fn pull_lazily(&self, namespace: &str, reference: &str) -> Result<()> {
+        let address = self.containerd.socket().display().to_string();
+        let options = ["--address", &address, "--namespace", namespace];
+        self.daemon
+            .sluice_ok(&[&["pull"], &options[..], &[reference]].concat())?;
+        Ok(())
     }
 
     /// nerdctl with Sluice's snapshotter.
