@@ -199,9 +199,18 @@ impl Inner {
 
     /// The chains that containers and views stand on.
     fn shown(&self) -> Result<Vec<Vec<SnapshotRecord>>, StoreError> {
-        let active = self.parts.metadata.list(shows_image)?;
-        let chain = |record: &SnapshotRecord| self.parts.metadata.chain(record.parent.as_deref());
-        active.iter().map(chain).collect()
+        self.chains_below(shows_image)
+    }
+
+    /// The chains below the snapshots that are `wanted`.
+    fn chains_below(
+        &self,
+        wanted: impl Fn(&SnapshotRecord) -> bool,
+    ) -> Result<Vec<Vec<SnapshotRecord>>, StoreError> {
+        let metadata = &self.parts.metadata;
+        let snapshots = metadata.list(wanted)?;
+        let chain = |record: &SnapshotRecord| metadata.chain(record.parent.as_deref());
+        snapshots.iter().map(chain).collect()
     }
 }
 

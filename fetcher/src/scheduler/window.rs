@@ -17,8 +17,9 @@ use sluice_blockindex::extent::{DeviceSpace, Extent};
 /// Streams remembered per device: a few readers at once, and a short list to search.
 const STREAMS: usize = 16;
 
-/// The window of a reader that skips is this part of the distance that it has come. Windows that double at each step made
-/// starts of Python programs fetch a third more, and no faster (docs/decisions/005-read-ahead.md).
+/// The window of a reader that skips is this part of the distance that it has come. Windows that double
+/// at each step made starts of Python programs fetch a third more, and no faster
+/// (docs/decisions/005-read-ahead.md).
 const DISTANCE_PER_WINDOW: u64 = 4;
 
 /// A read that begins so few bytes later goes on where another ended: between two files stands a header.

@@ -34,12 +34,10 @@ impl Inner {
     /// is not mounted or not known to be (the shim's mounts are learnt some time after the start).
     fn pinned(&self) -> Result<BTreeSet<DeviceKey>, crate::store::StoreError> {
         let mut pinned = self.parts.mounts.devices();
-        let metadata = &self.parts.metadata;
-        for record in metadata.list(|record| record.kind != SnapshotKind::Committed)? {
-            let chain = metadata.chain(record.parent.as_deref())?;
-            let layers = chain.iter().filter_map(|record| record.layer.as_ref());
-            pinned.extend(layers.map(device_key));
-        }
+        let chains = self.chains_below(|record| record.kind != SnapshotKind::Committed)?;
+        let records = chains.iter().flatten();
+        let layers = records.filter_map(|record| record.layer.as_ref());
+        pinned.extend(layers.map(device_key));
         Ok(pinned)
     }
 
