@@ -56,7 +56,13 @@ impl Inner {
             // A removal is looked at when mounts and files may go; without one, now and then.
             let patience = grace.max(self.options.file_grace) + BURST;
             tokio::select! {
-                () = self.swept.notified() => tokio::time::sleep(patience).await,
+                () = self.swept.notified() => {
+                    tokio::time::sleep(patience).await;
+                    self.sweep(grace).await;
+                    // What goes with a layer may be held for a moment by work on it that is being
+                    // cancelled, or by a mount that is leaving: another pass finds it free.
+                    tokio::time::sleep(patience).await;
+                }
                 () = tokio::time::sleep(PERIOD.max(grace)) => {}
             }
             self.sweep(grace).await;
