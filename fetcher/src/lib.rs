@@ -8,10 +8,12 @@
 //! - [`prefetch`]: completes images in the background.
 //! - [`block_source`]: reads a layer device through all of that.
 //! - [`metrics`]: what is counted.
+//! - [`cluster`]: many nodes, each byte once.
 //! - [`clock`]: time, in one place.
 
 pub mod block_source;
 pub mod clock;
+pub mod cluster;
 #[cfg(test)]
 mod fixture;
 pub mod metrics;

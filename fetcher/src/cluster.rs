@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Many nodes, each byte once: who is there, who fetches what, and whom to ask.
+//!
+//! - [`node`]: a node, and the view that one node has of its zone and of others.
+//! - [`home`]: which node fetches a piece from the origin.
+//!
+//! What decides is pure: it takes a view, events and a time, and gives a decision. The daemon and the
+//! simulator run the same code.
+
+pub mod home;
+pub mod node;

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Which node fetches a piece from the origin, on behalf of its zone.
+//!
+//! A *piece* is the run of a layer's chunks that begin in the same [`PIECE_BYTES`] of its device. Each
+//! piece has a home: of the nodes that may be one, that with the highest hash of node and piece
+//! (rendezvous hashing). So all nodes that see the same members agree without a word, a node that comes
+//! or goes moves only its own share, and the one that takes over is the second on everybody's list.
+//! Nodes that see different members disagree for a while; that costs a second fetch, never a wrong one.
+
+use sluice_blockindex::chunkmap::Chunk;
+use sluice_blockindex::digest::IndexDigest;
+
+use super::node::{Node, Role, View};
+
+/// Device bytes of a piece: about 1 MiB of a blob, what a request to the origin is worth. Smaller
+/// pieces cost requests; larger ones make one node's line the bottleneck of a start.
+pub const PIECE_BYTES: u64 = 2 << 20;
+
+/// A piece of a layer, or of anything else that has homes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PieceKey {
+    /// The layer, by its index.
+    pub index: IndexDigest,
+    /// Which piece of it.
+    pub number: u32,
+}
+
+impl PieceKey {
+    /// The piece that a chunk is in.
+    #[must_use]
+    pub fn of(index: IndexDigest, chunk: &Chunk) -> Self {
+        let number = chunk.device.start() / PIECE_BYTES;
+        PieceKey {
+            index,
+            // Chunk maps are capped far below.
+            number: u32::try_from(number).unwrap_or(u32::MAX),
+        }
+    }
+}
+
+/// The weight of a node for a piece: the highest is its home.
+fn weight(node: &Node, piece: &PieceKey) -> u64 {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(piece.index.as_bytes());
+    hasher.update(&piece.number.to_le_bytes());
+    hasher.update(node.id.as_str().as_bytes());
+    let mut bytes = [0; 8];
+    hasher.finalize_xof().fill(&mut bytes);
+    u64::from_le_bytes(bytes)
+}
+
+/// The nodes that may be homes in `zone`: its supernodes, or all of its nodes where it has none.
+pub fn eligible<'a>(view: &'a View, zone: &str) -> Vec<&'a Node> {
+    let of_role = |role| -> Vec<&Node> {
+        let nodes = std::iter::once(&view.me).chain(&view.others);
+        nodes
+            .filter(|node| node.zone == zone && node.role == role)
+            .collect()
+    };
+    let supernodes = of_role(Role::Supernode);
+    if supernodes.is_empty() {
+        of_role(Role::Node)
+    } else {
+        supernodes
+    }
+}
+
+/// The homes of a piece in `zone`, the first first, at most `count`; may contain the node itself.
+pub fn homes<'a>(view: &'a View, zone: &str, piece: &PieceKey, count: usize) -> Vec<&'a Node> {
+    let mut nodes: Vec<(u64, &Node)> = eligible(view, zone)
+        .into_iter()
+        .map(|node| (weight(node, piece), node))
+        .collect();
+    // Equal weights do not happen; if they do, all agree all the same.
+    nodes.sort_by(|(a, left), (b, right)| b.cmp(a).then_with(|| left.id.cmp(&right.id)));
+    nodes
+        .into_iter()
+        .map(|(_, node)| node)
+        .take(count)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::cluster::node::NodeId;
+
+    pub(crate) fn node(id: &str, zone: &str, role: Role) -> Node {
+        Node {
+            id: NodeId::parse(id).unwrap(),
+            zone: zone.into(),
+            rack: String::new(),
+            role,
+            address: ([127, 0, 0, 1], 1).into(),
+            version: String::new(),
+            protocol: 1,
+            load: 0,
+            free_slots: 1,
+        }
+    }
+
+    fn zone_of(nodes: &[&str]) -> View {
+        let others = nodes[1..].iter().map(|id| node(id, "z", Role::Node));
+        View {
+            me: node(nodes[0], "z", Role::Node),
+            others: others.collect(),
+        }
+    }
+
+    fn piece(number: u32) -> PieceKey {
+        PieceKey {
+            index: IndexDigest::of(b"layer"),
+            number,
+        }
+    }
+
+    fn first(view: &View, number: u32) -> String {
+        homes(view, "z", &piece(number), 1)[0].id.to_string()
+    }
+
+    #[test]
+    fn pieces_are_spread_and_all_agree() {
+        let view = zone_of(&["a", "b", "c", "d"]);
+        let seen_by_c = zone_of(&["c", "d", "b", "a"]);
+        let mut shares = BTreeMap::new();
+        for number in 0..4000 {
+            let home = first(&view, number);
+            assert_eq!(home, first(&seen_by_c, number));
+            *shares.entry(home).or_insert(0) += 1;
+        }
+        assert!(
+            shares.values().all(|share| (850..1150).contains(share)),
+            "{shares:?}"
+        );
+    }
+
+    #[test]
+    fn a_node_that_goes_moves_its_own_share_to_the_second() {
+        let all = zone_of(&["a", "b", "c", "d"]);
+        let without_b = zone_of(&["a", "c", "d"]);
+        for number in 0..1000 {
+            let piece = piece(number);
+            let [before, second] = homes(&all, "z", &piece, 2)[..] else {
+                panic!("two homes")
+            };
+            let after = first(&without_b, number);
+            let expected = if before.id.as_str() == "b" {
+                second
+            } else {
+                before
+            };
+            assert_eq!(after, expected.id.to_string());
+        }
+    }
+
+    #[test]
+    fn supernodes_are_homes_and_leeches_are_not() {
+        let mut view = zone_of(&["a", "b"]);
+        view.others.push(node("x", "other", Role::Supernode));
+        view.others.push(node("l", "z", Role::Leech));
+        let ids = |view: &View, zone: &str| -> Vec<String> {
+            eligible(view, zone)
+                .iter()
+                .map(|it| it.id.to_string())
+                .collect()
+        };
+        assert_eq!(ids(&view, "z"), ["a", "b"]);
+        assert_eq!(ids(&view, "other"), ["x"]);
+        assert!(ids(&view, "nowhere").is_empty());
+        view.others.push(node("s", "z", Role::Supernode));
+        assert_eq!(ids(&view, "z"), ["s"]);
+        assert_eq!(homes(&view, "z", &piece(0), 3).len(), 1);
+    }
+}
