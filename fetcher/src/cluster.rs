@@ -3,9 +3,11 @@
 //!
 //! - [`node`]: a node, and the view that one node has of its zone and of others.
 //! - [`home`]: which node fetches a piece from the origin.
+//! - [`seed`]: where a node that starts looks for others.
 //!
 //! What decides is pure: it takes a view, events and a time, and gives a decision. The daemon and the
 //! simulator run the same code.
 
 pub mod home;
 pub mod node;
+pub mod seed;

@@ -3,6 +3,7 @@
 //! as meant ([`Config`]), validated. Every key has a default, so the file may be missing or empty;
 //! an unknown key is an error. `docs/configuration.md` lists every key.
 
+mod cluster;
 mod units;
 mod written;
 
@@ -15,6 +16,7 @@ use std::net::SocketAddr;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
+pub use cluster::{ClusterConfig, ClusterTlsConfig};
 pub use written::Written;
 
 /// Where the configuration is looked for if the command line does not say.
@@ -135,6 +137,8 @@ pub struct Config {
     pub mount_backend: MountBackend,
     /// How long a mount that nobody uses is kept.
     pub mount_grace: Duration,
+    /// The cluster that this node is in; `None`: it is by itself.
+    pub cluster: Option<ClusterConfig>,
 }
 
 /// What the command line sets over the file.
@@ -207,6 +211,7 @@ impl Written {
             telemetry,
             log,
             mount,
+            cluster,
         } = self;
         let check = Check { path };
         let read_deadline = check.duration("fetch.read_deadline", &fetch.read_deadline)?;
@@ -272,6 +277,7 @@ impl Written {
                 "fuse" => Ok(MountBackend::Fuse),
                 _ => Err("want \"auto\" or \"fuse\"".to_owned()),
             })?,
+            cluster: cluster.validate(&check)?,
         })
     }
 }

@@ -1,4 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
+use sluice_fetcher::cluster::node::{NodeId, Role};
+use sluice_fetcher::cluster::seed::Seed;
+
 use super::*;
 
 const DOCUMENT: &str = include_str!("../../../docs/configuration.md");
@@ -24,13 +27,18 @@ fn the_documented_defaults_are_the_defaults_of_every_key() {
     defaults["registry"].as_table_mut().unwrap().remove("hosts");
     assert_eq!(documented, defaults);
     assert_eq!(parse(example(0)).unwrap(), parse("").unwrap());
-    for (section, keys) in &defaults {
-        assert!(DOCUMENT.contains(&format!("## `[{section}]`")), "{section}");
-        for key in keys.as_table().unwrap().keys() {
-            assert!(
-                DOCUMENT.contains(&format!("| `{key}` |")),
-                "{section}.{key}"
-            );
+    let mut sections: Vec<(String, &toml::Table)> = defaults
+        .iter()
+        .map(|(section, keys)| (section.clone(), keys.as_table().unwrap()))
+        .collect();
+    while let Some((section, keys)) = sections.pop() {
+        let text = DOCUMENT.split_once(&format!("## `[{section}]`")).unwrap().1;
+        let text = text.split("\n## ").next().unwrap();
+        for (key, value) in keys {
+            match value.as_table() {
+                Some(keys) => sections.push((format!("{section}.{key}"), keys)),
+                None => assert!(text.contains(&format!("| `{key}` |")), "{section}.{key}"),
+            }
         }
     }
 }
@@ -145,6 +153,54 @@ fn errors_name_the_file_and_the_key() {
             "[snapshots]\nmount_options = [\"a,b\"]",
             &["snapshots.mount_options"],
         ),
+        ("[cluster]\nname = \"a b\"", &["cluster.name", "letters"]),
+        ("[cluster]\nzone = \"\"", &["cluster.zone", "letters"]),
+        ("[cluster]\nrack = \"a/b\"", &["cluster.rack", "a/b"]),
+        (
+            "[cluster]\nrole = \"boss\"",
+            &["cluster.role", "boss", "leech"],
+        ),
+        ("[cluster]\nlisten = \":9641\"", &["cluster.listen"]),
+        ("[cluster]\nlisten = \"0.0.0.0:0\"", &["cluster.listen"]),
+        ("[cluster]\nlisten = \"host:1\"", &["cluster.listen"]),
+        (
+            "[cluster]\nadvertise = \"0.0.0.0:1\"",
+            &["cluster.advertise", "reach"],
+        ),
+        (
+            "[cluster]\nadvertise = \"10.0.0.1\"",
+            &["cluster.advertise", "port"],
+        ),
+        (
+            "[cluster]\nseeds = [\"a:1\", \"a:b\"]",
+            &["cluster.seeds", "a:b", "host:port"],
+        ),
+        (
+            "[cluster]\nseed_file = \"x\"",
+            &["cluster.seed_file", "absolute"],
+        ),
+        (
+            "[cluster]\nallow = [\"10.0.0.0/33\"]",
+            &["cluster.allow", "10.0.0.0/33"],
+        ),
+        ("[cluster]\nupload = \"1Gbit\"", &["cluster.upload", "size"]),
+        ("[cluster]\ndownload = \"x\"", &["cluster.download"]),
+        ("[cluster]\norigin = \"x\"", &["cluster.origin"]),
+        ("[cluster]\norigin_requests = -1", &["origin_requests"]),
+        (
+            "[cluster]\nupload_slots = 0",
+            &["cluster.upload_slots", "leech"],
+        ),
+        ("[cluster]\nupload_slots = 70000", &["upload_slots"]),
+        (
+            "[cluster.tls]\ncert = \"/c\"\nkey = \"/k\"",
+            &["cluster.tls.ca", "all of"],
+        ),
+        (
+            "[cluster.tls]\ncert = \"c\"\nkey = \"/k\"\nca = \"/a\"",
+            &["cluster.tls.cert", "absolute"],
+        ),
+        ("[cluster]\nenable = true", &["enable", "line 2"]),
     ] {
         let error = parse(text).unwrap_err().to_string();
         for part in parts.iter().chain(&["/etc/sluice/config.toml"]) {
@@ -186,4 +242,74 @@ fn files_are_kept_longer_than_a_prepare_takes() {
         let config = parse(&text).unwrap();
         assert_eq!(config.store_grace, Duration::from_secs(seconds), "{text}");
     }
+}
+
+#[test]
+fn a_cluster_means_what_it_says() {
+    assert_eq!(parse("").unwrap().cluster, None);
+    let without = "[cluster]\nname = \"a\"\nseeds = [\"b\"]\n";
+    assert_eq!(parse(without).unwrap().cluster, None);
+
+    let least = parse("[cluster]\nenabled = true\nname = \"a\"").unwrap();
+    let least = least.cluster.unwrap();
+    assert_eq!(
+        least,
+        ClusterConfig {
+            name: NodeId::parse("a").unwrap(),
+            zone: "default".into(),
+            rack: String::new(),
+            role: Role::Node,
+            listen: "0.0.0.0:9641".parse().unwrap(),
+            advertise: None,
+            seeds: vec![],
+            seed_file: None,
+            gossip: true,
+            allow: vec![],
+            upload_bytes_per_second: None,
+            download_bytes_per_second: None,
+            origin_bytes_per_second: None,
+            origin_requests: None,
+            upload_slots: 16,
+            tls: None,
+        }
+    );
+
+    let full = parse(
+        "[cluster]\nenabled = true\nname = \"n.1\"\nzone = \"eu-1\"\nrack = \"r7\"\n\
+         role = \"supernode\"\nlisten = \"[::]:99\"\nadvertise = \"10.1.2.3:98\"\n\
+         seeds = [\"peers.example:1\", \"10.0.0.1\"]\nseed_file = \"/etc/seeds\"\n\
+         gossip = false\nallow = [\"10.0.0.0/8\", \"fd00::1\"]\nupload = \"100MB\"\n\
+         download = \"1GiB\"\norigin = \"5MB\"\norigin_requests = 8\nupload_slots = 3\n\
+         [cluster.tls]\ncert = \"/c\"\nkey = \"/k\"\nca = \"/a\"\n",
+    )
+    .unwrap();
+    let seeds = ["peers.example:1", "10.0.0.1:9641"];
+    assert_eq!(
+        full.cluster.unwrap(),
+        ClusterConfig {
+            name: NodeId::parse("n.1").unwrap(),
+            zone: "eu-1".into(),
+            rack: "r7".into(),
+            role: Role::Supernode,
+            listen: "[::]:99".parse().unwrap(),
+            advertise: Some("10.1.2.3:98".parse().unwrap()),
+            seeds: seeds.map(|seed| Seed::parse(seed).unwrap()).into(),
+            seed_file: Some("/etc/seeds".into()),
+            gossip: false,
+            allow: vec![
+                "10.0.0.0/8".parse().unwrap(),
+                "fd00::1/128".parse().unwrap()
+            ],
+            upload_bytes_per_second: Some(100_000_000),
+            download_bytes_per_second: Some(1 << 30),
+            origin_bytes_per_second: Some(5_000_000),
+            origin_requests: Some(8),
+            upload_slots: 3,
+            tls: Some(ClusterTlsConfig {
+                cert: "/c".into(),
+                key: "/k".into(),
+                ca: "/a".into()
+            }),
+        }
+    );
 }

@@ -23,6 +23,7 @@ pub struct Written {
     pub telemetry: Telemetry,
     pub log: Log,
     pub mount: Mount,
+    pub cluster: Cluster,
 }
 
 /// Declares a section: its keys, their types and their defaults in one place.
@@ -114,6 +115,37 @@ section! {
     Mount {
         backend: String = "auto".into(),
         grace: String = "30s".into(),
+    }
+}
+
+section! {
+    /// `[cluster]`
+    Cluster {
+        enabled: bool = false,
+        name: String = String::new(),
+        zone: String = "default".into(),
+        rack: String = String::new(),
+        role: String = "node".into(),
+        listen: String = "0.0.0.0:9641".into(),
+        advertise: String = String::new(),
+        seeds: Vec<String> = Vec::new(),
+        seed_file: String = String::new(),
+        gossip: bool = true,
+        allow: Vec<String> = Vec::new(),
+        upload: String = "0".into(),
+        download: String = "0".into(),
+        origin: String = "0".into(),
+        origin_requests: u32 = 0,
+        upload_slots: u16 = 16,
+        tls: ClusterTls = ClusterTls::default(),
+    }
+}
+section! {
+    /// `[cluster.tls]`
+    ClusterTls {
+        cert: String = String::new(),
+        key: String = String::new(),
+        ca: String = String::new(),
     }
 }
 
