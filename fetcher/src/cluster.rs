@@ -3,11 +3,16 @@
 //!
 //! - [`node`]: a node, and the view that one node has of its zone and of others.
 //! - [`home`]: which node fetches a piece from the origin.
+//! - [`link`]: connections between nodes, with [`tls`] and [`allow`].
 //! - [`seed`]: where a node that starts looks for others.
 //!
 //! What decides is pure: it takes a view, events and a time, and gives a decision. The daemon and the
 //! simulator run the same code.
 
+pub mod allow;
 pub mod home;
+pub mod link;
+pub mod metrics;
 pub mod node;
 pub mod seed;
+pub mod tls;
