@@ -5,11 +5,19 @@
 //! - [`home`]: which node fetches a piece from the origin.
 //! - [`link`]: connections between nodes, with [`tls`] and [`allow`].
 //! - [`seed`]: where a node that starts looks for others.
+//! - [`choice`]: which of those that could have something is asked first, and who is avoided.
+//! - [`hedge`]: how much may be asked twice.
+//! - [`bucket`]: bytes per second, and a node's share of what its zone may take.
+//! - [`holders`]: whom to name instead when all upload slots are taken.
 //!
 //! What decides is pure: it takes a view, events and a time, and gives a decision. The daemon and the
 //! simulator run the same code.
 
 pub mod allow;
+pub mod bucket;
+pub mod choice;
+pub mod hedge;
+pub mod holders;
 pub mod home;
 pub mod link;
 pub mod metrics;
