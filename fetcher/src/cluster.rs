@@ -9,6 +9,8 @@
 //! - [`hedge`]: how much may be asked twice.
 //! - [`bucket`]: bytes per second, and a node's share of what its zone may take.
 //! - [`holders`]: whom to name instead when all upload slots are taken.
+//! - [`uploads`]: whom a node serves, and whom it sends on.
+//! - [`search`]: how a node finds somebody who gives it a thing.
 //!
 //! What decides is pure: it takes a view, events and a time, and gives a decision. The daemon and the
 //! simulator run the same code.
@@ -24,3 +26,5 @@ pub mod metrics;
 pub mod node;
 pub mod seed;
 pub mod tls;
+pub mod search;
+pub mod uploads;

@@ -69,6 +69,13 @@ impl<K: Hash + Eq> Holders<K> {
         }
     }
 
+    /// Takes note that `node` does not have `key` after all.
+    pub fn lost(&mut self, key: &K, node: &NodeId) {
+        if let Some(holders) = self.holders.peek_mut(key) {
+            holders.retain(|holder| holder != node);
+        }
+    }
+
     /// At most `count` that have `key`, never `asker`; they are named last next time.
     #[must_use]
     pub fn name(&mut self, key: &K, asker: &NodeId, count: usize) -> Vec<NodeId> {
