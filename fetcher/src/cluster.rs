@@ -24,7 +24,7 @@ pub mod home;
 pub mod link;
 pub mod metrics;
 pub mod node;
+pub mod search;
 pub mod seed;
 pub mod tls;
-pub mod search;
 pub mod uploads;
