@@ -12,7 +12,7 @@ use sluice_blockindex::digest::{BlobDigest, DiffId, IndexDigest, StrongAlgorithm
 use sluice_blockindex::frames::encode_chunk;
 
 use crate::scheduler::LayerSpec;
-use crate::source::BlobSource;
+use crate::source::{BlobSource, OriginSet};
 use crate::store::DeviceKey;
 
 /// A layer with everything that the store and the scheduler need to know of it.
@@ -79,6 +79,7 @@ impl TestLayer {
             blob: BlobDigest::of(&self.blob),
             blob_bytes: self.blob.len() as u64,
             sources,
+            origins: OriginSet::default(),
         }
     }
 

@@ -5,6 +5,7 @@
 //! - [`registry`]: the client of OCI registries.
 //! - [`store`]: the chunk store, the node's cache of layer devices.
 //! - [`scheduler`]: brings missing chunks into the store, the most urgent first.
+//! - [`peer`]: what nodes give each other.
 //! - [`prefetch`]: completes images in the background.
 //! - [`block_source`]: reads a layer device through all of that.
 //! - [`metrics`]: what is counted.
@@ -17,6 +18,7 @@ pub mod cluster;
 #[cfg(test)]
 mod fixture;
 pub mod metrics;
+pub mod peer;
 pub mod prefetch;
 pub mod registry;
 pub mod scheduler;

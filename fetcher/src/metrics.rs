@@ -11,6 +11,10 @@
 //! | `committed_chunks` | source | | chunks that became present, by where they came from |
 //! | `fill_duration_seconds` | priority | seconds | how long a fill took that had to wait |
 //! | `fill_failures` | reason | | fills that failed, each an error at a reader |
+//! | `hedged_requests` | | | requests made to a second node because the first was silent |
+//! | `peer_busy` | | | answers of other nodes that had no free upload slot |
+//! | `peer_served_bytes` | form | bytes | bytes of chunks given to other nodes |
+//! | `peer_requests_refused` | reason | | requests of other nodes that were not served |
 //! | `sealed_layers` | | | layers found equal to their diff ID |
 //! | `seal_failures` | | | layers found to be something else |
 //! | `evicted_layers` | | | layer devices taken away for the budget or on a full disk |
@@ -51,6 +55,11 @@ struct PriorityLabel {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FormLabel {
+    form: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ReasonLabel {
     reason: &'static str,
 }
@@ -74,6 +83,10 @@ pub struct Metrics {
     committed: Family<SourceLabel, Counter>,
     fill_seconds: Family<PriorityLabel, Histogram, fn() -> Histogram>,
     fill_failures: Family<ReasonLabel, Counter>,
+    hedged: Counter,
+    peer_busy: Counter,
+    served: Family<FormLabel, Counter>,
+    refusals: Family<ReasonLabel, Counter>,
     sealed: Counter,
     seal_failures: Counter,
     evicted: Counter,
@@ -93,6 +106,10 @@ impl Default for Metrics {
             committed: Family::default(),
             fill_seconds: Family::new_with_constructor(fill_buckets),
             fill_failures: Family::default(),
+            hedged: Counter::default(),
+            peer_busy: Counter::default(),
+            served: Family::default(),
+            refusals: Family::default(),
             sealed: Counter::default(),
             seal_failures: Counter::default(),
             evicted: Counter::default(),
@@ -164,6 +181,14 @@ impl Metrics {
             "Fills that failed",
             self.fill_failures.clone(),
         );
+        let hedged = "Requests made to a second node";
+        registry.register("hedged_requests", hedged, self.hedged.clone());
+        let busy = "Answers of nodes without a free slot";
+        registry.register("peer_busy", busy, self.peer_busy.clone());
+        let served = "Bytes given to other nodes";
+        registry.register_with_unit("peer_served", served, Unit::Bytes, self.served.clone());
+        let refusals = "Requests of nodes that were not served";
+        registry.register("peer_requests_refused", refusals, self.refusals.clone());
         registry.register(
             "sealed_layers",
             "Layers found equal to their diff ID",
@@ -237,6 +262,43 @@ impl Metrics {
         self.fill_failures
             .get_or_create(&ReasonLabel { reason })
             .inc();
+    }
+
+    pub(crate) fn hedged(&self) {
+        self.hedged.inc();
+    }
+
+    pub(crate) fn peer_busy(&self) {
+        self.peer_busy.inc();
+    }
+
+    pub(crate) fn served(&self, form: &'static str, bytes: u64) {
+        self.served.get_or_create(&FormLabel { form }).inc_by(bytes);
+    }
+
+    pub(crate) fn refused(&self, reason: &'static str) {
+        self.refusals.get_or_create(&ReasonLabel { reason }).inc();
+    }
+
+    /// Answers of other nodes that had no free slot.
+    pub fn busy_answers(&self) -> u64 {
+        self.peer_busy.get()
+    }
+
+    /// Requests at `source` that failed in this way.
+    pub fn failures(&self, source: SourceKind, class: Class) -> u64 {
+        let labels = FailureLabels {
+            source: source.as_str(),
+            class: class_word(class),
+        };
+        self.failures.get_or_create(&labels).get()
+    }
+
+    /// Bytes of chunks given to other nodes.
+    pub fn served_bytes(&self) -> u64 {
+        let forms = ["raw", "frame", "zstd"];
+        let of = |form| self.served.get_or_create(&FormLabel { form }).get();
+        forms.into_iter().map(of).sum()
     }
 
     pub(crate) fn sealed(&self, well: bool) {

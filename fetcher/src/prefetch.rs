@@ -26,7 +26,10 @@ use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::clock;
-use crate::scheduler::{Choice, FetchFailure, Fetcher, LayerHandle, Limits, Transfer, coalesce};
+use crate::cluster::home::PieceKey;
+use crate::scheduler::{
+    Choice, Core, FetchFailure, Fetcher, LayerHandle, Limits, Transfer, coalesce,
+};
 use crate::source::Priority;
 use crate::store::StoreError;
 
@@ -122,7 +125,10 @@ impl Fetcher {
         let job = Job {
             fetcher: self.clone(),
             cancel: cancel.clone(),
-            layers: layers.into_iter().map(Layer::new).collect(),
+            layers: layers
+                .into_iter()
+                .map(|layer| Layer::new(layer, &self.core))
+                .collect(),
             report,
         };
         let task = self.core.tasks.spawn(job.run());
@@ -145,18 +151,40 @@ enum Stage {
     Failed,
 }
 
+/// Which chunks are walked. Each node brings those first whose home it is: the zone's nodes fetch each its
+/// share of an image, and then give each other the rest. The second pass begins at another chunk on each
+/// node, or all would ask the same home at the same time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pass {
+    Own,
+    Rest,
+}
+
 struct Layer {
     handle: Arc<LayerHandle>,
     boot: VecDeque<u32>,
-    /// All chunks below are present or in flight by this job, unless a transfer failed.
+    pass: Pass,
+    /// All chunks of this pass before it are present or in flight by this job, unless a transfer failed.
     cursor: u32,
+    /// The chunk that the second pass begins with: another one on each node.
+    start: u32,
     stage: Stage,
     not_before: Option<Instant>,
     running: usize,
 }
 
 impl Layer {
-    fn new(layer: PrefetchLayer) -> Self {
+    fn new(layer: PrefetchLayer, core: &Core) -> Self {
+        let start = core.peers().map_or(0, |peers| {
+            let mut hasher = crc32fast::Hasher::new();
+            hasher.update(peers.me().as_str().as_bytes());
+            hasher.update(layer.layer.key().index.as_bytes());
+            hasher.finalize() % layer.layer.chunks().count().max(1)
+        });
+        let pass = match core.peers() {
+            Some(_) => Pass::Own,
+            None => Pass::Rest,
+        };
         let stage = if layer.layer.device().is_sealed() {
             Stage::Sealed
         } else {
@@ -165,11 +193,23 @@ impl Layer {
         Self {
             handle: layer.layer,
             boot: layer.boot.into(),
+            pass,
             cursor: 0,
+            start,
             stage,
             not_before: None,
             running: 0,
         }
+    }
+
+    /// The chunk at a place of the present pass.
+    fn chunk_at(&self, at: u32) -> u32 {
+        let count = u64::from(self.handle.chunks().count().max(1));
+        let start = match self.pass {
+            Pass::Own => 0,
+            Pass::Rest => u64::from(self.start),
+        };
+        u32::try_from((start + u64::from(at)) % count).unwrap_or(0)
     }
 
     /// Whether `chunk` is to be fetched, and may be now; `resting` are those that may not.
@@ -180,7 +220,7 @@ impl Layer {
     }
 
     /// The next chunks to fetch in one request, and at which priority.
-    fn next(&mut self, limits: &Limits, now: Instant) -> Option<(Vec<u32>, Priority)> {
+    fn next(&mut self, core: &Core, limits: &Limits, now: Instant) -> Option<(Vec<u32>, Priority)> {
         let resting = &self.handle.sources.resting(now);
         while let Some(chunk) = self.boot.pop_front() {
             if self.is_free(chunk, resting) {
@@ -201,23 +241,76 @@ impl Layer {
             }
         }
         let count = self.handle.chunks().count();
-        let first = (self.cursor..count).find(|chunk| self.is_free(*chunk, resting));
-        let Some(first) = first else {
+        let mut home = HomeOf::new(core, &self.handle);
+        let mut find = |layer: &Self| {
+            (layer.cursor..count).find(|at| {
+                let chunk = layer.chunk_at(*at);
+                layer.is_free(chunk, resting) && (layer.pass == Pass::Rest || home.is_here(chunk))
+            })
+        };
+        let mut at = find(self);
+        if at.is_none() && self.pass == Pass::Own {
+            (self.pass, self.cursor) = (Pass::Rest, 0);
+            at = find(self);
+        }
+        let Some(at) = at else {
             self.cursor = count;
             return None;
         };
+        let first = self.chunk_at(at);
+        // Up to where the walk turns back to the first chunk.
+        let end = count.min(first.saturating_add(count - at));
         let mut bytes = 0;
         let within = |chunk: &Chunk| {
             bytes += chunk.blob.len();
             bytes <= limits.piece_bytes || chunk.ordinal == first
         };
-        let chunks = (first..count).map_while(|chunk| self.handle.chunks().chunk(chunk));
+        let chunks = (first..end).map_while(|chunk| self.handle.chunks().chunk(chunk));
         let free = chunks
             .take_while(within)
             .filter(|chunk| self.is_free(chunk.ordinal, resting));
-        let piece = coalesce(free, limits).into_iter().next()?;
-        self.cursor = piece.chunks.last().map_or(count, |last| last + 1);
+        let apart = |left: &Chunk, right: &Chunk| core.apart(&self.handle, left, right);
+        let piece = coalesce(free, limits, apart).into_iter().next()?;
+        self.cursor = piece
+            .chunks
+            .last()
+            .map_or(count, |last| at + (last - first) + 1);
         Some((piece.chunks, Priority::Background))
+    }
+}
+
+/// Whether this node is the home of chunks, remembered for the piece that was asked for last.
+struct HomeOf<'a> {
+    core: &'a Core,
+    layer: Arc<LayerHandle>,
+    last: Option<(PieceKey, bool)>,
+}
+
+impl<'a> HomeOf<'a> {
+    fn new(core: &'a Core, layer: &Arc<LayerHandle>) -> Self {
+        Self {
+            core,
+            layer: Arc::clone(layer),
+            last: None,
+        }
+    }
+
+    fn is_here(&mut self, chunk: u32) -> bool {
+        let Some(peers) = self.core.peers() else {
+            return true;
+        };
+        let Some(chunk) = self.layer.chunks().chunk(chunk) else {
+            return true;
+        };
+        let piece = PieceKey::of(self.layer.key().index, &chunk);
+        match self.last {
+            Some((known, here)) if known == piece => here,
+            _ => {
+                let here = peers.is_home(&piece);
+                self.last = Some((piece, here));
+                here
+            }
+        }
     }
 }
 
@@ -319,7 +412,7 @@ impl Job {
                 if layer.not_before.is_some() && !local {
                     break;
                 }
-                let Some((chunks, priority)) = layer.next(&limits, now) else {
+                let Some((chunks, priority)) = layer.next(&self.fetcher.core, &limits, now) else {
                     if layer.running == 0 {
                         // What is missing still is in flight elsewhere, or failed: look again.
                         layer.cursor = 0;

@@ -19,15 +19,17 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZero;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
+use sluice_blockindex::chunkmap::Chunk;
 use sluice_blockindex::extent::{DeviceSpace, Extent};
 use tokio::sync::{OwnedMutexGuard, Semaphore};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+mod ask;
 mod error;
 mod evict;
 mod flight;
@@ -48,7 +50,9 @@ pub(crate) use plan::{Limits, coalesce};
 pub(crate) use sources::Choice;
 
 use crate::clock;
+use crate::cluster::home::PieceKey;
 use crate::metrics::{FROM_STORE, Metrics, priority_word};
+use crate::peer::Peers;
 use crate::source::Priority;
 use crate::store::{DeviceKey, SealStep, Store, StoreError, lock};
 use flight::{Flights, Waiter};
@@ -136,6 +140,25 @@ pub(crate) struct Core {
     pub(crate) cancel: CancellationToken,
     /// One layer is hashed at a time: it is the least urgent work there is.
     sealing: Semaphore,
+    /// The other nodes, where there are any.
+    peers: OnceLock<Arc<Peers>>,
+}
+
+impl Core {
+    pub(crate) fn peers(&self) -> Option<&Arc<Peers>> {
+        self.peers.get()
+    }
+
+    /// Whether two chunks, neighbours in the blob, are better fetched by requests of their own: other
+    /// nodes are asked for them.
+    pub(crate) fn apart(&self, layer: &LayerHandle, left: &Chunk, right: &Chunk) -> bool {
+        let Some(peers) = self.peers() else {
+            return false;
+        };
+        let index = layer.key().index;
+        let (left, right) = (PieceKey::of(index, left), PieceKey::of(index, right));
+        left != right && !(peers.is_home(&left) && peers.is_home(&right))
+    }
 }
 
 /// The scheduler. Cheap to clone; clones are the same one.
@@ -166,12 +189,19 @@ impl Fetcher {
             tasks: TaskTracker::new(),
             cancel: CancellationToken::new(),
             sealing: Semaphore::new(1),
+            peers: OnceLock::new(),
         };
         Self {
             core: Arc::new(core),
             layers: Arc::default(),
             turns: Arc::default(),
         }
+    }
+
+    /// Has it ask other nodes before the origin, from now on; once.
+    pub fn attach_peers(&self, peers: Arc<Peers>) {
+        // A second time would be a mistake of the caller, and changes nothing.
+        let _ = self.core.peers.set(peers);
     }
 
     /// The store that it fills.
@@ -299,7 +329,7 @@ impl Fetcher {
         let started = clock::now();
         let until = deadline.and_then(|deadline| started.checked_add(deadline));
         let result = self
-            .fill_missing(layer, extent, priority, started, until)
+            .fill_missing(layer, extent, priority, true, until)
             .await;
         match &result {
             Ok(()) => self.core.metrics.filled(priority, clock::now() - started),
@@ -320,12 +350,14 @@ impl Fetcher {
         layer: &Arc<LayerHandle>,
         extent: Extent<DeviceSpace>,
         priority: Priority,
-        started: Instant,
+        asks_peers: bool,
         until: Option<Instant>,
     ) -> Result<(), FillError> {
+        let started = clock::now();
         let mut ahead = match priority {
-            Priority::Foreground => lock(&layer.ahead).on_read(extent),
-            Priority::Boot | Priority::Background => None,
+            Priority::Foreground if asks_peers => lock(&layer.ahead).on_read(extent),
+            // What another node reads it reads ahead of by itself.
+            Priority::Foreground | Priority::Boot | Priority::Background => None,
         };
         loop {
             layer.check_open()?;
@@ -334,7 +366,7 @@ impl Fetcher {
                 // A device that failed meanwhile has no present chunk.
                 return layer.check_open();
             }
-            let mut waiters = self.launch(layer, &missing, ahead.take(), priority);
+            let mut waiters = self.launch(layer, &missing, ahead.take(), priority, asks_peers);
             if waiters.is_empty() {
                 // What cannot be claimed, because the chunk map does not have it, nobody will bring.
                 let nowhere = |chunk: &&u32| layer.chunks().chunk(**chunk).is_none();
@@ -350,19 +382,85 @@ impl Fetcher {
                 tokio::task::yield_now().await;
             }
             for waiter in &mut waiters {
-                tokio::select! {
-                    biased;
-                    landed = waiter.landed() => if let Err(failure) = landed {
-                        return Err(FillError::final_of(&failure).unwrap_or(FillError::Closed));
-                    },
-                    () = layer.cancel.cancelled() => return Err(FillError::Closed),
-                    () = clock::sleep_until(until) => {
-                        let waited = clock::now() - started;
-                        return Err(FillError::Deadline { waited, last: waiter.last_failure() });
+                loop {
+                    let expired = |last| FillError::Deadline {
+                        waited: clock::now() - started,
+                        last,
+                    };
+                    tokio::select! {
+                        biased;
+                        landed = waiter.landed() => match landed {
+                            Ok(()) => break,
+                            Err(failure) => {
+                                let last = FillError::final_of(&failure);
+                                return Err(last.unwrap_or(FillError::Closed));
+                            }
+                        },
+                        () = layer.cancel.cancelled() => return Err(FillError::Closed),
+                        () = clock::sleep_until(until) => {
+                            return Err(expired(waiter.last_failure()));
+                        }
+                        // A node that cannot fetch says so soon: the asker has other ways.
+                        () = tokio::time::sleep(REFUSAL_LOOK), if !asks_peers => {
+                            if let Some(last) = waiter.last_failure() {
+                                return Err(expired(Some(last)));
+                            }
+                        }
                     }
                 }
             }
         }
+    }
+
+    /// As [`Self::fill`], for another node that asks this one: nothing is read ahead, and no third node
+    /// is asked.
+    pub(crate) async fn fill_for_peer(
+        &self,
+        layer: &Arc<LayerHandle>,
+        extent: Extent<DeviceSpace>,
+        priority: Priority,
+        deadline: Duration,
+    ) -> Result<(), FillError> {
+        layer.check_open()?;
+        let until = clock::now().checked_add(deadline);
+        self.fill_missing(layer, extent, priority, false, until)
+            .await
+    }
+
+    /// Waits for a chunk that is present or on its way; false when it is neither, or did not come.
+    pub(crate) async fn await_flight(
+        &self,
+        layer: &Arc<LayerHandle>,
+        chunk: u32,
+        priority: Priority,
+        deadline: Duration,
+    ) -> bool {
+        if layer.device.is_present(chunk) {
+            return true;
+        }
+        if let Some(mut waiter) = layer.flights.join(chunk, priority) {
+            tokio::select! {
+                _ = waiter.landed() => {}
+                () = layer.cancel.cancelled() => {}
+                () = tokio::time::sleep(deadline) => {}
+            }
+        }
+        layer.device.is_present(chunk)
+    }
+
+    /// Begins to fetch these chunks from the origin, neighbours together; while the waiters are held
+    /// they are as urgent as `priority`.
+    pub(crate) fn launch_for_peer(
+        &self,
+        layer: &Arc<LayerHandle>,
+        chunks: &[u32],
+        priority: Priority,
+    ) -> Vec<Waiter> {
+        let missing = chunks.iter().copied();
+        let missing: Vec<u32> = missing
+            .filter(|chunk| !layer.device.is_present(*chunk))
+            .collect();
+        self.launch(layer, &missing, None, priority, false)
     }
 
     /// Starts transfers for those chunks that nobody fetches, and for what is to be read ahead, and
@@ -373,13 +471,19 @@ impl Fetcher {
         missing: &[u32],
         ahead: Option<Extent<DeviceSpace>>,
         priority: Priority,
+        asks_peers: bool,
     ) -> Vec<Waiter> {
         let further = ahead
             .into_iter()
             .flat_map(|ahead| layer.device.missing(ahead));
         let mut wanted: Vec<u32> = missing.iter().copied().chain(further).collect();
         wanted.dedup();
-        let transfers = self.claim(layer, &wanted, transfer::base_of(priority));
+        let transfers = self.claim(layer, &wanted, transfer::base_of(priority), asks_peers);
+        if !asks_peers {
+            missing
+                .iter()
+                .for_each(|chunk| layer.flights.divert(*chunk));
+        }
         let waiters = missing
             .iter()
             .filter_map(|chunk| layer.flights.join(*chunk, priority))
@@ -398,6 +502,7 @@ impl Fetcher {
         layer: &Arc<LayerHandle>,
         chunks: &[u32],
         base: Priority,
+        asks_peers: bool,
     ) -> Vec<Arc<Transfer>> {
         let free = chunks
             .iter()
@@ -405,8 +510,9 @@ impl Fetcher {
             .filter(|chunk| !layer.flights.is_in_flight(*chunk));
         let free = free.filter_map(|chunk| layer.chunks().chunk(chunk));
         let mut transfers = Vec::new();
-        for piece in coalesce(free, &self.core.options.limits()) {
-            let transfer = Transfer::new(base);
+        let apart = |left: &Chunk, right: &Chunk| asks_peers && self.core.apart(layer, left, right);
+        for piece in coalesce(free, &self.core.options.limits(), apart) {
+            let transfer = Transfer::asking(base, asks_peers);
             // Another caller may have been faster with some of them.
             if layer.flights.claim(&transfer, piece.chunks) > 0 {
                 transfers.push(transfer);
@@ -501,6 +607,9 @@ impl Turns {
         self.of(key).lock_owned().await
     }
 }
+
+/// How often a fill on behalf of another node looks whether the origin failed.
+const REFUSAL_LOOK: Duration = Duration::from_millis(100);
 
 /// How long a seal looks away while a reader is receiving.
 const SEAL_NAP: Duration = Duration::from_millis(2);

@@ -12,3 +12,8 @@ pub mod control {
 pub mod shim {
     tonic::include_proto!("sluice.shim.v1");
 }
+
+/// The peer API: what nodes of a cluster ask of each other.
+pub mod peer {
+    tonic::include_proto!("sluice.peer.v1");
+}

@@ -23,7 +23,7 @@ use bytes::Bytes;
 use memmap2::Mmap;
 use sha2::{Digest as _, Sha256};
 use sluice_blockindex::annotations::LayerAnnotations;
-use sluice_blockindex::digest::IndexDigest;
+use sluice_blockindex::digest::{DiffId, IndexDigest};
 use sluice_blockindex::index::{
     INDEX_FILE_MAX_BYTES, Index, IndexError, UncheckedIndex, decompress_index,
 };
@@ -76,13 +76,33 @@ pub enum LayerIndexError {
     },
 }
 
-/// Checks a fetched payload against all that the manifest says of it, and gives the bytes of the
-/// index file.
-pub fn accept(payload: &[u8], annotations: &LayerAnnotations) -> Result<Bytes, LayerIndexError> {
-    check_digest(payload, annotations.index_digest)?;
+/// What an index must be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IndexPin {
+    /// sha256 of its payload.
+    pub digest: IndexDigest,
+    /// The layer that it is of.
+    pub diff_id: DiffId,
+    /// Size of the blob that it describes.
+    pub blob_bytes: u64,
+}
+
+impl From<&LayerAnnotations> for IndexPin {
+    fn from(annotations: &LayerAnnotations) -> Self {
+        IndexPin {
+            digest: annotations.index_digest,
+            diff_id: annotations.diff_id,
+            blob_bytes: annotations.blob_bytes,
+        }
+    }
+}
+
+/// Checks a fetched payload against all that is said of it, and gives the bytes of the index file.
+pub fn accept(payload: &[u8], pin: &IndexPin) -> Result<Bytes, LayerIndexError> {
+    check_digest(payload, pin.digest)?;
     let bytes = Bytes::from(decompress_index(payload, INDEX_FILE_MAX_BYTES)?);
     let index = UncheckedIndex::parse(bytes.clone())?.validate()?;
-    agrees(&index, annotations)?;
+    agrees(&index, pin)?;
     Ok(bytes)
 }
 
@@ -98,9 +118,9 @@ pub fn check_digest(payload: &[u8], expected: IndexDigest) -> Result<(), LayerIn
 
 fn agrees<B: AsRef<[u8]> + Send + Sync + 'static>(
     index: &Index<B>,
-    annotations: &LayerAnnotations,
+    pin: &IndexPin,
 ) -> Result<(), LayerIndexError> {
-    let (expected, actual) = (annotations.diff_id, index.diff_id());
+    let (expected, actual) = (pin.diff_id, index.diff_id());
     if expected != actual {
         return Err(LayerIndexError::Disagrees {
             what: "diff ID",
@@ -108,10 +128,10 @@ fn agrees<B: AsRef<[u8]> + Send + Sync + 'static>(
             actual: actual.to_string(),
         });
     }
-    if !index.fits_blob(annotations.blob_bytes) {
+    if !index.fits_blob(pin.blob_bytes) {
         return Err(LayerIndexError::Disagrees {
             what: "frames up to byte",
-            expected: format!("{} at most", annotations.blob_bytes),
+            expected: format!("{} at most", pin.blob_bytes),
             actual: index.metadata().skeleton.extent.end().to_string(),
         });
     }
@@ -189,11 +209,11 @@ impl IndexFiles {
     pub fn put(
         &self,
         payload: &[u8],
-        annotations: &LayerAnnotations,
+        pin: &IndexPin,
     ) -> Result<Arc<LayerIndex>, LayerIndexError> {
-        let digest = annotations.index_digest;
+        let digest = pin.digest;
         self.touch(digest);
-        let bytes = accept(payload, annotations)?;
+        let bytes = accept(payload, pin)?;
         let path = self.path(digest);
         let io = |what| move |source| LayerIndexError::Io { what, path, source };
         durable::write(
@@ -212,11 +232,11 @@ impl IndexFiles {
     /// As [`IndexFiles::get`], and checks that the index is the one that the manifest describes.
     pub fn get_checked(
         &self,
-        annotations: &LayerAnnotations,
+        pin: &IndexPin,
     ) -> Result<Option<Arc<LayerIndex>>, LayerIndexError> {
-        let index = self.get(annotations.index_digest)?;
+        let index = self.get(pin.digest)?;
         if let Some(index) = &index {
-            agrees(index, annotations)?;
+            agrees(index, pin)?;
         }
         Ok(index)
     }
@@ -290,7 +310,7 @@ mod tests {
         let nobody = |_: IndexDigest| false;
         let (none, long) = (Duration::ZERO, Duration::from_secs(3600));
 
-        let index = files.put(&payload, &annotations).unwrap();
+        let index = files.put(&payload, &(&annotations).into()).unwrap();
         assert_eq!(files.sweep(nobody, none).unwrap(), 0, "open");
         drop(index);
         assert!(files.hold(digest));
@@ -307,10 +327,10 @@ mod tests {
         let files = IndexFiles::open(directory.path()).unwrap();
         let (payload, annotations) = layer();
         let digest = annotations.index_digest;
-        let index = files.put(&payload, &annotations).unwrap();
+        let index = files.put(&payload, &(&annotations).into()).unwrap();
         std::fs::remove_file(files.path(digest)).unwrap();
         assert!(files.get(digest).unwrap().is_none());
-        let again = files.put(&payload, &annotations).unwrap();
+        let again = files.put(&payload, &(&annotations).into()).unwrap();
         assert!(files.hold(digest));
         assert_eq!(again.diff_id(), index.diff_id());
     }

@@ -169,24 +169,39 @@ impl Layers {
         record: &LazyLayerRecord,
         index: &LayerIndex,
     ) -> Result<Arc<LayerHandle>, OpenLayerError> {
-        let key = device_key(record);
-        let (origins, known) = self.origin_set(key, &record.sources);
+        let (blob, blob_bytes) = (record.blob_digest, record.blob_bytes);
+        self.open_at(device_key(record), blob, blob_bytes, &record.sources, index)
+            .await
+    }
+
+    /// As [`Self::open_with`], for a layer that no record names.
+    pub async fn open_at(
+        &self,
+        key: DeviceKey,
+        blob: BlobDigest,
+        blob_bytes: u64,
+        places: &[BlobOrigin],
+        index: &LayerIndex,
+    ) -> Result<Arc<LayerHandle>, OpenLayerError> {
+        let (origins, known) = self.origin_set(key, places);
         if known && let Some(handle) = self.fetcher.layer(&key) {
             return Ok(handle);
         }
+        let known_places = origins.clone();
         // The scheduler repeats what fails, and waits as long as a registry asks it to.
         let source = RegistryBlobSource::once(
             self.client.clone(),
-            record.blob_digest,
-            record.blob_bytes,
+            blob,
+            blob_bytes,
             origins,
         );
         let spec = LayerSpec {
             key,
             chunks: index.chunk_map().clone(),
-            blob: record.blob_digest,
-            blob_bytes: record.blob_bytes,
+            blob,
+            blob_bytes,
             sources: vec![Arc::new(source)],
+            origins: known_places,
         };
         let added = self.fetcher.add_layer(spec).await;
         added.map_err(|source| OpenLayerError::Device { key, source })
@@ -215,7 +230,7 @@ impl Layers {
     }
 
     /// Finds a layer by its device and opens it; `None` when no snapshot has it.
-    async fn by_key(&self, key: DeviceKey) -> Result<Option<Arc<LayerHandle>>, OpenLayerError> {
+    pub async fn by_key(&self, key: DeviceKey) -> Result<Option<Arc<LayerHandle>>, OpenLayerError> {
         if let Some(handle) = self.fetcher.layer(&key) {
             return Ok(Some(handle));
         }

@@ -35,6 +35,7 @@ use crate::layers::{Layers, device_key};
 use crate::mounts::Mounts;
 use crate::plan::Plans;
 use crate::resolve::ContentReader;
+use crate::shelf::NodeShelf;
 use crate::snapshots::{
     LABEL_SNAPSHOT_REF, LazyDecision, LazyLayerRecord, LazyLayers, MountError, PrepareRequest,
     SnapshotKind, SnapshotRecord, Usage,
@@ -82,6 +83,8 @@ pub struct LazyParts {
     pub trees: Arc<TreeFiles>,
     /// Layers and their sources.
     pub layers: Arc<Layers>,
+    /// What this node has for others.
+    pub shelf: Arc<NodeShelf>,
     /// Mounts of runs.
     pub mounts: Arc<Mounts>,
     /// Completion of images.

@@ -19,6 +19,7 @@ pub mod plan;
 pub mod resolve;
 pub mod run;
 pub mod service;
+pub mod shelf;
 pub mod shim;
 pub mod snapshots;
 pub mod store;

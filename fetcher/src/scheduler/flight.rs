@@ -16,8 +16,8 @@ use std::collections::{BTreeSet, HashMap};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, OnceLock};
 
-use tokio::sync::Notify;
 use tokio::sync::futures::OwnedNotified;
+use tokio::sync::{Notify, watch};
 
 use super::error::FetchFailure;
 use super::gate::{Gate, Urgency, rank};
@@ -28,15 +28,41 @@ use crate::store::lock;
 #[derive(Debug)]
 pub(crate) struct Transfer {
     pub(crate) urgency: Urgency,
+    /// Whether other nodes may be asked; once false, for good.
+    asks_peers: watch::Sender<bool>,
     last_failure: Mutex<Option<FetchFailure>>,
 }
 
 impl Transfer {
     pub(crate) fn new(base: Priority) -> Arc<Self> {
+        Self::asking(base, true)
+    }
+
+    /// One that may ask other nodes, or goes to the origin only.
+    pub(crate) fn asking(base: Priority, peers: bool) -> Arc<Self> {
         Arc::new(Self {
             urgency: Urgency::new(base),
+            asks_peers: watch::Sender::new(peers),
             last_failure: Mutex::new(None),
         })
+    }
+
+    /// Whether other nodes may be asked.
+    pub(crate) fn may_ask_peers(&self) -> bool {
+        *self.asks_peers.borrow()
+    }
+
+    /// The origin failed: other nodes may be asked, also by one that went there on behalf of a node.
+    pub(crate) fn reask(&self) {
+        self.asks_peers
+            .send_if_modified(|asks| !std::mem::replace(asks, true));
+    }
+
+    /// Waits until no other node may be asked any more. Cancel-safe.
+    pub(crate) async fn diverted(&self) {
+        let mut asks = self.asks_peers.subscribe();
+        // The sender is in `self`: it cannot be closed.
+        let _ = asks.wait_for(|asks| !asks).await;
     }
 
     /// Remembers why an attempt failed, for those whose deadline passes.
@@ -133,6 +159,17 @@ impl Flights {
     /// Whether somebody fetches `chunk`.
     pub(crate) fn is_in_flight(&self, chunk: u32) -> bool {
         lock(&self.table).flights.contains_key(&chunk)
+    }
+
+    /// Has the transfer that fetches `chunk` go to the origin itself: another node asks this one for it,
+    /// and two nodes that ask each other would both wait.
+    pub(crate) fn divert(&self, chunk: u32) {
+        if let Some(flight) = lock(&self.table).flights.get(&chunk) {
+            flight
+                .transfer
+                .asks_peers
+                .send_if_modified(|asks| std::mem::replace(asks, false));
+        }
     }
 
     /// Joins the flight of `chunk`; `None` when there is none.

@@ -16,7 +16,7 @@ use super::flight::{Flights, Transfer};
 use super::sources::SourceSet;
 use super::window::ReadAhead;
 use crate::clock;
-use crate::source::{BlobSource, SourceKind};
+use crate::source::{BlobSource, OriginSet, SourceKind};
 use crate::store::{Device, DeviceKey, Store, Twin, lock};
 
 /// What the fetcher must be told of a layer.
@@ -32,6 +32,8 @@ pub struct LayerSpec {
     pub blob_bytes: u64,
     /// Where the blob can be read, the nearest first. More can be added later.
     pub sources: Vec<Arc<dyn BlobSource>>,
+    /// The repositories that have it, for nodes that fetch on behalf of this one.
+    pub origins: OriginSet,
 }
 
 /// How much of a layer came from where since the daemon started.
@@ -74,6 +76,7 @@ pub struct LayerHandle {
     traffic: Traffic,
     blob: BlobDigest,
     blob_bytes: u64,
+    origins: OriginSet,
 }
 
 impl LayerHandle {
@@ -96,7 +99,18 @@ impl LayerHandle {
             traffic: Traffic::default(),
             blob: spec.blob,
             blob_bytes: spec.blob_bytes,
+            origins: spec.origins,
         }
+    }
+
+    /// The repositories that have the blob.
+    pub fn origins(&self) -> &OriginSet {
+        &self.origins
+    }
+
+    /// Whether somebody fetches the chunk.
+    pub(crate) fn is_in_flight(&self, chunk: u32) -> bool {
+        self.flights.is_in_flight(chunk)
     }
 
     /// Its name in the store.

@@ -32,10 +32,17 @@ pub(crate) struct Piece {
     pub(crate) chunks: Vec<u32>,
 }
 
-/// Puts chunks, ascending in the blob, into as few requests as `limits` allow.
-pub(crate) fn coalesce(chunks: impl Iterator<Item = Chunk>, limits: &Limits) -> Vec<Piece> {
+/// Puts chunks, ascending in the blob, into as few requests as `limits` allow and `apart` does not
+/// forbid for two neighbours.
+pub(crate) fn coalesce(
+    chunks: impl Iterator<Item = Chunk>,
+    limits: &Limits,
+    apart: impl Fn(&Chunk, &Chunk) -> bool,
+) -> Vec<Piece> {
     let mut pieces: Vec<Piece> = Vec::new();
+    let mut last: Option<Chunk> = None;
     for chunk in chunks {
+        let divided = last.replace(chunk).is_some_and(|last| apart(&last, &chunk));
         let cap = if pieces.len() < 2 {
             limits.first_bytes
         } else {
@@ -43,7 +50,9 @@ pub(crate) fn coalesce(chunks: impl Iterator<Item = Chunk>, limits: &Limits) -> 
         };
         match pieces.last_mut() {
             Some(piece)
-                if chunk.blob.start().saturating_sub(piece.extent.end()) <= limits.gap_bytes
+                if !divided
+                    && chunk.blob.start().saturating_sub(piece.extent.end())
+                        <= limits.gap_bytes
                     && piece.extent.hull(chunk.blob).len() <= cap =>
             {
                 piece.extent = piece.extent.hull(chunk.blob);
@@ -181,7 +190,7 @@ mod tests {
             (&[(0, 100), (100, 110)], &[(0, 100, &[0]), (100, 110, &[1])]),
         ];
         for (extents, expected) in cases {
-            let pieces = coalesce(chunks(extents).into_iter(), &limits);
+            let pieces = coalesce(chunks(extents).into_iter(), &limits, |_, _| false);
             let expected: Vec<Piece> = expected
                 .iter()
                 .map(|(start, end, chunks)| Piece {
@@ -245,7 +254,7 @@ mod tests {
             }).collect();
             let limits = Limits { gap_bytes, first_bytes, piece_bytes };
             let all = chunks(&extents);
-            let pieces = coalesce(all.iter().copied(), &limits);
+            let pieces = coalesce(all.iter().copied(), &limits, |_, _| false);
             let covered: Vec<u32> = pieces.iter().flat_map(|piece| piece.chunks.clone()).collect();
             prop_assert_eq!(covered, (0..u32::try_from(all.len()).unwrap()).collect::<Vec<_>>());
             for (index, piece) in pieces.iter().enumerate() {

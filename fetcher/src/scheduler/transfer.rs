@@ -24,6 +24,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use super::Core;
+use super::ask::Asked;
 use super::error::FetchFailure;
 use super::flight::Transfer;
 use super::layer::LayerHandle;
@@ -31,13 +32,16 @@ use super::plan::{FrameCutter, Piece, coalesce};
 use super::slots::{Slot, Slots};
 use super::sources::{Choice, SourceId};
 use crate::clock;
+use crate::cluster::home::PieceKey;
 use crate::metrics::FROM_STORE;
+use crate::peer::route::Route;
+use crate::peer::wire::Form;
 use crate::source::{BlobSource, BlobStream, Priority, ReadContext, SourceError};
 use crate::store::{Committed, Rechecked, StoreError, lock};
 
 /// Chunks of one transfer that are decoded or wait for it; beyond it the body is not read on. Bounds
 /// what a transfer holds to about this many frames.
-const DECODES: usize = 8;
+pub(super) const DECODES: usize = 8;
 
 /// A request that stalled is given at most eight times the first limit when it is made again.
 const MOST_DOUBLINGS: u32 = 3;
@@ -58,13 +62,13 @@ pub(crate) async fn run(
     transfer: Arc<Transfer>,
     job: CancellationToken,
 ) -> Result<(), FetchFailure> {
-    let stalls = Mutex::default();
     let run = Run {
         core,
         layer,
         transfer,
         job,
-        stalls,
+        stalls: Mutex::default(),
+        route: Mutex::default(),
     };
     let result = run.drive().await;
     if let Err(failure @ FetchFailure::Store(_)) = &result {
@@ -73,10 +77,12 @@ pub(crate) async fn run(
     result
 }
 
-struct Run {
-    core: Arc<Core>,
-    layer: Arc<LayerHandle>,
-    transfer: Arc<Transfer>,
+pub(super) struct Run {
+    pub(super) core: Arc<Core>,
+    pub(super) layer: Arc<LayerHandle>,
+    pub(super) transfer: Arc<Transfer>,
+    /// The way to the piece that is being fetched, where other nodes are asked.
+    pub(super) route: Mutex<Option<(PieceKey, Route)>>,
     job: CancellationToken,
     /// Attempts that stalled, by source: each makes the next one there twice as patient. A source that
     /// is silent for good does not make others wait for longer.
@@ -104,9 +110,9 @@ impl Drop for Run {
 }
 
 /// What came of a chunk's frame.
-type Decoded = (u32, Result<Committed, DecodeFailure>);
+pub(super) type Decoded = (u32, Result<Committed, DecodeFailure>);
 
-enum DecodeFailure {
+pub(super) enum DecodeFailure {
     Corrupt(DecodeFrameError),
     Store(StoreError),
 }
@@ -134,7 +140,7 @@ impl Run {
     }
 
     /// Ends when the layer is closed, or when the job is called off and nobody waits.
-    async fn called_off(&self) {
+    pub(super) async fn called_off(&self) {
         let job = async {
             self.job.cancelled().await;
             while self.transfer.urgency.waiters() > 0 {
@@ -162,7 +168,10 @@ impl Run {
     }
 
     /// Runs `work` unless it is called off.
-    async fn unless_called_off<T>(&self, work: impl Future<Output = T>) -> Result<T, FetchFailure> {
+    pub(super) async fn unless_called_off<T>(
+        &self,
+        work: impl Future<Output = T>,
+    ) -> Result<T, FetchFailure> {
         tokio::select! {
             biased;
             () = self.called_off() => Err(FetchFailure::Cancelled),
@@ -171,7 +180,7 @@ impl Run {
     }
 
     /// Lands chunks that became present by another way.
-    fn land_present(&self) {
+    pub(super) fn land_present(&self) {
         for chunk in self.layer.flights.claims(&self.transfer) {
             if self.layer.device.is_present(chunk) {
                 self.layer.flights.finish(chunk, None);
@@ -206,6 +215,12 @@ impl Run {
         let Some(piece) = self.first_piece()? else {
             return Ok(());
         };
+        if let Some(peers) = self.core.peers()
+            && self.transfer.may_ask_peers()
+            && matches!(self.ask_peers(peers).await?, Asked::Again)
+        {
+            return Ok(());
+        }
         let (id, source) = self.choose(piece.chunks[0]).await?;
         if source.whole_blob_only() && self.hand_over_to_whole() {
             return Ok(());
@@ -227,6 +242,10 @@ impl Run {
             Ok(()) => self.layer.sources.succeeded(id),
             Err(FetchFailure::Store(_) | FetchFailure::Cancelled) => {}
             Err(failure) => {
+                if let Some((_, way)) = &mut *lock(&self.route) {
+                    way.origin_failed();
+                }
+                self.transfer.reask();
                 self.core.metrics.failed(source.kind(), failure.class());
                 self.layer.sources.failed(id, failure, began, clock::now());
                 tracing::warn!(
@@ -247,7 +266,8 @@ impl Run {
         let chunks = claims
             .into_iter()
             .map_while(|chunk| self.layer.chunks().chunk(chunk));
-        let mut pieces = coalesce(chunks, &self.core.options.limits()).into_iter();
+        let limits = self.core.options.limits();
+        let mut pieces = coalesce(chunks, &limits, |_, _| false).into_iter();
         match pieces.next() {
             Some(piece) => Ok(Some(piece)),
             // The chunk map was damaged since the chunk was claimed.
@@ -450,7 +470,11 @@ impl Receiving<'_> {
                         if progress_bytes >= PROGRESS_BYTES {
                             (quiet_since, progress_bytes) = (last_byte, 0);
                         }
+                        let count = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
                         self.take(bytes, &mut cutter, decodes);
+                        if let Some(peers) = run.core.peers() {
+                            peers.downloaded(count, true).await;
+                        }
                         flowing = true;
                         urgency.receiving(gate, true);
                         paused = !gate.may_run(urgency.effective());
@@ -485,7 +509,15 @@ impl Receiving<'_> {
             decodes.spawn(async move {
                 let _slot = core.decodes.take(&transfer.urgency).await;
                 let ordinal = chunk.ordinal;
-                let work = tokio::task::spawn_blocking(move || decode(&device, &chunk, &frame));
+                let peers = core.peers().cloned();
+                let work = tokio::task::spawn_blocking(move || {
+                    let committed = decode(&device, &chunk, &frame)?;
+                    if let Some(peers) = peers {
+                        // Other nodes will ask for it: it is passed on as it came.
+                        peers.frames.put(chunk.digest, Form::Frame, frame);
+                    }
+                    Ok(committed)
+                });
                 match work.await {
                     Ok(result) => (ordinal, result),
                     Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
@@ -565,7 +597,7 @@ fn from_store(core: &Core, layer: &LayerHandle, ordinal: u32) -> Result<bool, St
 }
 
 /// The result of a task that is never aborted; its panic goes on here.
-fn joined<T>(result: Result<T, JoinError>) -> Result<T, FetchFailure> {
+pub(super) fn joined<T>(result: Result<T, JoinError>) -> Result<T, FetchFailure> {
     match result {
         Ok(value) => Ok(value),
         Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),

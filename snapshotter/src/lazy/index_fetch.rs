@@ -9,17 +9,24 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use bytes::Bytes;
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
 use sluice_blockindex::annotations::LayerAnnotations;
-use sluice_fetcher::source::{BlobSource, Class, Priority, ReadContext, SourceError};
+use sluice_blockindex::extent::{BlobSpace, Extent};
+use sluice_fetcher::peer::wire::WantedObject;
+use sluice_fetcher::registry::Repository;
+use sluice_fetcher::source::{
+    BlobSource, BlobStream, Class, OriginSet, Priority, ReadContext, SourceError, SourceKind,
+};
 use tokio::time::{Instant, sleep_until};
 
 use super::Inner;
 use super::prepare::late;
-use crate::indexes::{LayerIndex, LayerIndexError, check_digest};
+use crate::indexes::{IndexPin, LayerIndex, LayerIndexError, check_digest};
 use crate::plan::{Refusal, RefusalKind};
+use crate::shelf::NodeShelf;
 use crate::snapshots::BlobOrigin;
 
 /// How long a place is alone before the next one is asked too. Shorter: slow registries are asked
@@ -34,9 +41,9 @@ impl Inner {
         sources: &mut [BlobOrigin],
         deadline: Instant,
     ) -> Result<Arc<LayerIndex>, Refusal> {
-        let wanted = annotations.clone();
+        let pin = IndexPin::from(annotations);
         let found = self
-            .blocking(move |inner| inner.parts.layers.indexes().get_checked(&wanted))
+            .blocking(move |inner| inner.parts.layers.indexes().get_checked(&pin))
             .await;
         match found {
             Ok(Some(index)) => return Ok(index),
@@ -47,17 +54,87 @@ impl Inner {
         }
         let layers = &self.parts.layers;
         let (blob, blob_bytes) = (annotations.blob, annotations.blob_bytes);
-        let places = sources
-            .iter()
-            .map(|place| layers.source(blob, blob_bytes, std::slice::from_ref(place)))
-            .collect();
+        let mut places: Vec<Arc<dyn BlobSource>> = Vec::new();
+        let shelf = &self.parts.shelf;
+        if shelf.peers().is_some() {
+            // The zone first: one node fetches it for all.
+            places.push(Arc::new(ZoneIndex::new(shelf, annotations, sources)));
+        }
+        let before = places.len();
+        places.extend(
+            sources
+                .iter()
+                .map(|place| layers.source(blob, blob_bytes, std::slice::from_ref(place))),
+        );
         let (place, payload) = first_of(places, annotations, deadline, HEAD_START).await?;
-        sources[..=place].rotate_right(1);
+        if let Some(place) = place.checked_sub(before) {
+            sources[..=place].rotate_right(1);
+        }
+        shelf.keep(annotations.index_digest, &payload);
         self.parts.metrics.index_fetched(payload.len() as u64);
-        let wanted = annotations.clone();
-        self.blocking(move |inner| inner.parts.layers.indexes().put(&payload, &wanted))
+        self.blocking(move |inner| inner.parts.layers.indexes().put(&payload, &pin))
             .await
             .map_err(invalid)
+    }
+}
+
+/// The index as the other nodes of the zone give it.
+#[derive(Debug)]
+struct ZoneIndex {
+    shelf: Arc<NodeShelf>,
+    annotations: LayerAnnotations,
+    places: OriginSet,
+}
+
+impl ZoneIndex {
+    fn new(
+        shelf: &Arc<NodeShelf>,
+        annotations: &LayerAnnotations,
+        sources: &[BlobOrigin],
+    ) -> Self {
+        let places = sources
+            .iter()
+            .filter_map(|it| Repository::new(&it.host, &it.repository).ok());
+        Self {
+            shelf: Arc::clone(shelf),
+            annotations: annotations.clone(),
+            places: OriginSet::new(places),
+        }
+    }
+}
+
+#[async_trait]
+impl BlobSource for ZoneIndex {
+    fn label(&self) -> &str {
+        "zone"
+    }
+
+    fn kind(&self) -> SourceKind {
+        SourceKind::Peer
+    }
+
+    async fn open(
+        &self,
+        context: &ReadContext,
+        extent: Extent<BlobSpace>,
+    ) -> Result<BlobStream, SourceError> {
+        let nowhere = || SourceError::NoSource {
+            blob: self.annotations.blob.to_string(),
+        };
+        let peers = self.shelf.peers().ok_or_else(nowhere)?;
+        let wanted = WantedObject {
+            node: peers.me(),
+            digest: self.annotations.index_digest,
+            blob: self.annotations.blob,
+            blob_bytes: self.annotations.blob_bytes,
+            extent,
+            places: self.places.clone(),
+            present_only: false,
+        };
+        let found = context.bound(self.shelf.index_of_zone(&wanted)).await?;
+        let payload = found.map_err(|_| nowhere())?;
+        let body = futures::stream::once(async move { Ok(payload) });
+        Ok(BlobStream::new(extent, body))
     }
 }
 
@@ -136,10 +213,7 @@ fn invalid(error: LayerIndexError) -> Refusal {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use async_trait::async_trait;
-    use sluice_blockindex::extent::{BlobSpace, Extent};
     use sluice_fetcher::source::memory::MemorySource;
-    use sluice_fetcher::source::{BlobStream, SourceKind};
 
     /// Swallows packets.
     #[derive(Debug)]

@@ -172,10 +172,12 @@ impl Inner {
             }
         };
         let mounted = self.parts.mounts.devices();
+        let fosters = self.parts.shelf.fosters();
         let indexes = self.parts.layers.indexes();
         for key in keys {
             let young = indexes.touched_within(key.index, self.options.file_grace);
-            if needed.contains(&key) || mounted.contains(&key) || young {
+            let used = mounted.contains(&key) || fosters.contains(&key);
+            if needed.contains(&key) || used || young {
                 continue;
             }
             match self.parts.layers.remove(&key).await {
@@ -186,9 +188,10 @@ impl Inner {
     }
 
     fn sweep_indexes(&self, needed: &BTreeSet<IndexDigest>) {
-        let mounted = self.parts.mounts.devices();
+        let mut used = self.parts.mounts.devices();
+        used.extend(self.parts.shelf.fosters());
         let held = |digest: IndexDigest| {
-            needed.contains(&digest) || mounted.iter().any(|key| key.index == digest)
+            needed.contains(&digest) || used.iter().any(|key| key.index == digest)
         };
         if let Err(error) = self
             .parts

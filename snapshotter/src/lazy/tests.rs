@@ -22,6 +22,7 @@ use crate::labels::CRI_IMAGE_REFERENCE;
 use crate::mount::bind::BindMount;
 use crate::plan::{Refusal, RefusalKind};
 use crate::resolve::MemoryContent;
+use crate::shelf::NodeShelf;
 use crate::snapshots::SnapshotId;
 use crate::store::DocumentTable;
 use crate::unpack::LayerBlob;
@@ -59,6 +60,7 @@ fn site_with(file_grace: Duration) -> Site {
         metadata,
         trees: Arc::new(TreeFiles::open(&at("trees")).unwrap()),
         background: Background::new(Arc::clone(&layers), None),
+        shelf: Arc::new(NodeShelf::new(Arc::clone(&layers), Trust::new(vec![]))),
         layers,
         mounts: Arc::new(Mounts::new(Arc::new(BindMount::default()), &at("mnt"))),
         metrics: LazyMetrics::default(),

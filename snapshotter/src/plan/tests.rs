@@ -127,7 +127,7 @@ async fn a_failure_is_remembered_and_costs_no_second_budget() {
 fn planned(directory: &std::path::Path) -> Arc<PlannedLayer> {
     let files = IndexFiles::open(directory).unwrap();
     let (payload, annotations) = sample::layer();
-    let index = files.put(&payload, &annotations).unwrap();
+    let index = files.put(&payload, &(&annotations).into()).unwrap();
     let record = LazyLayerRecord {
         chain_id: ChainId::child(None, annotations.diff_id),
         diff_id: annotations.diff_id,

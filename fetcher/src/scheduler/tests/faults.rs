@@ -8,6 +8,7 @@ use sluice_blockindex::encode::{EncodeOptions, encode_layer};
 use sluice_blockindex::index::{UncheckedIndex, decompress_index};
 
 use super::*;
+use crate::source::OriginSet;
 
 /// An index file that rots after it was validated, as a mapped one may.
 #[derive(Clone)]
@@ -68,6 +69,7 @@ async fn a_chunk_map_that_rots_ends_the_fill() {
             blob: BlobDigest::of(&blob),
             blob_bytes: trailer.blob_bytes,
             sources: vec![Arc::new(line.clone())],
+            origins: OriginSet::default(),
         };
         let handle = fetcher.add_layer(spec).await.unwrap();
         let rot = async {

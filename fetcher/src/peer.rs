@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What nodes give each other: chunks and layer indexes, named by their digests.
+//!
+//! - [`wire`]: messages as meant; what comes from outside is checked there and nowhere else.
+//! - `route`: whom a transfer asks, in which order: pure.
+//! - [`client`]: [`Peers`], the other nodes as the scheduler sees them.
+//! - [`server`]: what this node gives to others.
+//! - `frames`: frames of the blob that came lately, which are passed on as they are.
+//!
+//! # How a chunk comes
+//! Each piece of a layer has a home ([`crate::cluster::home`]). The home asks the origin; all others
+//! ask the home, which fetches each chunk once and sends it to everybody as it lands. A home whose
+//! upload slots are taken names nodes that it has served or is serving: load spreads as a tree. When
+//! the home dies, is slow or refuses, the second home is asked, and last the origin itself: a way to
+//! it always remains.
+//!
+//! # Invariants
+//! - What a peer sends is verified like anything else before it enters the store.
+//! - A request that came from a peer is never passed on to another peer: it is answered from the
+//!   store, from what is on its way, or from the origin.
+
+pub mod client;
+pub(crate) mod frames;
+mod links;
+pub(crate) mod route;
+pub mod server;
+pub mod wire;
+
+pub use client::{PeerOptions, Peers};
+pub use links::{Connect, LinkError, endpoint, plain};
+pub use server::{PeerServer, Refused, Shelf};
+
+/// The newest version of the peer protocol that this program speaks.
+pub const PROTOCOL: u32 = 1;
+/// The oldest one.
+pub const OLDEST_PROTOCOL: u32 = 1;
+
+#[cfg(test)]
+mod tests;

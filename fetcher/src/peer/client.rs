@@ -1,0 +1,350 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The other nodes, as the scheduler of this one sees them.
+
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use futures::StreamExt as _;
+use futures::stream::BoxStream;
+use sha2::{Digest as _, Sha256};
+use sluice_blockindex::digest::IndexDigest;
+use sluice_proto::peer::peer_client::PeerClient;
+use sluice_proto::peer::{HelloReply, HelloRequest};
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tonic::transport::Channel;
+use tonic::{Request, Status};
+
+use super::PROTOCOL;
+use super::frames::Frames;
+use super::links::{Connect, LinkError, Links};
+use super::route::{Route, patience};
+use super::wire::{Part, WantedChunks, WantedObject, WireError};
+use crate::clock;
+use crate::cluster::bucket::{TokenBucket, share};
+use crate::cluster::choice::{Outcome, Scores};
+use crate::cluster::hedge::HedgeBudget;
+use crate::cluster::holders::Holders;
+use crate::cluster::home::{PieceKey, homes};
+use crate::cluster::node::{Node, NodeId, Role, View};
+use crate::cluster::uploads::{UploadLimits, Uploads};
+use crate::source::Priority;
+use crate::store::lock;
+use sluice_blockindex::frames::DecodeFrameError;
+use sluice_blockindex::units::{CHUNK_MAX_BYTES, FRAME_MAX_BYTES};
+
+/// Homes of a piece that are asked before the origin: the second takes over when the first dies; a
+/// third would be one more silent node to wait for.
+const HOMES: usize = 2;
+/// What a message may have besides the bytes of a chunk or an object's part.
+const MESSAGE_SLACK_BYTES: u64 = 64 << 10;
+/// How much of the requests may be asked twice, in percent, and how many of these may be saved up.
+const HEDGE_PERCENT: u32 = 2;
+const HEDGE_SAVED: u32 = 8;
+/// The smallest burst of a token bucket: a chunk passes at once.
+const BURST_BYTES: u64 = 1 << 20;
+
+/// How a node takes part.
+#[derive(Clone, Debug)]
+pub struct PeerOptions {
+    /// Bytes per second given to others; 0: no limit.
+    pub upload_bytes: u64,
+    /// Bytes per second taken from others and from origins; 0: no limit.
+    pub download_bytes: u64,
+    /// Bytes per second that all nodes of the zone together take from origins; 0: no limit.
+    pub origin_bytes: u64,
+    /// Uploads that run at once; half of them are for readers only.
+    pub upload_slots: usize,
+    /// Memory for frames that are passed on as they came.
+    pub frames_bytes: usize,
+    /// Breaks ties, so that not all nodes choose the same one.
+    pub seed: u64,
+}
+
+impl Default for PeerOptions {
+    fn default() -> Self {
+        Self {
+            upload_bytes: 0,
+            download_bytes: 0,
+            origin_bytes: 0,
+            upload_slots: 16,
+            frames_bytes: 64 << 20,
+            seed: 0,
+        }
+    }
+}
+
+/// Why a node did not give what it was asked for.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PeerError {
+    /// No connection.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// It answered with an error, or the stream broke.
+    #[error("{0}")]
+    Status(String),
+    /// It sent what no node sends.
+    #[error("malformed answer: {0}")]
+    Wire(#[from] WireError),
+    /// It sent bytes that are not what was asked for.
+    #[error("{0}")]
+    Corrupt(DecodeFrameError),
+    /// It sent an object that has another digest.
+    #[error("object has digest {actual}, want {expected}")]
+    Object {
+        /// Asked for.
+        expected: IndexDigest,
+        /// What came.
+        actual: IndexDigest,
+    },
+    /// It was silent.
+    #[error("nothing came for {0:?}")]
+    Silent(Duration),
+    /// It does not have it.
+    #[error("it does not have it")]
+    Lacking,
+}
+
+impl From<Status> for PeerError {
+    fn from(status: Status) -> Self {
+        PeerError::Status(format!("{}: {}", status.code(), status.message()))
+    }
+}
+
+/// Parts of an answer as they come.
+pub type Parts = BoxStream<'static, Result<Part, PeerError>>;
+
+#[derive(Debug)]
+pub(super) struct Buckets {
+    pub(super) upload: Mutex<TokenBucket>,
+    download: Mutex<TokenBucket>,
+    origin: Mutex<TokenBucket>,
+}
+
+/// The other nodes.
+#[derive(Debug)]
+pub struct Peers {
+    pub(super) options: PeerOptions,
+    view: watch::Receiver<Arc<View>>,
+    links: Links,
+    scores: Mutex<Scores>,
+    hedges: Mutex<HedgeBudget>,
+    pub(super) uploads: Mutex<Uploads<PieceKey>>,
+    pub(super) buckets: Buckets,
+    pub(crate) frames: Frames,
+}
+
+impl Peers {
+    /// Sees other nodes through `view`, and connects by `connect`.
+    #[must_use]
+    pub fn new(options: PeerOptions, view: watch::Receiver<Arc<View>>, connect: Connect) -> Self {
+        let now = clock::now();
+        let bucket = |rate: u64| Mutex::new(TokenBucket::new(rate, rate.max(BURST_BYTES), now));
+        let limits = UploadLimits::of_slots(options.upload_slots);
+        let origin_share = share(options.origin_bytes, &view.borrow());
+        Self {
+            links: Links::new(connect),
+            scores: Mutex::new(Scores::new(options.seed)),
+            hedges: Mutex::new(HedgeBudget::new(HEDGE_PERCENT, HEDGE_SAVED)),
+            uploads: Mutex::new(Uploads::new(limits, Holders::default())),
+            buckets: Buckets {
+                upload: bucket(options.upload_bytes),
+                download: bucket(options.download_bytes),
+                origin: bucket(origin_share),
+            },
+            frames: Frames::new(options.frames_bytes),
+            options,
+            view,
+        }
+    }
+
+    /// Who is there.
+    #[must_use]
+    pub fn view(&self) -> Arc<View> {
+        Arc::clone(&self.view.borrow())
+    }
+
+    /// This node.
+    #[must_use]
+    pub fn me(&self) -> NodeId {
+        self.view.borrow().me.id.clone()
+    }
+
+    /// Whether the node is the first home of a piece, or nobody else is.
+    pub(crate) fn is_home(&self, piece: &PieceKey) -> bool {
+        let view = self.view();
+        let first = homes(&view, &view.me.zone, piece, 1).first().copied();
+        first.is_none_or(|home| home.id == view.me.id)
+    }
+
+    /// Looks at what is known of other nodes.
+    ///
+    /// **Locks** the table of scores while `look` runs: nothing in it may wait.
+    pub(crate) fn scored<T>(&self, look: impl FnOnce(&Scores) -> T) -> T {
+        look(&lock(&self.scores))
+    }
+
+    /// The way to a piece.
+    pub(crate) fn route(&self, piece: &PieceKey, priority: Priority, now: Instant) -> Route {
+        let view = self.view();
+        let homes = homes(&view, &view.me.zone, piece, HOMES);
+        let homes = homes.into_iter().map(|home| home.id.clone()).collect();
+        Route::new(view.me.id.clone(), homes, now + patience(priority))
+    }
+
+    /// The node of this name, if it is there and gives.
+    pub(crate) fn giver(&self, id: &NodeId) -> Option<Node> {
+        let view = self.view();
+        let node = view.node(id)?;
+        let avoided = lock(&self.scores).is_avoided(id, clock::now());
+        (node.role != Role::Leech && !avoided).then(|| node.clone())
+    }
+
+    /// What came of a request to a node.
+    pub(crate) fn observe(&self, node: &NodeId, outcome: Outcome) {
+        lock(&self.scores).observe(node, outcome, clock::now());
+    }
+
+    /// How long a node may be silent before another is asked besides.
+    pub(crate) fn hedge_after(&self, node: &NodeId) -> Duration {
+        lock(&self.scores).hedge_after(node, clock::now())
+    }
+
+    /// Whether one more request may be made twice.
+    pub(crate) fn try_hedge(&self) -> bool {
+        lock(&self.hedges).try_hedge()
+    }
+
+    fn client(&self, node: &Node) -> Result<PeerClient<Channel>, PeerError> {
+        let most = CHUNK_MAX_BYTES.max(FRAME_MAX_BYTES) + MESSAGE_SLACK_BYTES;
+        let most = usize::try_from(most).unwrap_or(usize::MAX);
+        Ok(PeerClient::new(self.links.to(node, &self.view())?).max_decoding_message_size(most))
+    }
+
+    /// Asks a node who it is.
+    ///
+    /// **Errors** [`PeerError`], within `deadline`.
+    pub async fn hello(&self, node: &Node, deadline: Duration) -> Result<HelloReply, PeerError> {
+        let mut client = self.client(node)?;
+        let request = HelloRequest {
+            node: self.me().to_string(),
+            protocol: PROTOCOL,
+        };
+        let answer = tokio::time::timeout(deadline, client.hello(request)).await;
+        Ok(answer
+            .map_err(|_| PeerError::Silent(deadline))??
+            .into_inner())
+    }
+
+    /// Asks a node for chunks. The stream is unverified, and may be dropped at any time.
+    pub(crate) async fn chunks(
+        &self,
+        node: &Node,
+        wanted: &WantedChunks,
+    ) -> Result<Parts, PeerError> {
+        lock(&self.hedges).requested();
+        let mut client = self.client(node)?;
+        let answer = client.chunks(Request::new(wanted.to_proto())).await?;
+        let parts = answer.into_inner();
+        Ok(parts.map(|part| Ok(Part::try_from(part?)?)).boxed())
+    }
+
+    /// Asks one node for an object and checks its digest.
+    ///
+    /// **Errors** [`PeerError`], within `deadline`.
+    pub async fn object(
+        &self,
+        node: &Node,
+        wanted: &WantedObject,
+        deadline: Duration,
+    ) -> Result<Bytes, PeerError> {
+        let begun = clock::now();
+        let fetched = tokio::time::timeout(deadline, self.object_of(node, wanted)).await;
+        let result = fetched.unwrap_or(Err(PeerError::Silent(deadline)));
+        let outcome = match &result {
+            Ok(bytes) => {
+                let took = clock::now() - begun;
+                Outcome::Answered {
+                    first_byte: took,
+                    bytes: bytes.len() as u64,
+                    took,
+                }
+            }
+            Err(PeerError::Object { .. } | PeerError::Wire(_)) => Outcome::Lied,
+            Err(PeerError::Silent(_)) => Outcome::Slow,
+            Err(PeerError::Lacking) => Outcome::Lacked,
+            Err(_) => Outcome::Failed,
+        };
+        self.observe(&node.id, outcome);
+        result
+    }
+
+    async fn object_of(&self, node: &Node, wanted: &WantedObject) -> Result<Bytes, PeerError> {
+        let mut client = self.client(node)?;
+        let mut parts = match client.object(Request::new(wanted.to_proto())).await {
+            Ok(answer) => answer.into_inner(),
+            Err(status) if status.code() == tonic::Code::NotFound => {
+                return Err(PeerError::Lacking);
+            }
+            Err(status) => return Err(status.into()),
+        };
+        let length = usize::try_from(wanted.extent.len()).unwrap_or(usize::MAX);
+        let mut all = BytesMut::new();
+        let mut hasher = Sha256::new();
+        while let Some(part) = parts.next().await {
+            let part = part?;
+            // More than was asked for is not kept: the digest will differ.
+            if all.len() + part.data.len() > length {
+                break;
+            }
+            hasher.update(&part.data);
+            all.extend_from_slice(&part.data);
+        }
+        let actual = IndexDigest::from_bytes(hasher.finalize().into());
+        if actual == wanted.digest {
+            Ok(all.freeze())
+        } else {
+            Err(PeerError::Object {
+                expected: wanted.digest,
+                actual,
+            })
+        }
+    }
+
+    /// The nodes to ask for an object, best first: its homes, without this node; and whether this
+    /// node comes before some of them.
+    #[must_use]
+    pub fn object_homes(&self, digest: IndexDigest) -> Vec<NodeId> {
+        let piece = PieceKey {
+            index: digest,
+            number: u32::MAX,
+        };
+        let view = self.view();
+        let homes = homes(&view, &view.me.zone, &piece, HOMES);
+        homes.into_iter().map(|home| home.id.clone()).collect()
+    }
+
+    /// A node to ask, if it is there and gives.
+    #[must_use]
+    pub fn to_ask(&self, id: &NodeId) -> Option<Node> {
+        self.giver(id)
+    }
+
+    /// Waits as the download budget says; to be called for what came. Cancel-safe.
+    pub(crate) async fn downloaded(&self, bytes: u64, from_origin: bool) {
+        let now = clock::now();
+        let mut wait = lock(&self.buckets.download).take(bytes, now);
+        if from_origin && self.options.origin_bytes > 0 {
+            let rate = share(self.options.origin_bytes, &self.view());
+            let mut bucket = lock(&self.buckets.origin);
+            bucket.set_rate(rate, now);
+            wait = wait.max(bucket.take(bytes, now));
+        }
+        if !wait.is_zero() {
+            tokio::time::sleep(wait).await;
+        }
+    }
+}

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A home that lies, stalls, breaks off or floods: readers get their bytes, and it is left alone.
+
+use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use futures::{Stream, StreamExt as _};
+use sluice_proto::peer as proto;
+use sluice_proto::peer::peer_server::{Peer, PeerServer as Service};
+use tonic::{Request, Response, Status};
+
+use super::*;
+use crate::source::Class;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Vice {
+    /// Chunks of the right length and of other bytes.
+    WrongBytes,
+    /// A frame that claims to be gigabytes.
+    Bomb,
+    /// Chunks that nobody asked for, for ever.
+    Flood,
+    /// Says for ever that it works on it.
+    OnlyPromises,
+    /// Nothing at all.
+    Silence,
+    /// Breaks off at once.
+    Reset,
+    /// Names nodes that do not have it, for ever.
+    AlwaysBusy,
+    /// Says that it lacks everything.
+    Lacks,
+}
+
+#[derive(Clone, Debug)]
+struct Hostile {
+    vice: Vice,
+    asked: Arc<AtomicUsize>,
+}
+
+type Parts<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Peer for Hostile {
+    type ChunksStream = Parts<proto::ChunksPart>;
+    type ObjectStream = Parts<proto::ObjectPart>;
+
+    async fn hello(
+        &self,
+        _: Request<proto::HelloRequest>,
+    ) -> Result<Response<proto::HelloReply>, Status> {
+        Err(Status::unimplemented("hello"))
+    }
+
+    async fn chunks(
+        &self,
+        request: Request<proto::ChunksRequest>,
+    ) -> Result<Response<Self::ChunksStream>, Status> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        let request = request.into_inner();
+        let first = request.chunks[0].ordinal;
+        let chunk = |ordinal: u32, form: proto::Form, data: Vec<u8>| {
+            use super::super::wire::{Form, Part};
+            let form = match form {
+                proto::Form::Raw => Form::Raw,
+                proto::Form::Frame => Form::Frame,
+                proto::Form::Zstd => Form::Zstd,
+            };
+            let data = Bytes::from(data);
+            proto::ChunksPart::from(Part::Chunk {
+                ordinal,
+                form,
+                data,
+            })
+        };
+        use super::super::wire::Part;
+        let once = |part: proto::ChunksPart| futures::stream::iter([Ok(part)]);
+        let stream: Parts<proto::ChunksPart> = match self.vice {
+            Vice::WrongBytes => Box::pin(
+                once(chunk(first, proto::Form::Raw, vec![7; 128 << 10]))
+                    .chain(futures::stream::pending()),
+            ),
+            Vice::Bomb => {
+                let bomb = zstd::bulk::compress(&vec![0; 512 << 20], 1).unwrap();
+                Box::pin(once(chunk(first, proto::Form::Zstd, bomb)))
+            }
+            Vice::Flood => Box::pin(futures::stream::repeat_with(move || {
+                Ok(chunk(
+                    first + 1_000_000,
+                    proto::Form::Raw,
+                    vec![7; 64 << 10],
+                ))
+            })),
+            Vice::OnlyPromises => Box::pin(
+                tokio_stream::wrappers::IntervalStream::new(tokio::time::interval(
+                    100 * MILLISECOND,
+                ))
+                .map(|_| Ok(Part::Working.into())),
+            ),
+            Vice::Silence => Box::pin(futures::stream::pending()),
+            Vice::Reset => return Err(Status::unavailable("reset")),
+            Vice::AlwaysBusy => Box::pin(once(Part::Busy(vec![id(900), id(901)]).into())),
+            Vice::Lacks => {
+                let all = request.chunks.iter().map(|it| it.ordinal).collect();
+                Box::pin(once(Part::Lacking(all).into()))
+            }
+        };
+        Ok(Response::new(stream))
+    }
+
+    async fn object(
+        &self,
+        _: Request<proto::ObjectRequest>,
+    ) -> Result<Response<Self::ObjectStream>, Status> {
+        Err(Status::not_found("object"))
+    }
+}
+
+/// A node whose only home is hostile.
+async fn beside(vice: Vice, layer: &TestLayer) -> (TestNode, Arc<AtomicUsize>, JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let asked = Arc::new(AtomicUsize::new(0));
+    let hostile = Hostile {
+        vice,
+        asked: Arc::clone(&asked),
+    };
+    let server = tokio::spawn(async move {
+        let _ = tonic::transport::Server::builder()
+            .add_service(Service::new(hostile))
+            .serve_with_incoming(TcpListenerStream::new(listener))
+            .await;
+    });
+    let good = zone(1, layer, &PeerOptions::default()).await.remove(0);
+    let mut other = node(1, address);
+    other.role = Role::Supernode;
+    let view = View {
+        me: good.node.clone(),
+        others: vec![other],
+    };
+    good.view.send_replace(Arc::new(view));
+    (good, asked, server)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_hostile_home_costs_time_and_nothing_else() {
+    let layer = six_pieces();
+    let cases = [
+        // How long a read may take, and what is counted against the node.
+        (Vice::WrongBytes, 3 * SECOND, Some(Class::Corrupt)),
+        (Vice::Bomb, 5 * SECOND, Some(Class::Corrupt)),
+        (Vice::Flood, 6 * SECOND, Some(Class::Corrupt)),
+        (Vice::OnlyPromises, 6 * SECOND, Some(Class::Transient)),
+        (Vice::Silence, 6 * SECOND, Some(Class::Transient)),
+        (Vice::Reset, 2 * SECOND, Some(Class::Transient)),
+        (Vice::AlwaysBusy, 4 * SECOND, None),
+        (Vice::Lacks, 2 * SECOND, None),
+    ];
+    let work = cases.map(|(vice, bound, class)| {
+        let layer = &layer;
+        async move {
+            let (good, asked, server) = beside(vice, layer).await;
+            let begun = std::time::Instant::now();
+            good.read(Extent::new(0, 2 << 20).unwrap()).await;
+            let took = begun.elapsed();
+            assert!(took < bound, "{vice:?}: {took:?}");
+            let times = asked.load(Ordering::SeqCst);
+            assert!(times > 0, "{vice:?}: never asked");
+            if let Some(class) = class {
+                let metrics = good.fetcher.metrics();
+                assert!(metrics.failures(SourceKind::Peer, class) > 0, "{vice:?}");
+                // From now on it is left alone for a while.
+                good.read(Extent::new(2 << 20, 4 << 20).unwrap()).await;
+                assert_eq!(asked.load(Ordering::SeqCst), times, "{vice:?}: asked again");
+            }
+            let begun = std::time::Instant::now();
+            good.read_all().await;
+            let took = begun.elapsed();
+            assert!(took < 30 * SECOND, "{vice:?}: {took:?} for the rest");
+            check_all(&good, layer);
+            server.abort();
+        }
+    });
+    all(work).await;
+}

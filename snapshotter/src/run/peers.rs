@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The peer API of the daemon, put together: connections to other nodes, and what they are given.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sluice_fetcher::cluster::link::{Links, PeerStream};
+use sluice_fetcher::cluster::membership::Membership;
+use sluice_fetcher::cluster::node::View;
+use sluice_fetcher::peer::{Connect, PeerOptions, PeerServer, Peers, endpoint};
+use sluice_fetcher::scheduler::Fetcher;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::config::ClusterConfig;
+use crate::shelf::NodeShelf;
+
+/// Connections whose handshake is under way: a peer that is slow must not hold others up.
+const HANDSHAKES: usize = 64;
+/// Accepted connections that wait for the server.
+const ACCEPTED: usize = 16;
+/// How often the load is told to the membership.
+const LOAD_EVERY: Duration = Duration::from_secs(1);
+/// After an accept that failed for want of something, such as descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How this node connects to others.
+pub(super) fn connect(links: &Links) -> Connect {
+    let links = links.clone();
+    Arc::new(move |node| {
+        let connector = links.connector(node.address, Some(node.id.as_str()));
+        Ok(endpoint(node)?.connect_with_connector_lazy(connector))
+    })
+}
+
+/// The other nodes, as this one is to use them.
+pub(super) fn peers(
+    config: &ClusterConfig,
+    view: watch::Receiver<Arc<View>>,
+    links: &Links,
+) -> Arc<Peers> {
+    let options = PeerOptions {
+        upload_bytes: config.upload_bytes_per_second.unwrap_or(0),
+        download_bytes: config.download_bytes_per_second.unwrap_or(0),
+        origin_bytes: config.origin_bytes_per_second.unwrap_or(0),
+        upload_slots: usize::from(config.upload_slots),
+        seed: u64::from(crc32fast::hash(config.name.as_str().as_bytes())),
+        ..PeerOptions::default()
+    };
+    Arc::new(Peers::new(options, view, connect(links)))
+}
+
+/// Serves the peer API until the token is cancelled.
+///
+/// **Errors** the address cannot be listened at.
+pub(super) async fn serve(
+    address: SocketAddr,
+    links: Links,
+    parts: (Fetcher, Arc<Peers>, Arc<NodeShelf>),
+    membership: Arc<Membership>,
+    tasks: &TaskTracker,
+    stop: CancellationToken,
+) -> std::io::Result<()> {
+    let listener = TcpListener::bind(address).await?;
+    let (fetcher, peers, shelf) = parts;
+    let version = env!("CARGO_PKG_VERSION");
+    let server = PeerServer::new(fetcher, peers, shelf, version, stop.clone());
+    let (accepted, incoming) = mpsc::channel(ACCEPTED);
+    tasks.spawn(accept(listener, links, accepted, tasks.clone(), stop.clone()));
+    let load = server.clone();
+    let loaded = async move {
+        let mut every = tokio::time::interval(LOAD_EVERY);
+        loop {
+            every.tick().await;
+            let (percent, free_slots) = load.load();
+            membership.set_load(percent, free_slots);
+        }
+    };
+    let stopped = stop.clone();
+    tasks.spawn(async move {
+        stopped.run_until_cancelled(loaded).await;
+    });
+    tasks.spawn(async move {
+        let incoming = ReceiverStream::new(incoming);
+        if let Err(error) = server.serve(incoming).await {
+            tracing::error!("peer API ended: {error}");
+        }
+    });
+    tracing::info!(%address, "serving other nodes");
+    Ok(())
+}
+
+async fn accept(
+    listener: TcpListener,
+    links: Links,
+    accepted: mpsc::Sender<std::io::Result<PeerStream>>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+) {
+    let handshakes = Arc::new(Semaphore::new(HANDSHAKES));
+    loop {
+        let permit = Arc::clone(&handshakes).acquire_owned();
+        let next = async {
+            // Never closed.
+            let permit = permit.await.ok();
+            (listener.accept().await, permit)
+        };
+        let Some((connection, permit)) = stop.run_until_cancelled(next).await else {
+            return;
+        };
+        let stream = match connection {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!("failed to accept a node's connection: {error}");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let (links, accepted, stop) = (links.clone(), accepted.clone(), stop.clone());
+        tasks.spawn(async move {
+            let handshake = stop.run_until_cancelled(links.accept(stream)).await;
+            drop(permit);
+            match handshake {
+                Some(Ok(stream)) => {
+                    let _ = stop.run_until_cancelled(accepted.send(Ok(stream))).await;
+                }
+                Some(Err(error)) => tracing::debug!("refuse a connection: {error}"),
+                None => {}
+            }
+        });
+    }
+}

@@ -1,0 +1,299 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What this node has for other nodes: layers, opened on their behalf where need be, and layer indexes.
+//!
+//! A layer that no snapshot of this node has is a *foster*: the node is its home, or a supernode. Its
+//! index comes from the node that asks, its chunks from the repositories that the asker names, as far as
+//! `[trust] lazy` allows these here, with this node's own credentials. The sweep leaves fosters alone
+//! until nobody has asked for them for a while.
+//!
+//! An index is fetched from the origin by its home, once, however many ask at the same time.
+//!
+//! **Bounds** index payloads in memory: [`PAYLOADS_BYTES`]; fosters: their devices count for the store's
+//! budget. **Locks** tables are locked for map operations only.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::FutureExt as _;
+use futures::future::{BoxFuture, Shared};
+use lru::LruCache;
+use sluice_blockindex::digest::IndexDigest;
+use sluice_blockindex::extent::Extent;
+use sluice_fetcher::cluster::node::NodeId;
+use sluice_fetcher::peer::wire::{OBJECT_MAX_BYTES, WantedLayer, WantedObject};
+use sluice_fetcher::peer::{Peers, Refused, Shelf};
+use sluice_fetcher::scheduler::LayerHandle;
+use sluice_fetcher::source::{OriginSet, Priority, ReadContext};
+use sluice_fetcher::store::DeviceKey;
+use tokio::time::Instant;
+
+use crate::indexes::{IndexPin, LayerIndex, check_digest};
+use crate::layers::Layers;
+use crate::snapshots::BlobOrigin;
+use crate::trust::Trust;
+
+/// Memory for payloads of indexes that other nodes may ask for.
+const PAYLOADS_BYTES: usize = 64 << 20;
+/// How long a home tries to get an index from the origin: as long as a Prepare waits by default.
+const ORIGIN_DEADLINE: Duration = Duration::from_secs(5);
+/// How long another node may take to give an index that it has.
+const NODE_DEADLINE: Duration = Duration::from_secs(2);
+/// A foster is kept for so long after somebody asked for it. Longer than a roll-out over a zone takes
+/// from node to node; the store's budget may end it sooner.
+const FOSTER_LIFE: Duration = Duration::from_secs(900);
+
+/// An index that is being fetched.
+type Flight = Shared<BoxFuture<'static, Result<Bytes, Refused>>>;
+
+/// Recent payloads, within a budget.
+struct Payloads {
+    held_bytes: usize,
+    entries: LruCache<IndexDigest, Bytes>,
+}
+
+/// What this node has for others.
+pub struct NodeShelf {
+    layers: Arc<Layers>,
+    trust: Trust,
+    /// Set once, when the cluster side has started.
+    peers: OnceLock<Arc<Peers>>,
+    payloads: Mutex<Payloads>,
+    flights: Mutex<HashMap<IndexDigest, Flight>>,
+    fosters: Mutex<HashMap<DeviceKey, Instant>>,
+}
+
+impl fmt::Debug for NodeShelf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NodeShelf").finish_non_exhaustive()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every critical section leaves the tables whole.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn failed(error: impl fmt::Display) -> Refused {
+    Refused::Failed(error.to_string())
+}
+
+impl NodeShelf {
+    /// Over these layers; fetches for others only from places that `trust` allows.
+    #[must_use]
+    pub fn new(layers: Arc<Layers>, trust: Trust) -> Self {
+        let payloads = Payloads {
+            held_bytes: 0,
+            entries: LruCache::unbounded(),
+        };
+        Self {
+            layers,
+            trust,
+            peers: OnceLock::new(),
+            payloads: Mutex::new(payloads),
+            flights: Mutex::default(),
+            fosters: Mutex::default(),
+        }
+    }
+
+    /// From now on other nodes are asked; once.
+    pub fn attach(&self, peers: Arc<Peers>) {
+        let _ = self.peers.set(peers);
+    }
+
+    /// The other nodes, where there are any.
+    #[must_use]
+    pub fn peers(&self) -> Option<&Arc<Peers>> {
+        self.peers.get()
+    }
+
+    /// Layers that are kept for other nodes.
+    #[must_use]
+    pub fn fosters(&self) -> BTreeSet<DeviceKey> {
+        let mut fosters = lock(&self.fosters);
+        fosters.retain(|_, asked| asked.elapsed() < FOSTER_LIFE);
+        fosters.keys().copied().collect()
+    }
+
+    /// Keeps the payload of an index, for nodes that may ask for it.
+    pub fn keep(&self, digest: IndexDigest, payload: &Bytes) {
+        if self.peers().is_none() || payload.len() > PAYLOADS_BYTES {
+            return;
+        }
+        let mut payloads = lock(&self.payloads);
+        payloads.held_bytes += payload.len();
+        if let Some(old) = payloads.entries.put(digest, payload.clone()) {
+            payloads.held_bytes -= old.len();
+        }
+        while payloads.held_bytes > PAYLOADS_BYTES {
+            let Some((_, old)) = payloads.entries.pop_lru() else {
+                break;
+            };
+            payloads.held_bytes -= old.len();
+        }
+    }
+
+    fn kept(&self, digest: IndexDigest) -> Option<Bytes> {
+        lock(&self.payloads).entries.get(&digest).cloned()
+    }
+
+    fn allowed(&self, places: &OriginSet) -> Vec<BlobOrigin> {
+        let places = places.places().into_iter().map(|place| BlobOrigin {
+            host: place.host().to_owned(),
+            repository: place.name().to_owned(),
+        });
+        places.filter(|place| self.trust.allows(place)).collect()
+    }
+
+    /// An index for this node itself: from its home, or from the origin when that is this node.
+    ///
+    /// **Errors** [`Refused`]: the caller has places of its own to ask. **Cancel** safe.
+    pub async fn index_of_zone(&self, wanted: &WantedObject) -> Result<Bytes, Refused> {
+        let Some(peers) = self.peers() else {
+            return Err(Refused::NotHere);
+        };
+        let me = peers.me();
+        let mut refused = Refused::NotHere;
+        for home in peers.object_homes(wanted.digest) {
+            if home == me {
+                return self.object(wanted).await;
+            }
+            let Some(node) = peers.to_ask(&home) else {
+                continue;
+            };
+            match peers.object(&node, wanted, ORIGIN_DEADLINE).await {
+                Ok(payload) => {
+                    self.keep(wanted.digest, &payload);
+                    return Ok(payload);
+                }
+                Err(error) => {
+                    tracing::debug!(node = %home, index = %wanted.digest, "no index from a node: {error}");
+                    refused = failed(error);
+                }
+            }
+        }
+        Err(refused)
+    }
+
+    /// The flight of an index; the first who wants it begins it.
+    fn flight(&self, wanted: &WantedObject, places: &[BlobOrigin]) -> Flight {
+        let mut flights = lock(&self.flights);
+        flights.retain(|_, flight| flight.peek().is_none());
+        if let Some(flight) = flights.get(&wanted.digest) {
+            return flight.clone();
+        }
+        let source = self.layers.source(wanted.blob, wanted.blob_bytes, places);
+        let (extent, digest) = (wanted.extent, wanted.digest);
+        let fetch = async move {
+            let context = ReadContext::new(Priority::Foreground).with_timeout(ORIGIN_DEADLINE);
+            let stream = source.open(&context, extent).await.map_err(failed)?;
+            let stream = stream.narrow(extent).map_err(failed)?;
+            let payload = stream.collect(extent.len()).await.map_err(failed)?;
+            check_digest(&payload, digest).map_err(failed)?;
+            Ok(payload)
+        };
+        let flight = fetch.boxed().shared();
+        flights.insert(digest, flight.clone());
+        flight
+    }
+
+    /// The index of a layer that no snapshot here has.
+    async fn foster_index(
+        &self,
+        wanted: &WantedLayer,
+        asker: &NodeId,
+    ) -> Result<Arc<LayerIndex>, Refused> {
+        let pin = IndexPin {
+            digest: wanted.key.index,
+            diff_id: wanted.key.diff_id,
+            blob_bytes: wanted.blob_bytes,
+        };
+        let indexes = Arc::clone(self.layers.indexes());
+        let known = tokio::task::spawn_blocking(move || indexes.get_checked(&pin)).await;
+        if let Some(index) = known.map_err(failed)?.map_err(failed)? {
+            return Ok(index);
+        }
+        let payload = match self.kept(pin.digest) {
+            Some(payload) => payload,
+            None => self.index_of_asker(wanted, asker).await?,
+        };
+        let indexes = Arc::clone(self.layers.indexes());
+        let stored = tokio::task::spawn_blocking(move || indexes.put(&payload, &pin)).await;
+        stored.map_err(failed)?.map_err(failed)
+    }
+
+    async fn index_of_asker(&self, wanted: &WantedLayer, asker: &NodeId) -> Result<Bytes, Refused> {
+        let peers = self.peers().ok_or(Refused::NotHere)?;
+        let node = peers
+            .to_ask(asker)
+            .ok_or_else(|| failed("the asker is no member of the cluster"))?;
+        let longest = wanted.blob_bytes.min(OBJECT_MAX_BYTES);
+        let object = WantedObject {
+            node: peers.me(),
+            digest: wanted.key.index,
+            blob: wanted.blob,
+            blob_bytes: wanted.blob_bytes,
+            extent: Extent::new(0, longest).ok_or_else(|| failed("the blob is empty"))?,
+            places: OriginSet::default(),
+            present_only: true,
+        };
+        let payload = peers.object(&node, &object, NODE_DEADLINE).await;
+        let payload = payload.map_err(failed)?;
+        self.keep(wanted.key.index, &payload);
+        Ok(payload)
+    }
+}
+
+#[async_trait]
+impl Shelf for NodeShelf {
+    async fn layer(
+        &self,
+        wanted: &WantedLayer,
+        asker: &NodeId,
+        present_only: bool,
+    ) -> Result<Arc<LayerHandle>, Refused> {
+        let key = wanted.key;
+        if let Some(asked) = lock(&self.fosters).get_mut(&key) {
+            *asked = Instant::now();
+        }
+        match self.layers.by_key(key).await {
+            Ok(Some(handle)) => return Ok(handle),
+            Ok(None) if present_only => return Err(Refused::NotHere),
+            Ok(None) => {}
+            Err(error) => return Err(failed(error)),
+        }
+        let places = self.allowed(&wanted.places);
+        if places.is_empty() {
+            let why = "[trust] lazy allows none of the layer's repositories";
+            return Err(Refused::NotAllowed(why.to_owned()));
+        }
+        let index = self.foster_index(wanted, asker).await?;
+        // Before it is opened: the sweep must not find it without a reason to be.
+        lock(&self.fosters).insert(key, Instant::now());
+        let (blob, blob_bytes) = (wanted.blob, wanted.blob_bytes);
+        let opened = self.layers.open_at(key, blob, blob_bytes, &places, &index);
+        let handle = opened.await.map_err(failed)?;
+        tracing::info!(device = %key, node = %asker, "opened a layer on behalf of a node");
+        Ok(handle)
+    }
+
+    async fn object(&self, wanted: &WantedObject) -> Result<Bytes, Refused> {
+        if let Some(payload) = self.kept(wanted.digest) {
+            return Ok(payload);
+        }
+        if wanted.present_only {
+            return Err(Refused::NotHere);
+        }
+        let places = self.allowed(&wanted.places);
+        if places.is_empty() {
+            let why = "[trust] lazy allows none of the layer's repositories";
+            return Err(Refused::NotAllowed(why.to_owned()));
+        }
+        let payload = self.flight(wanted, &places).await?;
+        self.keep(wanted.digest, &payload);
+        Ok(payload)
+    }
+}
