@@ -3,6 +3,7 @@
 //!
 //! - [`node`]: a node, and the view that one node has of its zone and of others.
 //! - [`home`]: which node fetches a piece from the origin.
+//! - [`membership`]: who is there, by gossip or from a list.
 //! - [`link`]: connections between nodes, with [`tls`] and [`allow`].
 //! - [`seed`]: where a node that starts looks for others.
 //! - [`choice`]: which of those that could have something is asked first, and who is avoided.
@@ -20,11 +21,14 @@ pub mod bucket;
 pub mod choice;
 pub mod hedge;
 pub mod holders;
+mod gossip;
 pub mod home;
 pub mod link;
+pub mod membership;
 pub mod metrics;
 pub mod node;
 pub mod search;
+pub mod route;
 pub mod seed;
 pub mod tls;
 pub mod uploads;

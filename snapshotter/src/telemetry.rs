@@ -16,6 +16,11 @@ pub fn start_log(
     format: LogFormat,
     level: &str,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    // The gossip library warns of each datagram that makes no sense, which anybody may send.
+    let level = match level {
+        level if level.contains("chitchat") => level.to_owned(),
+        level => format!("{level},chitchat=error"),
+    };
     let filter = tracing_subscriber::EnvFilter::try_new(level)?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)

@@ -77,6 +77,14 @@ impl Role {
             Role::Leech => "leech",
         }
     }
+
+    /// The role of this word; `None` where there is none, or none yet.
+    #[must_use]
+    pub fn parse(word: &str) -> Option<Self> {
+        [Role::Node, Role::Supernode, Role::Leech]
+            .into_iter()
+            .find(|role| role.as_str() == word)
+    }
 }
 
 /// A node as others know it.

@@ -193,10 +193,7 @@ fn node_id(text: &str) -> Result<NodeId, String> {
 }
 
 fn role_named(text: &str) -> Result<Role, String> {
-    [Role::Node, Role::Supernode, Role::Leech]
-        .into_iter()
-        .find(|role| role.as_str() == text)
-        .ok_or_else(|| "want \"node\", \"supernode\" or \"leech\"".to_owned())
+    Role::parse(text).ok_or_else(|| "want \"node\", \"supernode\" or \"leech\"".to_owned())
 }
 
 fn with_port(text: &str) -> Result<SocketAddr, String> {
