@@ -13,6 +13,7 @@ use clap::{Parser, Subcommand};
 mod control;
 mod convert;
 mod inspect;
+mod nodes;
 mod open;
 mod pace;
 mod pull;
@@ -40,6 +41,8 @@ enum Command {
     Status(control::Status),
     /// Say whether an image is lazy, and if not, why.
     Why(control::Why),
+    /// List the nodes of the cluster, as this one sees them.
+    Nodes(nodes::Nodes),
     /// Work on containerd's content store.
     #[command(subcommand)]
     Content(control::Content),
@@ -51,7 +54,10 @@ enum Command {
 impl Command {
     /// Whether the output is all that there is to it.
     fn only_shows(&self) -> bool {
-        matches!(self, Self::Inspect(_) | Self::Status(_) | Self::Why(_))
+        matches!(
+            self,
+            Self::Inspect(_) | Self::Status(_) | Self::Why(_) | Self::Nodes(_)
+        )
     }
 }
 
@@ -86,6 +92,7 @@ fn dispatch(arguments: Arguments) -> anyhow::Result<()> {
         Command::Pull(pull) => wait_for(pull::run(pull)),
         Command::Status(status) => wait_for(control::status(status)),
         Command::Why(why) => wait_for(control::why(why)),
+        Command::Nodes(nodes) => wait_for(nodes::run(nodes)),
         Command::Content(content) => wait_for(control::content(content)),
     }
 }

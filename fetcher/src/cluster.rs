@@ -19,16 +19,16 @@
 pub mod allow;
 pub mod bucket;
 pub mod choice;
+mod gossip;
 pub mod hedge;
 pub mod holders;
-mod gossip;
 pub mod home;
 pub mod link;
 pub mod membership;
 pub mod metrics;
 pub mod node;
-pub mod search;
 pub mod route;
+pub mod search;
 pub mod seed;
 pub mod tls;
 pub mod uploads;

@@ -7,6 +7,7 @@
 mod content;
 mod images;
 pub mod ingest;
+mod nodes;
 mod status;
 mod why;
 
@@ -14,12 +15,14 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use futures::Stream;
+use sluice_fetcher::cluster::node::View;
 use sluice_proto::control::control_server::{Control, ControlServer};
 use sluice_proto::control::{
-    CompleteContentProgress, CompleteContentRequest, StatusRequest, StatusResponse, WhyRequest,
-    WhyResponse,
+    CompleteContentProgress, CompleteContentRequest, NodesRequest, NodesResponse, StatusRequest,
+    StatusResponse, WhyRequest, WhyResponse,
 };
 use tokio::net::UnixListener;
+use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -86,19 +89,26 @@ pub struct ControlService {
     lazy: Lazy,
     containerd: Containerd,
     content: Arc<dyn ContentReader>,
+    cluster: Option<watch::Receiver<Arc<View>>>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
 
 impl ControlService {
-    /// Answers for these lazy layers.
+    /// Answers for these lazy layers, and for the cluster that the node is in.
     #[must_use]
-    pub fn new(lazy: Lazy, containerd: Containerd, stop: CancellationToken) -> Self {
+    pub fn new(
+        lazy: Lazy,
+        containerd: Containerd,
+        cluster: Option<watch::Receiver<Arc<View>>>,
+        stop: CancellationToken,
+    ) -> Self {
         let content = Arc::clone(&lazy.parts().content);
         Self {
             lazy,
             containerd,
             content,
+            cluster,
             tasks: TaskTracker::new(),
             stop,
         }
@@ -146,6 +156,11 @@ impl Control for ControlService {
         let WhyRequest { image, namespace } = request.into_inner();
         let answer = self.why(&image, &namespace).await;
         answer.map(Response::new).map_err(|error| status_of(&error))
+    }
+
+    async fn nodes(&self, _: Request<NodesRequest>) -> Result<Response<NodesResponse>, Status> {
+        let view = self.cluster.as_ref().map(|view| Arc::clone(&view.borrow()));
+        Ok(Response::new(nodes::nodes_of(view.as_deref())))
     }
 
     type CompleteContentStream = ProgressStream;

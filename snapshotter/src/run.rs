@@ -6,6 +6,7 @@
 //! [`STOP_DEADLINE`], deletes no state and touches no mount; a second signal ends the process at
 //! once, which costs no more than a crash does.
 
+mod cluster;
 mod lazy;
 mod lock;
 mod notify;
@@ -19,13 +20,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus_client::registry::Registry;
+use sluice_fetcher::cluster::node::View;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+pub use cluster::ClusterError;
 pub use lock::{LockError, RootLock};
 pub use sockets::{SocketError, bind_private};
 
+use self::cluster::ClusterSide;
 use crate::config::Config;
 use crate::service;
 use crate::snapshots::{
@@ -73,6 +78,9 @@ pub enum RunError {
     /// The snapshots cannot be opened.
     #[error("open snapshots: {0}")]
     Snapshots(#[source] SnapshotError),
+    /// The cluster side does not start.
+    #[error("join the cluster: {0}")]
+    Cluster(#[source] ClusterError),
     /// The lazy side does not start.
     #[error("start the lazy side: {0}")]
     Lazy(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -95,6 +103,8 @@ pub struct Parts<'a> {
     pub directories: SnapshotDirectories,
     /// Where metrics are registered.
     pub registry: &'a mut Registry,
+    /// Who is in the cluster; `None`: the node is in none.
+    pub cluster: Option<watch::Receiver<Arc<View>>>,
     /// Cancelled when the daemon stops.
     pub stop: CancellationToken,
 }
@@ -141,11 +151,17 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Ru
 
     let mut registry = Registry::default();
     let metrics = SnapshotMetrics::register(&mut registry);
+    let mut cluster = None;
+    if let Some(config) = &config.cluster {
+        let side = ClusterSide::start(config, &mut registry, &stop).await;
+        cluster = Some(side.map_err(RunError::Cluster)?);
+    }
     let lazy = lazy::LazySide::start(Parts {
         config: &config,
         store: Arc::clone(&store),
         directories: directories.clone(),
         registry: &mut registry,
+        cluster: cluster.as_ref().map(ClusterSide::view),
         stop: stop.clone(),
     })
     .await
@@ -208,6 +224,10 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Ru
             Ok(())
         }
     };
+    if let Some(cluster) = cluster {
+        // It began to leave with the stop, and has done so by now.
+        cluster.stop().await;
+    }
     snapshots.stop(left(REQUESTS_DEADLINE)).await;
     lazy.stop(left(STOP_DEADLINE - TELEMETRY_DEADLINE)).await;
     if let Some((mut server, stopping)) = telemetry {

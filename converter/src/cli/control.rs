@@ -18,7 +18,7 @@ use super::show::{Table, bytes, printable, short};
 use crate::grpc;
 
 /// How long the daemon may take to answer what it knows by heart.
-const CALL_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long it may be silent while it completes content: twice its own default deadline for a read
 /// that no source answers, after which it would have said so.
 const STALL_TIMEOUT: Duration = Duration::from_secs(600);
@@ -32,10 +32,10 @@ pub(super) struct DaemonArguments {
         env = "SLUICE_CONTROL_SOCKET",
         default_value = "/run/sluice/control.sock"
     )]
-    socket: PathBuf,
+    pub(super) socket: PathBuf,
     /// One JSON object on standard output.
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
 }
 
 /// Arguments of `status`.
@@ -83,7 +83,7 @@ pub(super) struct Complete {
     daemon: DaemonArguments,
 }
 
-async fn connect(socket: &Path) -> anyhow::Result<ControlClient<Channel>> {
+pub(super) async fn connect(socket: &Path) -> anyhow::Result<ControlClient<Channel>> {
     let channel = grpc::connect(socket).await.with_context(|| {
         format!(
             "connect to sluiced at {} (is it running?)",
@@ -94,7 +94,7 @@ async fn connect(socket: &Path) -> anyhow::Result<ControlClient<Channel>> {
 }
 
 /// Waits for the daemon, but not for ever: one that hangs would hang its user as well.
-async fn within<T>(
+pub(super) async fn within<T>(
     limit: Duration,
     answer: impl Future<Output = Result<T, tonic::Status>>,
 ) -> anyhow::Result<T> {

@@ -121,6 +121,18 @@ pub enum Distance {
     Elsewhere,
 }
 
+impl Distance {
+    /// The word in metrics and `sluice nodes`.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Distance::Rack => "rack",
+            Distance::Zone => "zone",
+            Distance::Elsewhere => "elsewhere",
+        }
+    }
+}
+
 /// Who is there, as one node sees it now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct View {

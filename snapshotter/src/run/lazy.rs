@@ -66,6 +66,7 @@ impl LazySide {
             config,
             store: metadata,
             registry,
+            cluster,
             stop,
             ..
         } = parts;
@@ -129,7 +130,7 @@ impl LazySide {
         );
         reclaimer.attach(&lazy);
 
-        let service = ControlService::new(lazy.clone(), containerd, stop);
+        let service = ControlService::new(lazy.clone(), containerd, cluster, stop);
         let control = tokio::spawn(async move {
             if let Err(error) = service.serve(listener).await {
                 tracing::error!("control service ended: {error}");

@@ -81,6 +81,126 @@ async fn a_daemon_starts_alone_and_stops_and_starts_again() {
     end(start(&config).await).await;
 }
 
+/// What `sluice nodes` is told.
+async fn nodes(config: &Config) -> sluice_proto::control::NodesResponse {
+    use sluice_proto::control::control_client::ControlClient;
+
+    let path = config.control_socket();
+    let channel = tonic::transport::Endpoint::from_static("http://control")
+        .connect_with_connector(tower::service_fn(move |_| {
+            let path = path.clone();
+            async move {
+                let stream = tokio::net::UnixStream::connect(path).await?;
+                Ok::<_, io::Error>(hyper_util::rt::TokioIo::new(stream))
+            }
+        }))
+        .await
+        .unwrap();
+    let request = sluice_proto::control::NodesRequest {};
+    let answer = ControlClient::new(channel).nodes(request).await;
+    answer.unwrap().into_inner()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_joins_its_cluster_and_leaves_it() {
+    use sluice_fetcher::cluster::allow::Allow;
+    use sluice_fetcher::cluster::membership::{Discovery, Membership, MembershipOptions};
+    use sluice_fetcher::cluster::metrics::ClusterMetrics;
+    use sluice_fetcher::cluster::node::{Node, NodeId, Role};
+
+    let root = tempfile::tempdir().unwrap();
+    let mut config = config(&root);
+    let running = start(&config).await;
+    assert_eq!(
+        nodes(&config).await,
+        sluice_proto::control::NodesResponse::default()
+    );
+    end(running).await;
+
+    // Addresses of this test alone.
+    let process = std::process::id().to_le_bytes();
+    let address =
+        |last| std::net::SocketAddr::from(([127, process[0] | 1, process[1], last], 9641));
+    let options = MembershipOptions {
+        listen: address(101),
+        discovery: Discovery::Gossip,
+        seeds: Vec::new(),
+        seed_file: None,
+        allow: Allow::default(),
+        metrics: ClusterMetrics::new(),
+    };
+    let other = Node {
+        id: NodeId::parse("other").unwrap(),
+        zone: "z".into(),
+        rack: "r".into(),
+        role: Role::Supernode,
+        address: address(101),
+        version: "0.0.1".into(),
+        protocol: 7,
+        load: 3,
+        free_slots: 9,
+    };
+    let other = Membership::start(options, other, &CancellationToken::new()).unwrap();
+    let text = format!(
+        "[telemetry]\naddress = \"\"\n[cluster]\nenabled = true\nname = \"daemon\"\nzone = \"z\"\n\
+         listen = \"{}\"\nseeds = [\"{}\"]\nupload_slots = 4\n",
+        address(102),
+        address(101)
+    );
+    let overrides = Overrides {
+        root: Some(config.root.clone()),
+        run_dir: Some(config.run_dir.clone()),
+    };
+    config = Config::parse(&text, Path::new("test"), overrides).unwrap();
+    let running = start(&config).await;
+    let mut view = other.view();
+    let joined = view.wait_for(|view| view.others.len() == 1);
+    let joined = tokio::time::timeout(Duration::from_secs(30), joined).await;
+    let daemon = joined.unwrap().unwrap().others[0].clone();
+    assert_eq!(
+        (daemon.id.as_str(), daemon.address, daemon.free_slots),
+        ("daemon", address(102), 4)
+    );
+    let both = async {
+        loop {
+            let answer = nodes(&config).await;
+            if answer.nodes.len() == 2 {
+                return answer;
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    };
+    let answer = tokio::time::timeout(Duration::from_secs(30), both).await;
+    let answer = answer.unwrap();
+    let shown: Vec<_> = answer
+        .nodes
+        .iter()
+        .map(|node| (node.name.as_str(), node.distance.as_str(), node.protocol))
+        .collect();
+    assert_eq!(shown, [("daemon", "self", 1), ("other", "zone", 7)]);
+
+    end(running).await;
+    let left = view.wait_for(|view| view.others.is_empty());
+    let left = tokio::time::timeout(Duration::from_secs(4), left).await;
+    left.expect("sooner than silence would tell").unwrap();
+    other.stop().await;
+}
+
+#[tokio::test]
+async fn tls_files_that_are_no_good_are_an_error_that_names_them() {
+    let root = tempfile::tempdir().unwrap();
+    let mut config = config(&root);
+    let text = "[cluster]\nenabled = true\nname = \"a\"\n[cluster.tls]\ncert = \"/no/cert\"\n\
+                key = \"/no/key\"\nca = \"/no/ca\"\n";
+    let parsed = Config::parse(text, Path::new("test"), Overrides::default()).unwrap();
+    config.cluster = parsed.cluster;
+    let error = run_until(config, CancellationToken::new())
+        .await
+        .unwrap_err();
+    assert!(matches!(error, RunError::Cluster(_)), "{error}");
+    assert!(error.to_string().contains("/no/cert"), "{error}");
+}
+
 #[tokio::test]
 async fn only_a_dead_socket_is_replaced() {
     let directory = tempfile::tempdir().unwrap();

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The cluster side of the daemon, put together: its TLS files, and the view of who is there.
+//!
+//! Nothing of it waits for the network, and only what is wrong with its own files is an error: a node
+//! that finds nobody is a node by itself.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use prometheus_client::registry::Registry;
+use sluice_fetcher::cluster::allow::Allow;
+use sluice_fetcher::cluster::membership::{
+    Discovery, Hello, Membership, MembershipError, MembershipOptions,
+};
+use sluice_fetcher::cluster::metrics::ClusterMetrics;
+use sluice_fetcher::cluster::node::{Node, Role, View};
+use sluice_fetcher::cluster::tls::{TlsError, TlsFiles};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::config::{ClusterConfig, ClusterTlsConfig};
+
+/// The newest version of the peer protocol that this node speaks.
+const PROTOCOL: u32 = 1;
+
+/// Why the node is in no cluster.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ClusterError {
+    /// The TLS files cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The node cannot be a member.
+    #[error(transparent)]
+    Membership(#[from] MembershipError),
+    /// The daemon stops.
+    #[error("the daemon stops")]
+    Stopping,
+}
+
+/// The cluster side, running.
+#[derive(Debug)]
+pub(super) struct ClusterSide {
+    membership: Membership,
+    tasks: TaskTracker,
+}
+
+impl ClusterSide {
+    /// Starts it. Ends with `stop`; [`stop`](Self::stop) waits for that.
+    pub(super) async fn start(
+        config: &ClusterConfig,
+        registry: &mut Registry,
+        stop: &CancellationToken,
+    ) -> Result<Self, ClusterError> {
+        let metrics = ClusterMetrics::new();
+        metrics.register(registry.sub_registry_with_prefix("sluice"));
+        let tasks = TaskTracker::new();
+        let tls = match &config.tls {
+            Some(files) => Some(open_tls(files.clone(), metrics.clone()).await?),
+            None => None,
+        };
+        if let Some(files) = tls {
+            let stop = stop.clone();
+            tasks.spawn(async move { files.watch(&stop).await });
+        }
+        tasks.close();
+        let options = MembershipOptions {
+            listen: config.listen,
+            discovery: if config.gossip {
+                Discovery::Gossip
+            } else {
+                Discovery::Static(hello())
+            },
+            seeds: config.seeds.clone(),
+            seed_file: config.seed_file.clone(),
+            allow: Allow::new(config.allow.clone()),
+            metrics,
+        };
+        let membership = Membership::start(options, node(config), stop)?;
+        Ok(Self { membership, tasks })
+    }
+
+    /// Who is there.
+    pub(super) fn view(&self) -> watch::Receiver<Arc<View>> {
+        self.membership.view()
+    }
+
+    /// Leaves the cluster, within seconds.
+    pub(super) async fn stop(self) {
+        self.membership.stop().await;
+        self.tasks.wait().await;
+    }
+}
+
+async fn open_tls(
+    files: ClusterTlsConfig,
+    metrics: ClusterMetrics,
+) -> Result<TlsFiles, ClusterError> {
+    let open = move || {
+        let [cert, key, ca] = [&files.cert, &files.key, &files.ca].map(|path| Path::new(path));
+        TlsFiles::open(cert, key, ca, metrics)
+    };
+    let opened = tokio::task::spawn_blocking(open).await;
+    Ok(opened.map_err(|_| ClusterError::Stopping)??)
+}
+
+/// This node, as others are to know it.
+fn node(config: &ClusterConfig) -> Node {
+    Node {
+        id: config.name.clone(),
+        zone: config.zone.clone(),
+        rack: config.rack.clone(),
+        role: config.role,
+        address: config.advertise.unwrap_or(config.listen),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        protocol: PROTOCOL,
+        load: 0,
+        free_slots: match config.role {
+            Role::Leech => 0,
+            Role::Node | Role::Supernode => config.upload_slots,
+        },
+    }
+}
+
+/// Asks a node of a static list who it is: with the peer API, which nobody serves yet.
+fn hello() -> Hello {
+    tracing::warn!("nodes of a static list cannot be asked yet; use gossip");
+    Arc::new(|_| Box::pin(std::future::ready(None)))
+}
