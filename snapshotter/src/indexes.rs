@@ -206,11 +206,7 @@ impl IndexFiles {
     }
 
     /// Checks a payload, stores the index durably and opens it.
-    pub fn put(
-        &self,
-        payload: &[u8],
-        pin: &IndexPin,
-    ) -> Result<Arc<LayerIndex>, LayerIndexError> {
+    pub fn put(&self, payload: &[u8], pin: &IndexPin) -> Result<Arc<LayerIndex>, LayerIndexError> {
         let digest = pin.digest;
         self.touch(digest);
         let bytes = accept(payload, pin)?;
@@ -230,10 +226,7 @@ impl IndexFiles {
     }
 
     /// As [`IndexFiles::get`], and checks that the index is the one that the manifest describes.
-    pub fn get_checked(
-        &self,
-        pin: &IndexPin,
-    ) -> Result<Option<Arc<LayerIndex>>, LayerIndexError> {
+    pub fn get_checked(&self, pin: &IndexPin) -> Result<Option<Arc<LayerIndex>>, LayerIndexError> {
         let index = self.get(pin.digest)?;
         if let Some(index) = &index {
             agrees(index, pin)?;

@@ -189,12 +189,7 @@ impl Layers {
         }
         let known_places = origins.clone();
         // The scheduler repeats what fails, and waits as long as a registry asks it to.
-        let source = RegistryBlobSource::once(
-            self.client.clone(),
-            blob,
-            blob_bytes,
-            origins,
-        );
+        let source = RegistryBlobSource::once(self.client.clone(), blob, blob_bytes, origins);
         let spec = LayerSpec {
             key,
             chunks: index.chunk_map().clone(),

@@ -10,6 +10,7 @@ mod cluster;
 mod lazy;
 mod lock;
 mod notify;
+mod peers;
 mod sockets;
 
 use std::fs::DirBuilder;
@@ -21,6 +22,7 @@ use std::time::Duration;
 
 use prometheus_client::registry::Registry;
 use sluice_fetcher::cluster::node::View;
+use sluice_fetcher::peer::Peers;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -105,6 +107,8 @@ pub struct Parts<'a> {
     pub registry: &'a mut Registry,
     /// Who is in the cluster; `None`: the node is in none.
     pub cluster: Option<watch::Receiver<Arc<View>>>,
+    /// The other nodes; `None`: the node is in no cluster.
+    pub peers: Option<Arc<Peers>>,
     /// Cancelled when the daemon stops.
     pub stop: CancellationToken,
 }
@@ -162,10 +166,15 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Ru
         directories: directories.clone(),
         registry: &mut registry,
         cluster: cluster.as_ref().map(ClusterSide::view),
+        peers: cluster.as_ref().map(|side| Arc::clone(side.peers())),
         stop: stop.clone(),
     })
     .await
     .map_err(RunError::Lazy)?;
+    if let (Some(side), Some(config)) = (&cluster, &config.cluster) {
+        let served = side.serve(config, lazy.fetcher(), lazy.shelf());
+        served.await.map_err(RunError::Cluster)?;
+    }
 
     let options = SnapshotOptions {
         prepare_budget: config.prepare_budget,

@@ -37,10 +37,10 @@ pub type Connect = Arc<dyn Fn(&Node) -> Result<Channel, LinkError> + Send + Sync
 /// What every connection to a node has set, whatever carries it.
 ///
 /// **Errors** [`LinkError`] when the address makes no URL.
-pub fn endpoint(node: &Node) -> Result<Endpoint, LinkError> {
-    let endpoint = Endpoint::from_shared(format!("http://{}", node.address));
+pub fn endpoint(address: SocketAddr) -> Result<Endpoint, LinkError> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}"));
     let endpoint = endpoint.map_err(|error| LinkError {
-        address: node.address,
+        address,
         reason: error.to_string(),
     })?;
     Ok(endpoint
@@ -55,7 +55,7 @@ pub fn endpoint(node: &Node) -> Result<Endpoint, LinkError> {
 /// Connections without encryption.
 #[must_use]
 pub fn plain() -> Connect {
-    Arc::new(|node| Ok(endpoint(node)?.connect_lazy()))
+    Arc::new(|node| Ok(endpoint(node.address)?.connect_lazy()))
 }
 
 /// The channels.

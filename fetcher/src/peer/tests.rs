@@ -275,7 +275,14 @@ async fn a_burst_on_few_slots_spreads_as_a_tree() {
     })
     .await;
     let first = Extent::new(0, 2 << 20).unwrap();
-    all(nodes.iter().map(|node| node.read(first))).await;
+    let background = |node: &TestNode| {
+        let (fetcher, layer) = (node.fetcher.clone(), Arc::clone(&node.layer));
+        async move {
+            let filled = fetcher.fill(&layer, first, Priority::Background, Some(60 * SECOND));
+            filled.await.unwrap();
+        }
+    };
+    all(nodes.iter().map(background)).await;
     let sent: usize = nodes.iter().map(|node| node.line.sent_bytes()).sum();
     let of_piece: u64 = (0..16)
         .map(|it| layer.chunks.chunk(it).unwrap().blob.len())

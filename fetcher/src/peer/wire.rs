@@ -2,6 +2,7 @@
 //! Messages of the peer API as meant, and the checks of what comes from outside.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 
 use bytes::Bytes;
 use sluice_blockindex::chunkmap::Chunk;
@@ -9,7 +10,7 @@ use sluice_blockindex::digest::{BlobDigest, DIGEST_BYTES, DiffId, IndexDigest};
 use sluice_blockindex::extent::{BlobSpace, Extent};
 use sluice_proto::peer as proto;
 
-use crate::cluster::node::{InvalidName, NodeId};
+use crate::cluster::node::{InvalidName, Node, NodeId, Role, check_name};
 use crate::registry::Repository;
 use crate::source::{OriginSet, Priority};
 use crate::store::DeviceKey;
@@ -18,6 +19,8 @@ use crate::store::DeviceKey;
 pub const CHUNKS_MAX: usize = 4096;
 /// The most places of a blob that are looked at.
 pub const PLACES_MAX: usize = 16;
+/// The most characters of a version that are kept.
+const VERSION_MAX_CHARS: usize = 64;
 /// The most bytes of an object: as of an index.
 pub const OBJECT_MAX_BYTES: u64 = sluice_blockindex::annotations::INDEX_MAX_BYTES;
 /// Bytes of an object in one message.
@@ -71,6 +74,31 @@ pub fn places_to_proto(set: &OriginSet) -> Vec<proto::Place> {
         repository: place.name().to_owned(),
     })
     .collect()
+}
+
+/// The node that an answer to Hello tells of, at the address where it was asked.
+///
+/// **Errors** [`WireError`]: its names or its role are none.
+pub fn node_of(reply: &proto::HelloReply, address: SocketAddr) -> Result<Node, WireError> {
+    let role = [Role::Node, Role::Supernode, Role::Leech]
+        .into_iter()
+        .find(|role| role.as_str() == reply.role)
+        .ok_or_else(|| malformed("role"))?;
+    check_name(&reply.zone)?;
+    if !reply.rack.is_empty() {
+        check_name(&reply.rack)?;
+    }
+    Ok(Node {
+        id: NodeId::parse(&reply.node)?,
+        zone: reply.zone.clone(),
+        rack: reply.rack.clone(),
+        role,
+        address,
+        version: reply.version.chars().take(VERSION_MAX_CHARS).collect(),
+        protocol: reply.protocol,
+        load: u8::try_from(reply.load).unwrap_or(100).min(100),
+        free_slots: u16::try_from(reply.free_slots).unwrap_or(u16::MAX),
+    })
 }
 
 /// A layer that somebody wants chunks of.

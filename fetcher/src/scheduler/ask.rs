@@ -36,6 +36,10 @@ use crate::store::{Committed, lock};
 /// leaving a home that lives costs the origin a second fetch.
 const SILENCE: Duration = Duration::from_secs(3);
 
+/// No node is asked besides a first one that was silent for less than this: a home answers at once that it
+/// works on it, and one that is only loaded must not cost the origin a second fetch.
+const HEDGE_FLOOR: Duration = Duration::from_millis(500);
+
 /// What came of asking.
 pub(super) enum Asked {
     /// Look again: something landed, or the next step is due.
@@ -254,7 +258,8 @@ impl Asking<'_> {
                 return Ok(());
             }
             let reading = !paused && decodes.len() < DECODES && !self.all_over();
-            let hedge_at = last_sign + self.peers.hedge_after(&self.asks[0].node);
+            let hedge_after = self.peers.hedge_after(&self.asks[0].node);
+            let hedge_at = last_sign + hedge_after.max(HEDGE_FLOOR);
             let may_hedge = !hedged && !signs && urgency.effective() == Priority::Foreground;
             let silent_at = (last_sign + SILENCE).min(last_chunk + run.core.options.stall);
             tokio::select! {

@@ -87,11 +87,7 @@ struct ZoneIndex {
 }
 
 impl ZoneIndex {
-    fn new(
-        shelf: &Arc<NodeShelf>,
-        annotations: &LayerAnnotations,
-        sources: &[BlobOrigin],
-    ) -> Self {
+    fn new(shelf: &Arc<NodeShelf>, annotations: &LayerAnnotations, sources: &[BlobOrigin]) -> Self {
         let places = sources
             .iter()
             .filter_map(|it| Repository::new(&it.host, &it.repository).ok());

@@ -132,7 +132,7 @@ async fn a_planned_layer_whose_index_is_gone_is_not_lazy() {
     let digest = site.annotations.index_digest;
     drop(
         site.indexes()
-            .put(&site.payload, &site.annotations)
+            .put(&site.payload, &(&site.annotations).into())
             .unwrap(),
     );
     for _ in 0..2 {
@@ -152,7 +152,7 @@ async fn the_index_that_a_prepare_names_is_the_one_that_counts() {
     let site = site();
     drop(
         site.indexes()
-            .put(&site.payload, &site.annotations)
+            .put(&site.payload, &(&site.annotations).into())
             .unwrap(),
     );
     let decision = site.decide(&site.annotations).await;
@@ -212,7 +212,7 @@ async fn nothing_is_swept_before_the_shim_has_said_what_is_mounted() {
     let inner = &site.lazy.0;
     drop(
         site.indexes()
-            .put(&site.payload, &site.annotations)
+            .put(&site.payload, &(&site.annotations).into())
             .unwrap(),
     );
     let path = site.indexes().path(site.annotations.index_digest);

@@ -4,25 +4,28 @@
 //! Nothing of it waits for the network, and only what is wrong with its own files is an error: a node
 //! that finds nobody is a node by itself.
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 
 use prometheus_client::registry::Registry;
 use sluice_fetcher::cluster::allow::Allow;
+use sluice_fetcher::cluster::link::Links;
 use sluice_fetcher::cluster::membership::{
-    Discovery, Hello, Membership, MembershipError, MembershipOptions,
+    Discovery, Membership, MembershipError, MembershipOptions,
 };
 use sluice_fetcher::cluster::metrics::ClusterMetrics;
 use sluice_fetcher::cluster::node::{Node, Role, View};
 use sluice_fetcher::cluster::tls::{TlsError, TlsFiles};
+use sluice_fetcher::peer::{PROTOCOL, Peers};
+use sluice_fetcher::scheduler::Fetcher;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::peers;
 use crate::config::{ClusterConfig, ClusterTlsConfig};
-
-/// The newest version of the peer protocol that this node speaks.
-const PROTOCOL: u32 = 1;
+use crate::shelf::NodeShelf;
 
 /// Why the node is in no cluster.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +37,15 @@ pub enum ClusterError {
     /// The node cannot be a member.
     #[error(transparent)]
     Membership(#[from] MembershipError),
+    /// Other nodes cannot be served.
+    #[error("listen at {address}: {source}")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
     /// The daemon stops.
     #[error("the daemon stops")]
     Stopping,
@@ -42,8 +54,11 @@ pub enum ClusterError {
 /// The cluster side, running.
 #[derive(Debug)]
 pub(super) struct ClusterSide {
-    membership: Membership,
+    membership: Arc<Membership>,
+    links: Links,
+    peers: Arc<Peers>,
     tasks: TaskTracker,
+    stop: CancellationToken,
 }
 
 impl ClusterSide {
@@ -56,29 +71,67 @@ impl ClusterSide {
         let metrics = ClusterMetrics::new();
         metrics.register(registry.sub_registry_with_prefix("sluice"));
         let tasks = TaskTracker::new();
-        let tls = match &config.tls {
+        let files = match &config.tls {
             Some(files) => Some(open_tls(files.clone(), metrics.clone()).await?),
             None => None,
         };
-        if let Some(files) = tls {
+        if let Some(files) = files.clone() {
             let stop = stop.clone();
             tasks.spawn(async move { files.watch(&stop).await });
         }
-        tasks.close();
+        let allow = Allow::new(config.allow.clone());
+        let links = Links::new(files, allow.clone(), metrics.clone());
         let options = MembershipOptions {
             listen: config.listen,
             discovery: if config.gossip {
                 Discovery::Gossip
             } else {
-                Discovery::Static(hello())
+                Discovery::Static(peers::hello(&links, &config.name))
             },
             seeds: config.seeds.clone(),
             seed_file: config.seed_file.clone(),
-            allow: Allow::new(config.allow.clone()),
+            allow,
             metrics,
         };
         let membership = Membership::start(options, node(config), stop)?;
-        Ok(Self { membership, tasks })
+        let peers = peers::peers(config, membership.view(), &links);
+        Ok(Self {
+            membership: Arc::new(membership),
+            links,
+            peers,
+            tasks,
+            stop: stop.clone(),
+        })
+    }
+
+    /// The other nodes, for those who ask them.
+    pub(super) fn peers(&self) -> &Arc<Peers> {
+        &self.peers
+    }
+
+    /// Serves other nodes from now on.
+    ///
+    /// **Errors** the address cannot be listened at.
+    pub(super) async fn serve(
+        &self,
+        config: &ClusterConfig,
+        fetcher: Fetcher,
+        shelf: Arc<NodeShelf>,
+    ) -> Result<(), ClusterError> {
+        let parts = (fetcher, Arc::clone(&self.peers), shelf);
+        let (links, membership) = (self.links.clone(), Arc::clone(&self.membership));
+        let served = peers::serve(
+            config.listen,
+            links,
+            parts,
+            membership,
+            &self.tasks,
+            self.stop.clone(),
+        );
+        served.await.map_err(|source| ClusterError::Listen {
+            address: config.listen,
+            source,
+        })
     }
 
     /// Who is there.
@@ -89,6 +142,7 @@ impl ClusterSide {
     /// Leaves the cluster, within seconds.
     pub(super) async fn stop(self) {
         self.membership.stop().await;
+        self.tasks.close();
         self.tasks.wait().await;
     }
 }
@@ -121,10 +175,4 @@ fn node(config: &ClusterConfig) -> Node {
             Role::Node | Role::Supernode => config.upload_slots,
         },
     }
-}
-
-/// Asks a node of a static list who it is: with the peer API, which nobody serves yet.
-fn hello() -> Hello {
-    tracing::warn!("nodes of a static list cannot be asked yet; use gossip");
-    Arc::new(|_| Box::pin(std::future::ready(None)))
 }

@@ -29,6 +29,7 @@ use crate::lazy::{Lazy, LazyMetrics, LazyOptions, LazyParts, Reclaimer};
 use crate::mount::attached::AttachedMount;
 use crate::mounts::Mounts;
 use crate::resolve::{Containerd, ContainerdContent};
+use crate::shelf::NodeShelf;
 use crate::shim::client::ShimOptions;
 use crate::snapshots::LazyLayers;
 use crate::trees::TreeFiles;
@@ -55,6 +56,7 @@ pub(super) struct LazySide {
     lazy: Lazy,
     fetcher: Fetcher,
     store: Arc<Store>,
+    shelf: Arc<NodeShelf>,
     control: JoinHandle<()>,
     attach: JoinHandle<()>,
 }
@@ -67,6 +69,7 @@ impl LazySide {
             store: metadata,
             registry,
             cluster,
+            peers,
             stop,
             ..
         } = parts;
@@ -100,6 +103,14 @@ impl LazySide {
             Arc::clone(&metadata),
         ));
 
+        let trust = Trust::new(config.trusted_lazy.clone());
+        let shelf = Arc::new(NodeShelf::new(Arc::clone(&layers), trust.clone()));
+        if let Some(peers) = peers {
+            // Before anything is fetched: the first reads go to the zone, too.
+            fetcher.attach_peers(Arc::clone(&peers));
+            shelf.attach(peers);
+        }
+
         let shim = ShimOptions::new(config.run_dir.clone(), shim_program()?);
         let backend = Arc::new(AttachedMount::new(shim, layers.clone()));
         let mounts = Arc::new(Mounts::new(backend.clone(), &config.root.join("mnt")));
@@ -115,12 +126,13 @@ impl LazySide {
                 trees,
                 background: Background::new(Arc::clone(&layers), delay),
                 layers,
+                shelf: Arc::clone(&shelf),
                 mounts,
                 metrics: lazy_metrics,
             },
             LazyOptions {
                 root: config.root.clone(),
-                trust: Trust::new(config.trusted_lazy.clone()),
+                trust,
                 registry_hosts: config.registry_hosts.keys().cloned().collect(),
                 read_deadline: config.read_deadline,
                 mount_grace: config.mount_grace,
@@ -140,6 +152,7 @@ impl LazySide {
             lazy,
             fetcher,
             store: chunks,
+            shelf,
             control,
             attach,
         })
@@ -150,12 +163,23 @@ impl LazySide {
         Arc::new(self.lazy.clone())
     }
 
+    /// The scheduler.
+    pub(super) fn fetcher(&self) -> Fetcher {
+        self.fetcher.clone()
+    }
+
+    /// What this node has for others.
+    pub(super) fn shelf(&self) -> Arc<NodeShelf> {
+        Arc::clone(&self.shelf)
+    }
+
     /// Stops what runs, at most until the deadline. Mounts stay.
     pub(super) async fn stop(self, deadline: Duration) {
         let Self {
             lazy,
             fetcher,
             store,
+            shelf: _,
             control,
             attach,
         } = self;

@@ -6,10 +6,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sluice_fetcher::cluster::link::{Links, PeerStream};
-use sluice_fetcher::cluster::membership::Membership;
-use sluice_fetcher::cluster::node::View;
-use sluice_fetcher::peer::{Connect, PeerOptions, PeerServer, Peers, endpoint};
+use sluice_fetcher::cluster::membership::{Hello, Membership};
+use sluice_fetcher::cluster::node::{NodeId, View};
+use sluice_fetcher::peer::wire::node_of;
+use sluice_fetcher::peer::{Connect, PROTOCOL, PeerOptions, PeerServer, Peers, endpoint};
 use sluice_fetcher::scheduler::Fetcher;
+use sluice_proto::peer::HelloRequest;
+use sluice_proto::peer::peer_client::PeerClient;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -33,7 +36,28 @@ pub(super) fn connect(links: &Links) -> Connect {
     let links = links.clone();
     Arc::new(move |node| {
         let connector = links.connector(node.address, Some(node.id.as_str()));
-        Ok(endpoint(node)?.connect_with_connector_lazy(connector))
+        Ok(endpoint(node.address)?.connect_with_connector_lazy(connector))
+    })
+}
+
+/// Asks a node of a static list who it is.
+pub(super) fn hello(links: &Links, me: &NodeId) -> Hello {
+    let (links, me) = (links.clone(), me.to_string());
+    Arc::new(move |asked| {
+        let (links, node) = (links.clone(), me.clone());
+        Box::pin(async move {
+            let connector = links.connector(asked.address, asked.name.as_deref());
+            let endpoint = endpoint(asked.address).ok()?;
+            let channel = endpoint.connect_with_connector(connector).await.ok()?;
+            let request = HelloRequest {
+                node,
+                protocol: PROTOCOL,
+            };
+            let reply = PeerClient::new(channel).hello(request).await.ok()?;
+            node_of(&reply.into_inner(), asked.address)
+                .inspect_err(|error| tracing::debug!(address = %asked.address, "no node: {error}"))
+                .ok()
+        })
     })
 }
 
@@ -70,7 +94,13 @@ pub(super) async fn serve(
     let version = env!("CARGO_PKG_VERSION");
     let server = PeerServer::new(fetcher, peers, shelf, version, stop.clone());
     let (accepted, incoming) = mpsc::channel(ACCEPTED);
-    tasks.spawn(accept(listener, links, accepted, tasks.clone(), stop.clone()));
+    tasks.spawn(accept(
+        listener,
+        links,
+        accepted,
+        tasks.clone(),
+        stop.clone(),
+    ));
     let load = server.clone();
     let loaded = async move {
         let mut every = tokio::time::interval(LOAD_EVERY);

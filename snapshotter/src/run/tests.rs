@@ -86,6 +86,14 @@ async fn nodes(config: &Config) -> sluice_proto::control::NodesResponse {
     use sluice_proto::control::control_client::ControlClient;
 
     let path = config.control_socket();
+    // It is bound later than the one that was waited for.
+    tokio::time::timeout(Duration::from_secs(20), async {
+        while UnixStream::connect(&path).is_err() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await
+    .unwrap();
     let channel = tonic::transport::Endpoint::from_static("http://control")
         .connect_with_connector(tower::service_fn(move |_| {
             let path = path.clone();
