@@ -45,7 +45,7 @@ unit: setup ## unit, model, contract and fault tests of all crates
 	@cargo test --locked
 
 # One selection of packages for all of it: another would resolve other features and build everything again.
-E2E := identity lazy crash mixed content budget contract harness
+E2E := identity lazy crash mixed content budget contract harness cluster
 e2e: tools images ## end-to-end tests on real containerd (short form)
 	@echo "== e2e: real containerd 1.6 and 2.x, runc, registry, kernel mounts"
 	@cargo test --locked --workspace $(addprefix --test ,$(E2E)) -- --nocapture
@@ -75,6 +75,8 @@ bench: tools images ## conversion throughput and file system ratios, release bui
 soak: tools images ## the full matrix: long end-to-end forms, ten minutes per fuzz target
 	@echo "== soak"
 	@SLUICE_LONG=1 $(MAKE) --no-print-directory e2e
+	@echo "== soak: many daemons, one image; writes docs/benchmarks/cluster-real.json"
+	@cargo test --locked --workspace --test cluster -- --ignored --nocapture --test-threads 1 long_ --skip long_curve_of_a_cluster
 	@$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=600
 
 clean: ## remove everything that was built or cached

@@ -3,12 +3,14 @@
 
 pub mod command;
 pub mod containerd;
+pub mod containers;
 pub mod daemon;
 pub mod http;
 pub mod images;
 pub mod layout;
 pub mod mounts;
 pub mod nerdctl;
+pub mod network;
 pub mod process;
 pub mod proxy;
 pub mod registry;

@@ -125,6 +125,19 @@ impl Daemon {
         command::run_ok(self.sluice()?.args(args), Duration::from_secs(300))
     }
 
+    /// `sluice status --json`.
+    pub fn status(&self) -> Result<serde_json::Value> {
+        let output = self.sluice_ok(&["status", "--json"])?;
+        serde_json::from_str(&output.stdout).context("read `sluice status --json`")
+    }
+
+    /// Whether the store holds at least one layer and every layer is sealed.
+    pub fn is_sealed(&self) -> Result<bool> {
+        let status = self.status()?;
+        let layers = status["layers"].as_array().cloned().unwrap_or_default();
+        Ok(!layers.is_empty() && layers.iter().all(|l| l["sealed"].as_bool() == Some(true)))
+    }
+
     /// The value of the metric's samples whose line contains all of `labels`, added up.
     pub fn metric(&self, name: &str, labels: &[&str]) -> Result<f64> {
         let body = http_get(self.telemetry, "/metrics")?;

@@ -2,16 +2,32 @@
 //! A TCP proxy in front of the registry that shapes the line, counts bytes and can go bad.
 //!
 //! One token bucket is shared by all connections; a new connection and the first byte of each
-//! answer wait for the latency. Counting happens here, outside of what is measured.
+//! answer wait for the latency. Counting happens here, outside of what is measured, and by client
+//! address ([`tally`]).
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use nix::sys::socket::{setsockopt, sockopt};
+
+use tally::{Piece, Tally};
+
+pub mod tally;
+
+/// A free port of 127.0.0.1.
+pub const LOOPBACK: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
+/// How long a thread that waits for a peer does not notice that the proxy stops or refuses.
+const LOOK_AROUND: Duration = Duration::from_millis(100);
+
+/// What the kernel keeps for a client that is not sent yet. Little, because it is counted already:
+/// what a dead client will never get must not hide in it. Enough for 25 MB/s at 10 ms.
+const SEND_BUFFER_BYTES: usize = 256 * 1024;
 
 /// The speed and delay of the line.
 #[derive(Debug, Clone, Copy)]
@@ -55,8 +71,7 @@ struct Shared {
     line: Mutex<Line>,
     bucket: Mutex<Bucket>,
     mode: AtomicU8,
-    down: AtomicU64,
-    requests: AtomicU64,
+    tally: Tally,
     stop: AtomicBool,
 }
 
@@ -76,7 +91,12 @@ pub struct Proxy {
 impl Proxy {
     /// Listens on a free port of 127.0.0.1 and forwards to `target`.
     pub fn start(target: SocketAddr, line: Line) -> Result<Self> {
-        let listener = TcpListener::bind("127.0.0.1:0").context("bind the proxy")?;
+        Self::listen(LOOPBACK, target, line)
+    }
+
+    /// Listens at `address` and forwards to `target`; both in the network of the calling thread.
+    pub fn listen(address: SocketAddr, target: SocketAddr, line: Line) -> Result<Self> {
+        let listener = TcpListener::bind(address).context("bind the proxy")?;
         let address = listener.local_addr()?;
         listener.set_nonblocking(true)?;
         let shared = Arc::new(Shared {
@@ -86,8 +106,7 @@ impl Proxy {
                 free_at: Instant::now(),
             }),
             mode: AtomicU8::new(Mode::Forward as u8),
-            down: AtomicU64::new(0),
-            requests: AtomicU64::new(0),
+            tally: Tally::default(),
             stop: AtomicBool::new(false),
         });
         let acceptor = {
@@ -110,13 +129,20 @@ impl Proxy {
     /// Bytes sent to clients since the start.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.shared.down.load(Ordering::Relaxed)
+        self.shared.tally.total().bytes
     }
 
-    /// Turns from client to server seen since the start: for HTTP/1.1 without pipelining, the requests.
+    /// Turns from server to client seen since the start: for HTTP/1.1 without pipelining, the requests that
+    /// were answered.
     #[must_use]
     pub fn requests(&self) -> u64 {
-        self.shared.requests.load(Ordering::Relaxed)
+        self.shared.tally.total().requests
+    }
+
+    /// What each client address got, and what was cut off.
+    #[must_use]
+    pub fn tally(&self) -> &Tally {
+        &self.shared.tally
     }
 
     /// Changes the line.
@@ -168,6 +194,11 @@ impl Shared {
         self.line.lock().expect("no holder panics").latency
     }
 
+    /// Whether connections shall end.
+    fn ends(&self) -> bool {
+        self.stop.load(Ordering::SeqCst) || self.mode() == Mode::Refuse
+    }
+
     /// Holds while the line is a black hole; false when the connection shall end.
     fn pass(&self) -> bool {
         loop {
@@ -189,12 +220,14 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
     let mut connections: Vec<JoinHandle<()>> = Vec::new();
     while !shared.stop.load(Ordering::SeqCst) {
         match listener.accept() {
-            Ok((client, _)) => {
+            Ok((client, from)) => {
                 if shared.mode() == Mode::Refuse {
                     continue;
                 }
                 let shared = shared.clone();
-                connections.push(std::thread::spawn(move || serve(&client, &shared)));
+                connections.push(std::thread::spawn(move || {
+                    serve(&client, from.ip(), &shared)
+                }));
                 connections.retain(|c| !c.is_finished());
             }
             Err(e) if e.kind() == ErrorKind::WouldBlock => {
@@ -208,7 +241,7 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
     }
 }
 
-fn serve(client: &TcpStream, shared: &Arc<Shared>) {
+fn serve(client: &TcpStream, from: IpAddr, shared: &Arc<Shared>) {
     std::thread::sleep(shared.latency());
     if !shared.pass() {
         return;
@@ -219,11 +252,13 @@ fn serve(client: &TcpStream, shared: &Arc<Shared>) {
     for stream in [client, &server] {
         stream.set_nonblocking(false).ok();
         stream.set_nodelay(true).ok();
-        stream
-            .set_read_timeout(Some(Duration::from_millis(100)))
-            .ok();
+        stream.set_read_timeout(Some(LOOK_AROUND)).ok();
+        stream.set_write_timeout(Some(LOOK_AROUND)).ok();
     }
-    let asked = AtomicBool::new(false);
+    setsockopt(client, sockopt::SndBuf, &SEND_BUFFER_BYTES).ok();
+    // What was asked since the last answer began.
+    let asked: Mutex<Option<Option<Piece>>> = Mutex::new(None);
+    let mut answer = shared.tally.connection(from);
     std::thread::scope(|scope| {
         scope.spawn(|| {
             pump(client, &server, shared, |request| {
@@ -232,18 +267,19 @@ fn serve(client: &TcpStream, shared: &Arc<Shared>) {
                         std::thread::sleep(Duration::from_millis(20));
                     }
                 }
-                if !asked.swap(true, Ordering::SeqCst) {
-                    shared.requests.fetch_add(1, Ordering::Relaxed);
-                }
+                let mut asked = asked.lock().expect("no holder panics");
+                asked.get_or_insert_with(|| Piece::parse(request));
             });
             server.shutdown(Shutdown::Both).ok();
         });
         pump(&server, client, shared, |bytes| {
-            if asked.swap(false, Ordering::SeqCst) {
+            let piece = asked.lock().expect("no holder panics").take();
+            if let Some(piece) = piece {
                 std::thread::sleep(shared.latency());
+                answer.begin(piece, bytes);
             }
             shared.carry(bytes.len());
-            shared.down.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            answer.carry(bytes.len() as u64);
         });
         client.shutdown(Shutdown::Both).ok();
     });
@@ -262,13 +298,8 @@ fn pump(mut from: &TcpStream, mut to: &TcpStream, shared: &Shared, mut before: i
         let n = match from.read(&mut buffer) {
             Ok(0) => return,
             Ok(n) => n,
-            Err(e)
-                if matches!(
-                    e.kind(),
-                    ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
-                ) =>
-            {
-                if shared.stop.load(Ordering::SeqCst) || shared.mode() == Mode::Refuse {
+            Err(e) if is_for_now(&e) => {
+                if shared.ends() {
                     return;
                 }
                 continue;
@@ -279,8 +310,21 @@ fn pump(mut from: &TcpStream, mut to: &TcpStream, shared: &Shared, mut before: i
             return;
         }
         before(&buffer[..n]);
-        if to.write_all(&buffer[..n]).is_err() {
-            return;
+        let mut left = &buffer[..n];
+        while !left.is_empty() {
+            match to.write(left) {
+                Ok(n) => left = &left[n..],
+                // Whoever reads may be gone without a word, with its network.
+                Err(e) if is_for_now(&e) && !shared.ends() => {}
+                Err(_) => return,
+            }
         }
     }
+}
+
+fn is_for_now(e: &std::io::Error) -> bool {
+    matches!(
+        e.kind(),
+        ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
+    )
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use super::process::Process;
-use super::proxy::{Line, Proxy};
+use super::proxy::{LOOPBACK, Line, Proxy};
 use super::root::Root;
 
 /// The registry and the line to it.
@@ -23,8 +23,17 @@ pub struct Registry {
 impl Registry {
     /// Starts Debian's docker-registry, empty, below `root`.
     pub fn start(root: &Root, line: Line) -> Result<Self> {
+        Self::start_at(root, free_address()?, LOOPBACK, line)
+    }
+
+    /// Starts it at `direct`, with the line listening at `listen`; both in the network of the calling thread.
+    pub fn start_at(
+        root: &Root,
+        direct: SocketAddr,
+        listen: SocketAddr,
+        line: Line,
+    ) -> Result<Self> {
         let store = root.directory("registry/store")?;
-        let direct = free_address()?;
         let config = root.join("registry/config.yml")?;
         std::fs::write(
             &config,
@@ -46,7 +55,7 @@ impl Registry {
             TcpStream::connect(direct).is_ok()
         })?;
         Ok(Self {
-            line: Proxy::start(direct, line)?,
+            line: Proxy::listen(listen, direct, line)?,
             process,
             direct,
         })

@@ -18,8 +18,8 @@ use super::mounts;
 pub struct Root {
     path: PathBuf,
     keep: bool,
-    /// One set-up at a time: they measure, and two cores are few.
-    _turn: Flock<File>,
+    /// One set-up at a time: they measure, and two cores are few. A part of a set-up leaves it to the whole.
+    _turn: Option<Flock<File>>,
 }
 
 impl Root {
@@ -27,8 +27,7 @@ impl Root {
     /// and containerd's root need a real disk file system, which `/tmp` often is not).
     /// `SLUICE_KEEP=1` keeps the files for inspection.
     pub fn new(name: &str) -> Result<Self> {
-        let base = std::env::var_os("SLUICE_TEST_ROOT")
-            .map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
+        let base = base();
         let turn = File::create(base.join("sluice-e2e.lock")).context("create the lock file")?;
         let turn = Flock::lock(turn, FlockArg::LockExclusive)
             .map_err(|(_, e)| e)
@@ -41,7 +40,16 @@ impl Root {
         Ok(Self {
             path: directory.keep(),
             keep,
-            _turn: turn,
+            _turn: Some(turn),
+        })
+    }
+
+    /// A root below this one, for a part of the set-up that comes and goes by itself.
+    pub fn part(&self, name: &str) -> Result<Self> {
+        Ok(Self {
+            path: self.directory(name)?,
+            keep: self.keep,
+            _turn: None,
         })
     }
 
@@ -66,6 +74,12 @@ impl Root {
         std::fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
         Ok(path)
     }
+}
+
+/// Where roots are made.
+#[must_use]
+pub fn base() -> PathBuf {
+    std::env::var_os("SLUICE_TEST_ROOT").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from)
 }
 
 impl Drop for Root {

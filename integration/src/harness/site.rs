@@ -4,9 +4,10 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
 use super::containerd::{Containerd, Release};
+use super::containers::Containers;
 use super::daemon::Daemon;
 use super::images;
 use super::nerdctl::Nerdctl;
@@ -29,39 +30,6 @@ pub struct Site {
     pub root: Root,
 }
 
-/// What must be known to end containers when a test fails half-way.
-#[derive(Debug)]
-struct Containers {
-    state: std::path::PathBuf,
-}
-
-impl Drop for Containers {
-    fn drop(&mut self) {
-        // Each shim of containerd leads its own process group and writes its pid into its bundle.
-        let Ok(namespaces) = std::fs::read_dir(self.state.join("io.containerd.runtime.v2.task"))
-        else {
-            return;
-        };
-        for bundle in namespaces
-            .flatten()
-            .filter_map(|n| std::fs::read_dir(n.path()).ok())
-            .flatten()
-            .flatten()
-        {
-            for file in ["init.pid", "shim.pid"] {
-                let text = std::fs::read_to_string(bundle.path().join(file)).unwrap_or_default();
-                if let Some(pid) = text.trim().parse().ok().filter(|p| *p > 1) {
-                    nix::sys::signal::kill(
-                        nix::unistd::Pid::from_raw(pid),
-                        nix::sys::signal::Signal::SIGKILL,
-                    )
-                    .ok();
-                }
-            }
-        }
-    }
-}
-
 impl Site {
     /// Starts everything below a new root named after `name`, with `extra` appended to sluiced's config.
     pub fn start(name: &str, release: Release, line: Line, extra: &str) -> Result<Self> {
@@ -69,9 +37,7 @@ impl Site {
         let registry = Registry::start(&root, line)?;
         let socket = root.directory("c")?.join("c.sock");
         let daemon = Daemon::start(&root, &socket, extra)?;
-        let containers = Containers {
-            state: root.path().join("c"),
-        };
+        let containers = Containers::of(&root);
         let containerd = Containerd::start(&root, release, &daemon.snapshots_socket())?;
         Ok(Self {
             containers,
@@ -136,33 +102,27 @@ impl Site {
 
     /// `sluice status --json`.
     pub fn status(&self) -> Result<serde_json::Value> {
-        let output = self.daemon.sluice_ok(&["status", "--json"])?;
-        serde_json::from_str(&output.stdout).context("read `sluice status --json`")
+        self.daemon.status()
     }
 
     /// Waits until the store holds at least one layer and every layer is sealed.
     pub fn wait_sealed(&self, deadline: Duration) -> Result<()> {
         let start = Instant::now();
-        loop {
-            let status = self.status()?;
-            let layers = status["layers"].as_array().cloned().unwrap_or_default();
-            if !layers.is_empty() && layers.iter().all(|l| l["sealed"].as_bool() == Some(true)) {
-                return Ok(());
-            }
+        while !self.daemon.is_sealed()? {
             if start.elapsed() > deadline {
                 bail!(
-                    "not sealed after {deadline:?}: {status:#}\n{}",
+                    "not sealed after {deadline:?}: {:#}\n{}",
+                    self.status()?,
                     self.daemon.log_tail()
                 );
             }
             std::thread::sleep(Duration::from_millis(250));
         }
+        Ok(())
     }
 
     /// Ends all containers' processes at once, as a power cut would.
     pub fn kill_containers(&self) {
-        drop(Containers {
-            state: self.containers.state.clone(),
-        });
+        self.containers.kill();
     }
 }

@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Many daemons start one image at once, in networks of their own: what it costs the registry and them.
+//!
+//! Tests whose names begin with `long_` take minutes each and belong to `make soak`; they are marked as
+//! ignored otherwise, and write `docs/benchmarks/cluster-real.json`.
+//!
+//! **To be switched on with the daemon's `[cluster]` section** (which
+//! `integration/src/cluster/membership.rs` writes): the tests whose `ignore` reason says so. Remove the
+//! attribute of `a_cluster_fetches_each_byte_once`, and `--skip long_curve_of_a_cluster` in the Makefile.
+#![allow(clippy::unwrap_used, reason = "a test may stop where it stands")]
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use sluice_integration::cluster::burst::{Fault, Harm};
+use sluice_integration::cluster::fabric::{self, Fabric, Port};
+use sluice_integration::cluster::image::{Image, Published};
+use sluice_integration::cluster::report::{self, Run};
+use sluice_integration::cluster::{Cluster, Options, Shape};
+use sluice_integration::harness::network;
+use sluice_integration::harness::root::Root;
+
+/// A lone start takes some six seconds at the usual shapes, ten at the slow one.
+const LONE_DELAY: Duration = Duration::from_secs(15);
+const SEAL_DEADLINE: Duration = Duration::from_secs(280);
+/// Most of the CPU that a run may take, in percent, to count as a measurement of the network.
+const CPU_LIMIT: f64 = 70.0;
+/// How much more than a lone node a cluster may cost the registry.
+const EGRESS_LIMIT: f64 = 1.05;
+/// How much later than a lone node a node of a cluster may start.
+const START_LIMIT: f64 = 1.3;
+/// Two daemons die, one of them a seed; one node is cut off from all others.
+const FAULTS: [Fault; 3] = [
+    Fault {
+        node: 1,
+        harm: Harm::Kill,
+        after: Duration::from_millis(800),
+        lasts: Duration::from_millis(1500),
+    },
+    Fault {
+        node: 5,
+        harm: Harm::Kill,
+        after: Duration::from_millis(1600),
+        lasts: Duration::from_millis(800),
+    },
+    Fault {
+        node: 3,
+        harm: Harm::CutOff,
+        after: Duration::from_millis(500),
+        lasts: Duration::from_secs(3),
+    },
+];
+
+/// A registry with the image, and what a lone node without any cluster takes of it.
+fn with_lone_run(shape: Shape, seal: bool) -> Result<(Cluster, Published, Run)> {
+    let mut cluster = Cluster::start(1, shape, &Options::alone(LONE_DELAY))?;
+    let image = Image::build(cluster.root().path(), "app", 1)?;
+    let image = cluster.publish(&image)?;
+    let mut lone = cluster.start_everywhere(&image, &[])?;
+    if seal {
+        cluster.wait_sealed(&mut lone, SEAL_DEADLINE)?;
+    }
+    lone.print(&lone);
+    Ok((cluster, image, lone))
+}
+
+/// How long daemons without a cluster may take until the background completion disturbs the count.
+fn delay_alone(n: usize, lone: &Run) -> Duration {
+    Duration::from_secs_f64(lone.slowest_seconds() * n as f64 * 1.5 + 10.0)
+}
+
+fn ensure_cpu_had_time(run: &Run) -> Result<()> {
+    ensure!(
+        run.cpu.percent() < CPU_LIMIT,
+        "{}: the CPU, not the network, was measured",
+        run.cpu
+    );
+    Ok(())
+}
+
+/// What the issue asks of a cluster: each byte once, and no node later than it would be alone.
+fn ensure_each_byte_once(run: &Run, lone: &Run) -> Result<()> {
+    ensure_cpu_had_time(run)?;
+    let explained = run.explained_bytes();
+    let most = |bytes: u64| bytes as f64 * EGRESS_LIMIT + explained as f64;
+    ensure!(
+        run.first_output.bytes as f64 <= most(lone.first_output.bytes),
+        "{} bytes until the first outputs of {} nodes; one start takes {}, faults explain {explained}",
+        run.first_output.bytes,
+        run.n,
+        lone.first_output.bytes
+    );
+    let sealed = run.sealed.as_ref().context("the run was completed")?;
+    ensure!(
+        sealed.egress.bytes as f64 <= most(run.image_bytes),
+        "{} bytes for {} complete images of {} bytes; faults explain {explained}",
+        sealed.egress.bytes,
+        run.n,
+        run.image_bytes
+    );
+    ensure!(
+        run.slowest_seconds() <= lone.slowest_seconds() * START_LIMIT,
+        "the last node started after {:.2} s, a lone one after {:.2} s",
+        run.slowest_seconds(),
+        lone.slowest_seconds()
+    );
+    Ok(())
+}
+
+/// Holds the measuring itself to what is known: nodes that do not help each other cost N times as much.
+#[test]
+fn eight_daemons_alone_cost_the_registry_eight_starts() -> Result<()> {
+    let (mut cluster, image, lone) = with_lone_run(Shape::EVEN, false)?;
+    cluster.regrow(8, &Options::alone(delay_alone(4, &lone)))?;
+    let run = cluster.start_everywhere(&image, &FAULTS)?;
+    run.print(&lone);
+    ensure_cpu_had_time(&run)?;
+    let starts = run.first_output.bytes as f64 / lone.first_output.bytes as f64;
+    let cut = run.first_output.cut_bytes as f64 / lone.first_output.bytes as f64;
+    // What a killed daemon had got and not stored yet, it gets again.
+    ensure!(
+        (7.9..8.2 + cut).contains(&starts),
+        "{starts} starts, {cut} of them cut"
+    );
+    let repeated = run.first_output.repeated_bytes as f64 / lone.first_output.bytes as f64;
+    ensure!(
+        (6.8..7.2 + cut).contains(&repeated),
+        "{repeated} starts were repeated"
+    );
+    cluster.end()
+}
+
+#[test]
+#[ignore = "the daemon has no [cluster] section yet"]
+fn a_cluster_fetches_each_byte_once() -> Result<()> {
+    let (mut cluster, image, lone) = with_lone_run(Shape::ZONE, true)?;
+    for faults in [&[][..], &FAULTS] {
+        cluster.regrow(8, &Options::cluster(LONE_DELAY))?;
+        let mut run = cluster.start_everywhere(&image, faults)?;
+        cluster.wait_sealed(&mut run, SEAL_DEADLINE)?;
+        run.print(&lone);
+        ensure_each_byte_once(&run, &lone)?;
+    }
+    cluster.end()
+}
+
+#[test]
+#[ignore = "takes minutes: make soak"]
+fn long_curve_of_daemons_alone() -> Result<()> {
+    let (mut cluster, image, lone) = with_lone_run(Shape::SLOW_ZONE, true)?;
+    let mut runs = vec![lone.clone()];
+    for n in [2, 4, 8] {
+        cluster.regrow(n, &Options::alone(delay_alone(n, &lone)))?;
+        let run = cluster.start_everywhere(&image, &[])?;
+        run.print(&lone);
+        ensure_cpu_had_time(&run)?;
+        runs.push(run);
+    }
+    report::write("alone", &lone, &runs)?;
+    cluster.end()
+}
+
+#[test]
+#[ignore = "the daemon has no [cluster] section yet; then: takes minutes: make soak"]
+fn long_curve_of_a_cluster() -> Result<()> {
+    let (mut cluster, image, lone) = with_lone_run(Shape::SLOW_ZONE, true)?;
+    let mut runs = Vec::new();
+    for (n, faults) in [
+        (1, &[][..]),
+        (2, &[]),
+        (4, &[]),
+        (8, &[]),
+        (16, &[]),
+        (8, &FAULTS),
+        (16, &FAULTS),
+    ] {
+        cluster.regrow(n, &Options::cluster(LONE_DELAY * 2))?;
+        let mut run = cluster.start_everywhere(&image, faults)?;
+        cluster.wait_sealed(&mut run, SEAL_DEADLINE)?;
+        run.print(&lone);
+        runs.push(run);
+    }
+    // The curve is kept also when it is not what it should be.
+    report::write("cluster", &lone, &runs)?;
+    runs.iter()
+        .try_for_each(|run| ensure_each_byte_once(run, &lone))?;
+    cluster.end()
+}
+
+/// Sends on a connection, both ends in their networks; returns how long it took until all was there.
+fn send(from: &Port, to: &Port, bytes: usize) -> Result<Duration> {
+    let address = SocketAddr::new(to.address().into(), 7000);
+    let listener = to.network().inside(|| Ok(TcpListener::bind(address)?))?;
+    let patience = Duration::from_secs(1);
+    let mut stream = from
+        .network()
+        .inside(|| Ok(TcpStream::connect_timeout(&address, patience)?))?;
+    let (receiver, _) = listener.accept()?;
+    receiver.set_read_timeout(Some(Duration::from_secs(10)))?;
+    let start = Instant::now();
+    let writer = std::thread::spawn(move || stream.write_all(&vec![7; bytes]));
+    std::io::copy(&mut (&receiver).take(bytes as u64), &mut std::io::sink())?;
+    writer.join().expect("no thread panics")?;
+    Ok(start.elapsed())
+}
+
+#[test]
+fn links_are_shaped_and_nodes_cut_off_and_healed() -> Result<()> {
+    let _turn = Root::new("fabric")?;
+    let fabric = Fabric::build()?;
+    let registry = fabric.plug_registry(400_000_000)?;
+    let [one, two] = [0, 1].map(|i| {
+        let address = fabric::node_address(i)?;
+        fabric.plug(&format!("n{i}"), address, 8_000_000)
+    });
+    let (one, two) = (one?, two?);
+    // What a link lets pass at once is on top of its rate.
+    let took = send(&one, &two, 1_000_000)?;
+    ensure!(
+        took > Duration::from_millis(800) && took < Duration::from_millis(2500),
+        "1 MB at 1 MB/s took {took:?}"
+    );
+    fabric.cut_off(two.name())?;
+    ensure!(send(&one, &two, 10).is_err() && send(&two, &one, 10).is_err());
+    send(&one, &registry, 10)?;
+    send(&registry, &two, 10)?;
+    fabric.heal(two.name())?;
+    send(&one, &two, 10)?;
+    drop((one, two, registry));
+    fabric.end()
+}
+
+#[test]
+fn what_a_dead_test_left_is_removed() -> Result<()> {
+    let _turn = Root::new("left")?;
+    let mut dead = Command::new("true").spawn()?;
+    dead.wait()?;
+    let prefix = fabric::prefix_of(dead.id());
+    let left = network::Network::create(&format!("{prefix}n0"))?;
+    let mut process = left.inside(|| Ok(Command::new("sleep").arg("60").spawn()?))?;
+    std::mem::forget(left);
+    fabric::remove_leftovers();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while process.try_wait()?.is_none() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let ended = process.try_wait()?.is_some();
+    process.kill().ok();
+    process.wait()?;
+    ensure!(ended, "a process of the dead test still runs");
+    ensure!(network::named(&prefix).is_empty(), "namespaces are left");
+    Ok(())
+}
