@@ -77,6 +77,13 @@ impl Shape {
         node_bits_per_second: 36_000_000,
         latency: Duration::from_millis(20),
     };
+    /// A registry that serves sixteen nodes as fast as one: what is left is what the machine costs.
+    pub const PLENTY: Self = Self {
+        name: "plenty",
+        registry_bits_per_second: 240_000_000,
+        node_bits_per_second: 12_000_000,
+        latency: Duration::from_millis(20),
+    };
     /// Hard for a cluster: a lone node is held up by its own link, which has nothing to spare for others.
     pub const EVEN: Self = Self {
         name: "even",

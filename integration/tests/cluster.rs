@@ -163,6 +163,24 @@ fn long_curve_of_daemons_alone() -> Result<()> {
     cluster.end()
 }
 
+/// What no cluster can do better: nodes that are held up by nothing but their own links. It says how much
+/// of the limit on start times this machine takes by itself.
+#[test]
+#[ignore = "takes minutes: make soak"]
+fn long_curve_with_a_registry_for_everyone() -> Result<()> {
+    let (mut cluster, image, lone) = with_lone_run(Shape::PLENTY, true)?;
+    let mut runs = vec![lone.clone()];
+    for n in [2, 4, 8, 16] {
+        cluster.regrow(n, &Options::alone(LONE_DELAY * 2))?;
+        let run = cluster.start_everywhere(&image, &[])?;
+        run.print(&lone);
+        ensure_cpu_had_time(&run)?;
+        runs.push(run);
+    }
+    report::write("plenty", &lone, &runs)?;
+    cluster.end()
+}
+
 #[test]
 #[ignore = "the daemon has no [cluster] section yet; then: takes minutes: make soak"]
 fn long_curve_of_a_cluster() -> Result<()> {

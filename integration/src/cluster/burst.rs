@@ -17,7 +17,7 @@ use super::fabric::Fabric;
 use super::image::Published;
 use super::node::Node;
 use super::origin::Origin;
-use super::report::{NodeStart, Run};
+use super::report::{NodeStart, PIECE_BYTES, Run};
 use crate::harness::proxy::tally::Traffic;
 
 const START_DEADLINE: Duration = Duration::from_secs(280);
@@ -230,9 +230,13 @@ fn start_one(node: &mut Node, stage: &Stage<'_>, faults: &[Fault]) -> Result<Nod
     let mut running = node.run(stage.image)?;
     let (begun, _) = running.expect("begun", START_DEADLINE)?;
     let mut outage = Duration::ZERO;
+    let mut healed_bytes = 0;
     for fault in faults {
         std::thread::sleep((begun + fault.after).saturating_duration_since(Instant::now()));
         outage += harm(node, stage.fabric, fault)?;
+        if fault.harm == Harm::CutOff {
+            healed_bytes = stage.origin.egress_to(node.address()).since(before).bytes;
+        }
     }
     let (ready, digest) = running
         .expect("read", START_DEADLINE)
@@ -245,6 +249,7 @@ fn start_one(node: &mut Node, stage: &Stage<'_>, faults: &[Fault]) -> Result<Nod
     stage.ready()?;
     running.finish(START_DEADLINE)?;
     let seconds = |at: Instant| (at - began).as_secs_f64();
+    let killed = faults.iter().any(|it| it.harm == Harm::Kill);
     let traffic = stage.origin.egress_to(node.address()).since(before);
     Ok(NodeStart {
         name: node.name().to_owned(),
@@ -252,8 +257,12 @@ fn start_one(node: &mut Node, stage: &Stage<'_>, faults: &[Fault]) -> Result<Nod
         begun_seconds: seconds(begun),
         start_seconds: seconds(ready),
         outage_seconds: outage.as_secs_f64(),
-        killed: faults.iter().any(|it| it.harm == Harm::Kill),
+        killed,
         cut_off: faults.iter().any(|it| it.harm == Harm::CutOff),
+        explained_bytes: match killed {
+            true => healed_bytes + traffic.cut_bytes + PIECE_BYTES,
+            false => healed_bytes,
+        },
         from_registry: traffic.into(),
         sealed_seconds: None,
     })

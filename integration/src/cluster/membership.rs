@@ -69,8 +69,8 @@ fn section(options: &Options, me: usize, nodes: &[IpAddr]) -> String {
     // Writing to a String does not fail.
     let _ = write!(
         text,
-        "name = \"n{me}\"\nzone = \"z{}\"\nrole = \"{role}\"\nlisten = \"{}:{PEER_PORT}\"\nseeds = [{}]\nallow = [\"{}\"]\n",
-        me % options.zones.max(1),
+        "name = \"n{me}\"\nzone = \"{}\"\nrole = \"{role}\"\nlisten = \"{}:{PEER_PORT}\"\nseeds = [{}]\nallow = [\"{}\"]\n",
+        zone(options, me),
         nodes[me],
         seeds.join(", "),
         fabric::SUBNET,
@@ -78,23 +78,27 @@ fn section(options: &Options, me: usize, nodes: &[IpAddr]) -> String {
     text
 }
 
-/// Waits until every daemon knows every other one.
+/// Waits until every daemon knows every other one of its zone.
 pub fn wait_joined(options: &Options, nodes: &[Node]) -> Result<()> {
     if options.membership == Membership::Off {
         return Ok(());
     }
     let start = Instant::now();
-    for node in nodes {
+    for (me, node) in nodes.iter().enumerate() {
+        let zone = zone(options, me);
+        let wanted = (0..nodes.len())
+            .filter(|it| self::zone(options, *it) == zone)
+            .count();
+        let label = format!("zone=\"{zone}\"");
         loop {
-            let known = nodes_known_to(node)?;
-            if known >= nodes.len() {
+            let known = node.metric("sluice_cluster_nodes", &[&label])?;
+            if known >= wanted as f64 {
                 break;
             }
             ensure!(
                 start.elapsed() < JOIN_DEADLINE,
-                "{} knows {known} of {} nodes after {JOIN_DEADLINE:?}:\n{}",
+                "{} knows {known} of {wanted} nodes of its zone after {JOIN_DEADLINE:?}:\n{}",
                 node.name(),
-                nodes.len(),
                 node.log_tail()
             );
             std::thread::sleep(Duration::from_millis(200));
@@ -103,10 +107,8 @@ pub fn wait_joined(options: &Options, nodes: &[Node]) -> Result<()> {
     Ok(())
 }
 
-/// How many living nodes a daemon knows, itself included.
-fn nodes_known_to(node: &Node) -> Result<usize> {
-    let known = node.metric("sluice_cluster_nodes", &[])?;
-    Ok((0..=1024).take_while(|n| f64::from(*n) < known).count())
+fn zone(options: &Options, me: usize) -> String {
+    format!("z{}", me % options.zones.max(1))
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use crate::harness::proxy::tally::Traffic;
 use crate::harness::tools;
 
 /// What a home fetches at once; `PIECE_BYTES` of the fetcher.
-const PIECE_BYTES: u64 = 2 << 20;
+pub(super) const PIECE_BYTES: u64 = 2 << 20;
 
 /// Traffic of the registry.
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -86,6 +86,10 @@ pub struct NodeStart {
     pub killed: bool,
     /// Whether it was cut off from its peers.
     pub cut_off: bool,
+    /// What its faults explain of the registry's traffic. It was killed: answers that broke off, and a
+    /// piece that had arrived and was not stored yet. It was cut off: all it had got until it was healed,
+    /// because it had no one else to ask, and nobody could ask it for what it had.
+    pub explained_bytes: u64,
     /// What it got from the registry until its container had ended.
     pub from_registry: Egress,
     /// Until the whole image was here and checked (looked at once a second).
@@ -149,21 +153,10 @@ impl Run {
         seconds.get(seconds.len() / 2).copied().unwrap_or_default()
     }
 
-    /// What faults explain of the registry's traffic: broken answers to killed nodes, one piece for each
-    /// that had arrived there and was not stored yet, and all that nodes got which could not reach their
-    /// peers: they had no one else to ask, and nobody could ask them.
+    /// What faults explain of the registry's traffic.
     #[must_use]
     pub fn explained_bytes(&self) -> u64 {
-        let explained = |node: &NodeStart| {
-            if node.cut_off {
-                node.from_registry.bytes
-            } else if node.killed {
-                node.from_registry.cut_bytes + PIECE_BYTES
-            } else {
-                0
-            }
-        };
-        self.nodes.iter().map(explained).sum()
+        self.nodes.iter().map(|node| node.explained_bytes).sum()
     }
 
     /// For programs. `lone` is the run that it is compared with.
@@ -204,12 +197,13 @@ impl Run {
             self.cpu,
         );
         println!(
-            "   registry at first output: {:.2} MB ({:.2} starts), {} requests, {:.2} MB repeated, {:.2} MB cut",
+            "   registry at first output: {:.2} MB ({:.2} starts), {} requests, {:.2} MB repeated, {:.2} MB cut, {:.2} MB explained by faults",
             mb(self.first_output.bytes),
             self.first_output.bytes as f64 / lone.first_output.bytes as f64,
             self.first_output.requests,
             mb(self.first_output.repeated_bytes),
             mb(self.first_output.cut_bytes),
+            mb(self.explained_bytes()),
         );
         if let Some(sealed) = &self.sealed {
             let last = self.nodes.iter().filter_map(|it| it.sealed_seconds);
