@@ -11,7 +11,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-const CONTROLLER: &str = "/sys/fs/cgroup/cpuacct";
+const CGROUPS: &str = "/sys/fs/cgroup";
+const CONTROLLERS: [&str; 2] = ["cpuacct", "cpu"];
+/// The most that the kernel takes; a process without a group counts 1024.
+const MOST_SHARES: &str = "262144";
 
 /// What the CPU did between two looks, in percent of all cores.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
@@ -46,41 +49,42 @@ impl std::fmt::Display for Load {
     }
 }
 
-/// Accounts for the CPU time of this process and what it starts; dropped, the process leaves it.
+/// Accounts for the CPU time of this process and what it starts, and puts it before all else that runs
+/// on the machine, so that a build beside the test does not count as a late start.
 #[derive(Debug)]
 pub struct Account {
-    /// The control group, where there is one.
-    group: Option<PathBuf>,
-    /// Where the process was before.
-    before: PathBuf,
+    usage: Option<Group>,
+    _precedence: Option<Group>,
 }
 
 impl Account {
-    /// Enters a control group `name` of cgroup v1's cpuacct; elsewhere only the whole machine is seen.
+    /// Enters control groups `name` of cgroup v1's cpuacct and cpu; where they are not, only the whole
+    /// machine is seen and nothing takes precedence.
     #[must_use]
     pub fn open(name: &str) -> Self {
-        let group = Path::new(CONTROLLER).join(name);
-        let before = own_group().unwrap_or_else(|| PathBuf::from(CONTROLLER));
-        let entered = Path::new(CONTROLLER)
-            .exists()
-            .then(|| std::fs::create_dir_all(&group).and_then(|()| enter(&group)));
-        let group = match entered {
-            Some(Ok(())) => Some(group),
-            Some(Err(e)) => {
-                eprintln!("harness: no account of CPU time: {e}");
+        let open = |controller| match Group::enter(controller, name) {
+            Ok(group) => group,
+            Err(e) => {
+                eprintln!("harness: control group {name} of {controller}: {e:#}");
                 None
             }
-            None => None,
         };
-        Self { group, before }
+        let precedence = open("cpu");
+        if let Some(group) = &precedence {
+            std::fs::write(group.path.join("cpu.shares"), MOST_SHARES).ok();
+        }
+        Self {
+            usage: open("cpuacct"),
+            _precedence: precedence,
+        }
     }
 
     /// A look at all counts.
     pub fn look(&self) -> Result<Cpu> {
         let text = std::fs::read_to_string("/proc/stat").context("read /proc/stat")?;
         let machine = Machine::parse(&text).context("the first line of /proc/stat")?;
-        let own = self.group.as_ref().and_then(|group| {
-            let text = std::fs::read_to_string(group.join("cpuacct.usage")).ok()?;
+        let own = self.usage.as_ref().and_then(|group| {
+            let text = std::fs::read_to_string(group.path.join("cpuacct.usage")).ok()?;
             Some(Duration::from_nanos(text.trim().parse().ok()?))
         });
         Ok(Cpu {
@@ -91,36 +95,64 @@ impl Account {
     }
 }
 
-impl Drop for Account {
+/// Removes the control groups of a test that is dead, whose processes are.
+pub fn remove_leftover(name: &str) {
+    for controller in CONTROLLERS {
+        std::fs::remove_dir(Path::new(CGROUPS).join(controller).join(name)).ok();
+    }
+}
+
+/// A control group that this process is in; dropped, the process goes back where it was.
+#[derive(Debug)]
+struct Group {
+    path: PathBuf,
+    before: PathBuf,
+}
+
+impl Group {
+    /// Makes and enters it; nothing where the controller is not mounted.
+    fn enter(controller: &str, name: &str) -> Result<Option<Self>> {
+        let mounted = Path::new(CGROUPS).join(controller);
+        if !mounted.join("cgroup.procs").exists() {
+            return Ok(None);
+        }
+        let text = std::fs::read_to_string("/proc/self/cgroup")?;
+        let own = own_group(&text, controller).context("no line in /proc/self/cgroup")?;
+        let group = Self {
+            path: mounted.join(name),
+            before: mounted.join(own),
+        };
+        std::fs::create_dir_all(&group.path)?;
+        move_to(&group.path)?;
+        Ok(Some(group))
+    }
+}
+
+impl Drop for Group {
     fn drop(&mut self) {
-        if let Some(group) = &self.group {
-            enter(&self.before).ok();
-            if let Err(e) = std::fs::remove_dir(group) {
-                eprintln!("harness: remove {}: {e}", group.display());
+        move_to(&self.before).ok();
+        match std::fs::remove_dir(&self.path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                eprintln!("harness: remove {}: {e}", self.path.display());
             }
+            _ => {}
         }
     }
 }
 
-/// Removes the control group of a test that is dead, whose processes are.
-pub fn remove_leftover(name: &str) {
-    std::fs::remove_dir(Path::new(CONTROLLER).join(name)).ok();
-}
-
-fn enter(group: &Path) -> std::io::Result<()> {
+fn move_to(group: &Path) -> std::io::Result<()> {
     std::fs::write(group.join("cgroup.procs"), std::process::id().to_string())
 }
 
-fn own_group() -> Option<PathBuf> {
-    let text = std::fs::read_to_string("/proc/self/cgroup").ok()?;
-    let path = text.lines().find_map(|line| {
+/// The group of a process below the controller's mount, by its `/proc/PID/cgroup`.
+fn own_group<'a>(text: &'a str, controller: &str) -> Option<&'a str> {
+    text.lines().find_map(|line| {
         let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
         controllers
             .split(',')
-            .any(|it| it == "cpuacct")
-            .then_some(path)
-    })?;
-    Some(Path::new(CONTROLLER).join(path.trim_start_matches('/')))
+            .any(|it| it == controller)
+            .then_some(path.trim_start_matches('/'))
+    })
 }
 
 /// Counts at a moment.
@@ -188,6 +220,14 @@ impl Machine {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn groups_of_a_process() {
+        let text = "4:memory:/process/1\n2:cpu,cpuacct:/a/b\n1:cpuset:/\n0::/x\n";
+        assert_eq!(own_group(text, "cpu"), Some("a/b"));
+        assert_eq!(own_group(text, "cpuset"), Some(""));
+        assert_eq!(own_group(text, "pids"), None);
+    }
 
     #[test]
     fn shares_of_the_machines_time() {
