@@ -12,6 +12,7 @@
 //! | `fill_duration_seconds` | priority | seconds | how long a fill took that had to wait |
 //! | `fill_failures` | reason | | fills that failed, each an error at a reader |
 //! | `hedged_requests` | | | requests made to a second node because the first was silent |
+//! | `home_bypasses` | | | requests to the origin for pieces whose home is another node |
 //! | `peer_busy` | | | answers of other nodes that had no free upload slot |
 //! | `peer_served_bytes` | form | bytes | bytes of chunks given to other nodes |
 //! | `peer_requests_refused` | reason | | requests of other nodes that were not served |
@@ -85,6 +86,7 @@ pub struct Metrics {
     fill_failures: Family<ReasonLabel, Counter>,
     hedged: Counter,
     peer_busy: Counter,
+    bypassed: Counter,
     served: Family<FormLabel, Counter>,
     refusals: Family<ReasonLabel, Counter>,
     sealed: Counter,
@@ -108,6 +110,7 @@ impl Default for Metrics {
             fill_failures: Family::default(),
             hedged: Counter::default(),
             peer_busy: Counter::default(),
+            bypassed: Counter::default(),
             served: Family::default(),
             refusals: Family::default(),
             sealed: Counter::default(),
@@ -185,6 +188,8 @@ impl Metrics {
         registry.register("hedged_requests", hedged, self.hedged.clone());
         let busy = "Answers of nodes without a free slot";
         registry.register("peer_busy", busy, self.peer_busy.clone());
+        let bypassed = "Requests to the origin for pieces of other homes";
+        registry.register("home_bypasses", bypassed, self.bypassed.clone());
         let served = "Bytes given to other nodes";
         registry.register_with_unit("peer_served", served, Unit::Bytes, self.served.clone());
         let refusals = "Requests of nodes that were not served";
@@ -270,6 +275,10 @@ impl Metrics {
 
     pub(crate) fn peer_busy(&self) {
         self.peer_busy.inc();
+    }
+
+    pub(crate) fn bypassed(&self) {
+        self.bypassed.inc();
     }
 
     pub(crate) fn served(&self, form: &'static str, bytes: u64) {

@@ -23,8 +23,8 @@ const PATIENT_PAUSE: Duration = Duration::from_millis(300);
 /// requests there take.
 pub(crate) const fn patience(priority: Priority) -> Duration {
     match priority {
-        Priority::Foreground => Duration::from_secs(2),
-        Priority::Boot => Duration::from_secs(5),
+        Priority::Foreground => Duration::from_secs(4),
+        Priority::Boot => Duration::from_secs(10),
         Priority::Background => Duration::from_secs(60),
     }
 }

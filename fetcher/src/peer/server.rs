@@ -287,7 +287,7 @@ impl Shared {
                 continue;
             };
             let there = layer.device().is_present(chunk.ordinal);
-            if !there && wanted.present_only && !layer.is_in_flight(chunk.ordinal) {
+            if !there && wanted.present_only && !layer.is_being_fed(chunk.ordinal) {
                 lacking.insert(chunk.ordinal);
             } else {
                 coming.push(chunk);
@@ -335,7 +335,7 @@ impl Shared {
                         give(parts, Part::Lacking(BTreeSet::from([chunk.ordinal]))).await?;
                     }
                 },
-                _ = beat.tick(), if !wanted.present_only => give(parts, Part::Working).await?,
+                _ = beat.tick() => give(parts, Part::Working).await?,
             }
         }
     }
@@ -480,11 +480,11 @@ impl Peer for PeerServer {
         if shared.peers.view().me.role == Role::Leech {
             return Err(Status::permission_denied("this node gives nothing"));
         }
-        // Askers ask for one piece at a time. Its number is taken from the place that the asker says, since
-        // the layer may not be open yet; a wrong one only spoils the asker's own luck.
+        // Nodes that start the same image ask for the same runs of chunks. Who were sent to a node that has
+        // another part of the piece would ask in vain.
         let key = PieceKey {
             index: wanted.layer.key.index,
-            number: wanted.piece,
+            number: wanted.chunks.first().map_or(0, |chunk| chunk.ordinal),
         };
         let background = wanted.priority == Priority::Background;
         let upload = match shared.admit(key, &wanted.node, background) {

@@ -376,7 +376,6 @@ async fn who_does_not_know_the_digest_gets_nothing() {
             ordinal: 0,
             digest: [7; 32],
         }],
-        piece: 0,
         priority: Priority::Foreground,
         present_only: true,
     };

@@ -140,8 +140,6 @@ pub struct WantedChunks {
     pub layer: WantedLayer,
     /// Which, ascending, each once.
     pub chunks: Vec<WantedChunk>,
-    /// The piece that they are in, as the asker says.
-    pub piece: u32,
     /// How urgent.
     pub priority: Priority,
     /// Only what is present or on its way.
@@ -191,7 +189,6 @@ impl TryFrom<proto::ChunksRequest> for WantedChunks {
                 places: places(&layer.places),
             },
             chunks,
-            piece: request.piece,
             priority,
             present_only: request.present_only,
         })
@@ -222,7 +219,6 @@ impl WantedChunks {
                 places: places_to_proto(&self.layer.places),
             }),
             chunks: self.chunks.iter().map(chunk).collect(),
-            piece: self.piece,
             urgency: urgency.into(),
             present_only: self.present_only,
         }

@@ -90,7 +90,16 @@ impl Run {
             peers.observe(&node, Outcome::Slow);
         }
         match step {
-            Step::Origin => Ok(Asked::Origin),
+            Step::Origin => {
+                if !peers.is_home(&piece) {
+                    self.core.metrics.bypassed();
+                    tracing::info!(
+                        device = %self.layer.key(), piece = piece.number,
+                        "go to the origin for a piece of another home"
+                    );
+                }
+                Ok(Asked::Origin)
+            }
             Step::Pause(pause) => {
                 let work = async {
                     tokio::select! {
@@ -156,24 +165,19 @@ impl Run {
             run: self,
             peers,
             piece,
-            wanted: self.wanted(peers, &piece, &chunks, present_only),
+            wanted: self.wanted(peers, &chunks, present_only),
             left: chunks.iter().map(|chunk| chunk.ordinal).collect(),
             asks: Vec::new(),
             heard: SelectAll::new(),
         };
         asking.add(node);
         let result = asking.receive().await;
+        self.transfer.fed(false);
         urgency.receiving(&self.core.gate, false);
         result
     }
 
-    fn wanted(
-        &self,
-        peers: &Peers,
-        piece: &PieceKey,
-        chunks: &[Chunk],
-        present_only: bool,
-    ) -> WantedChunks {
+    fn wanted(&self, peers: &Peers, chunks: &[Chunk], present_only: bool) -> WantedChunks {
         WantedChunks {
             node: peers.me(),
             layer: WantedLayer {
@@ -189,7 +193,6 @@ impl Run {
                     digest: chunk.digest.0,
                 })
                 .collect(),
-            piece: piece.number,
             priority: self.transfer.urgency.effective(),
             present_only,
         }
@@ -280,12 +283,16 @@ impl Asking<'_> {
                     match heard {
                         Heard::Part(number, Part::Chunk { ordinal, form, data }) => {
                             signs = true;
+                            run.transfer.fed(true);
                             last_chunk = last_sign;
                             self.take(number, ordinal, form, data, decodes).await;
                             urgency.receiving(gate, true);
                             paused = !gate.may_run(urgency.effective());
                         }
-                        Heard::Part(_, Part::Working) => signs = true,
+                        Heard::Part(_, Part::Working) => {
+                            signs = true;
+                            run.transfer.fed(true);
+                        }
                         Heard::Part(number, Part::Lacking(ordinals)) => self.lacks(number, &ordinals),
                         Heard::Part(number, Part::Busy(named)) => self.busy(number, named),
                         Heard::Failed(number, error) => self.failed(number, &error),

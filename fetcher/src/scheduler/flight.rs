@@ -14,6 +14,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use tokio::sync::futures::OwnedNotified;
@@ -28,6 +29,9 @@ use crate::store::lock;
 #[derive(Debug)]
 pub(crate) struct Transfer {
     pub(crate) urgency: Urgency,
+    /// Bytes are on their way, from the origin or from a node that is being fed itself: others may wait
+    /// for this transfer. One that only asks would have them wait for each other.
+    fed: AtomicBool,
     /// Whether other nodes may be asked; once false, for good.
     asks_peers: watch::Sender<bool>,
     last_failure: Mutex<Option<FetchFailure>>,
@@ -42,9 +46,15 @@ impl Transfer {
     pub(crate) fn asking(base: Priority, peers: bool) -> Arc<Self> {
         Arc::new(Self {
             urgency: Urgency::new(base),
+            fed: AtomicBool::new(false),
             asks_peers: watch::Sender::new(peers),
             last_failure: Mutex::new(None),
         })
+    }
+
+    /// Takes note of whether bytes are on their way.
+    pub(crate) fn fed(&self, fed: bool) {
+        self.fed.store(fed, Ordering::Release);
     }
 
     /// Whether other nodes may be asked.
@@ -170,6 +180,13 @@ impl Flights {
                 .asks_peers
                 .send_if_modified(|asks| std::mem::replace(asks, false));
         }
+    }
+
+    /// Whether `chunk` is on its way.
+    pub(crate) fn is_being_fed(&self, chunk: u32) -> bool {
+        let table = lock(&self.table);
+        let flight = table.flights.get(&chunk);
+        flight.is_some_and(|flight| flight.transfer.fed.load(Ordering::Acquire))
     }
 
     /// Joins the flight of `chunk`; `None` when there is none.

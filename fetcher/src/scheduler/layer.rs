@@ -108,9 +108,9 @@ impl LayerHandle {
         &self.origins
     }
 
-    /// Whether somebody fetches the chunk.
-    pub(crate) fn is_in_flight(&self, chunk: u32) -> bool {
-        self.flights.is_in_flight(chunk)
+    /// Whether the chunk is on its way.
+    pub(crate) fn is_being_fed(&self, chunk: u32) -> bool {
+        self.flights.is_being_fed(chunk)
     }
 
     /// Its name in the store.

@@ -235,7 +235,9 @@ impl Run {
         };
         let began = clock::now();
         let lent = Lent { slots, slot };
+        self.transfer.fed(true);
         let result = self.request(id, &source, &piece, &lent).await;
+        self.transfer.fed(false);
         drop(lent);
         urgency.receiving(&self.core.gate, false);
         match &result {

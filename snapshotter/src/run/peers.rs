@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The peer API of the daemon, put together: connections to other nodes, and what they are given.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt as _;
 use sluice_fetcher::cluster::link::{Links, PeerStream};
 use sluice_fetcher::cluster::membership::{Hello, Membership};
-use sluice_fetcher::cluster::node::{NodeId, View};
+use sluice_fetcher::cluster::node::{Node, NodeId, Role, View};
 use sluice_fetcher::peer::wire::node_of;
 use sluice_fetcher::peer::{Connect, PROTOCOL, PeerOptions, PeerServer, Peers, endpoint};
 use sluice_fetcher::scheduler::Fetcher;
@@ -28,6 +30,12 @@ const HANDSHAKES: usize = 64;
 const ACCEPTED: usize = 16;
 /// How often the load is told to the membership.
 const LOAD_EVERY: Duration = Duration::from_secs(1);
+/// Nodes of the zone to which connections are opened before they are needed: the homes of a usual zone. In
+/// a larger one a burst opens some of its own.
+const WARM: usize = 64;
+/// How long one of these may take, and how many are opened at once.
+const WARM_DEADLINE: Duration = Duration::from_secs(3);
+const WARM_AT_ONCE: usize = 4;
 /// After an accept that failed for want of something, such as descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -91,6 +99,11 @@ pub(super) async fn serve(
 ) -> std::io::Result<()> {
     let listener = TcpListener::bind(address).await?;
     let (fetcher, peers, shelf) = parts;
+    let (warm, view) = (Arc::clone(&peers), membership.view());
+    let stopped = stop.clone();
+    tasks.spawn(async move {
+        stopped.run_until_cancelled(keep_warm(warm, view)).await;
+    });
     let version = env!("CARGO_PKG_VERSION");
     let server = PeerServer::new(fetcher, peers, shelf, version, stop.clone());
     let (accepted, incoming) = mpsc::channel(ACCEPTED);
@@ -122,6 +135,37 @@ pub(super) async fn serve(
     });
     tracing::info!(%address, "serving other nodes");
     Ok(())
+}
+
+/// Opens connections to nodes that come, so that the first reads of a burst need not: a connection that is
+/// opened while the line is full may lose its first packets, and then waits for seconds.
+async fn keep_warm(peers: Arc<Peers>, mut view: watch::Receiver<Arc<View>>) {
+    let mut known = BTreeSet::new();
+    loop {
+        let now = Arc::clone(&view.borrow_and_update());
+        known.retain(|id| now.node(id).is_some());
+        let same_zone = now.others.iter().filter(|it| it.zone == now.me.zone);
+        let new: Vec<Node> = same_zone
+            .filter(|it| it.role != Role::Leech && !known.contains(&it.id))
+            .take(WARM.saturating_sub(known.len()))
+            .cloned()
+            .collect();
+        known.extend(new.iter().map(|node| node.id.clone()));
+        let greet = |node: Node| {
+            let peers = Arc::clone(&peers);
+            async move {
+                if let Err(error) = peers.hello(&node, WARM_DEADLINE).await {
+                    tracing::debug!(node = %node.id, "no answer to hello: {error}");
+                }
+            }
+        };
+        futures::stream::iter(new)
+            .for_each_concurrent(WARM_AT_ONCE, greet)
+            .await;
+        if view.changed().await.is_err() {
+            return;
+        }
+    }
 }
 
 async fn accept(
