@@ -203,10 +203,9 @@ impl Cluster {
             let Some(first) = open.first() else { break };
             ensure!(
                 began.elapsed() < deadline,
-                "{} nodes are not sealed after {deadline:?}, among them {}:\n{}",
+                "{} nodes are not sealed after {deadline:?}, among them {}",
                 open.len(),
-                first.name(),
-                first.log_tail()
+                first.describe()
             );
             // Asking costs a process each time.
             std::thread::sleep(Duration::from_secs(1));

@@ -224,7 +224,7 @@ pub fn remove_leftovers() {
     let mut dead: Vec<u32> = network::named("slc-")
         .iter()
         .filter_map(|name| name.split('-').nth(1)?.parse().ok())
-        .filter(|pid: &u32| !std::path::Path::new("/proc").join(pid.to_string()).exists())
+        .filter(|pid: &u32| !is_alive(*pid))
         .collect();
     dead.sort_unstable();
     dead.dedup();
@@ -238,6 +238,11 @@ pub fn remove_leftovers() {
         names.iter().for_each(|name| network::remove(name));
         cpu::remove_leftover(&account_of(pid));
     }
+}
+
+/// One that has ended and that its parent does not know of yet has no program any more.
+fn is_alive(pid: u32) -> bool {
+    std::fs::read_link(format!("/proc/{pid}/exe")).is_ok()
 }
 
 fn remove_root_of(pid: u32) -> Result<()> {

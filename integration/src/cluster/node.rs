@@ -96,6 +96,31 @@ impl Node {
         self.daemon.log_tail()
     }
 
+    /// What it says about itself, for the message of a test that fails: the last lines of the log, its
+    /// status, and those of its metrics that are not zero.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        let status = self
+            .daemon
+            .status()
+            .map_or_else(|e| format!("{e:#}"), |status| status.to_string());
+        let metrics = self
+            .port
+            .network()
+            .inside(|| self.daemon.metrics())
+            .unwrap_or_else(|e| format!("{e:#}"));
+        let counts = metrics
+            .lines()
+            .filter(|l| !l.starts_with('#') && !l.contains("_bucket{") && !l.ends_with(" 0"));
+        let counts: Vec<&str> = counts.collect();
+        format!(
+            "{}:\n{}\n{status}\n{}",
+            self.name(),
+            self.log_tail(),
+            counts.join("\n")
+        )
+    }
+
     /// SIGKILL to the daemon; shim, mounts and containers stay.
     pub(super) fn kill_daemon(&mut self) -> Result<()> {
         self.daemon.kill()

@@ -138,10 +138,15 @@ impl Daemon {
         Ok(!layers.is_empty() && layers.iter().all(|l| l["sealed"].as_bool() == Some(true)))
     }
 
+    /// All its metrics, as Prometheus reads them.
+    pub fn metrics(&self) -> Result<String> {
+        http_get(self.telemetry, "/metrics")
+    }
+
     /// The value of the metric's samples whose line contains all of `labels`, added up.
     pub fn metric(&self, name: &str, labels: &[&str]) -> Result<f64> {
-        let body = http_get(self.telemetry, "/metrics")?;
-        Ok(body
+        Ok(self
+            .metrics()?
             .lines()
             .filter(|l| l.starts_with(name) && l[name.len()..].starts_with(['{', ' ']))
             .filter(|l| labels.iter().all(|label| l.contains(label)))
