@@ -76,7 +76,7 @@ soak: tools images ## the full matrix: long end-to-end forms, ten minutes per fu
 	@echo "== soak"
 	@SLUICE_LONG=1 $(MAKE) --no-print-directory e2e
 	@echo "== soak: many daemons, one image; writes docs/benchmarks/cluster-real.json"
-	@cargo test --locked --workspace --test cluster -- --ignored --nocapture --test-threads 1 long_ --skip long_curve_of_a_cluster
+	@cargo test --locked --workspace --test cluster -- --ignored --nocapture --test-threads 1 long_
 	@$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=600
 
 clean: ## remove everything that was built or cached

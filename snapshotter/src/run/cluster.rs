@@ -5,7 +5,6 @@
 //! that finds nobody is a node by itself.
 
 use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::Arc;
 
 use prometheus_client::registry::Registry;
@@ -152,8 +151,8 @@ async fn open_tls(
     metrics: ClusterMetrics,
 ) -> Result<TlsFiles, ClusterError> {
     let open = move || {
-        let [cert, key, ca] = [&files.cert, &files.key, &files.ca].map(|path| Path::new(path));
-        TlsFiles::open(cert, key, ca, metrics)
+        let ClusterTlsConfig { cert, key, ca } = files;
+        TlsFiles::open(&cert, &key, &ca, metrics)
     };
     let opened = tokio::task::spawn_blocking(open).await;
     Ok(opened.map_err(|_| ClusterError::Stopping)??)
