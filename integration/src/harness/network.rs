@@ -19,6 +19,7 @@ use super::command;
 use super::tools;
 
 const DEADLINE: Duration = Duration::from_secs(20);
+const CONGESTION_CONTROL: &str = "ipv4/tcp_congestion_control";
 
 /// A network namespace in `/run/netns`; dropped, its processes are ended and it is removed.
 #[derive(Debug)]
@@ -34,15 +35,17 @@ impl Network {
             name: name.to_owned(),
         };
         ip(&["-n", name, "link", "set", "lo", "up"])?;
-        // No router solicitations and address checks among what is measured.
-        network
-            .inside(|| {
-                Ok(std::fs::write(
-                    "/proc/sys/net/ipv6/conf/all/disable_ipv6",
-                    "1",
-                )?)
-            })
-            .ok();
+        network.inside(|| {
+            let write = |key: &str, value: &str| {
+                std::fs::write(format!("/proc/sys/net/{key}"), value).is_ok()
+            };
+            // No router solicitations and address checks among what is measured.
+            write("ipv6/conf/all/disable_ipv6", "1");
+            // What most hosts have, whatever this one has. A namespace may be refused it, but not
+            // what it comes from.
+            let _ = write(CONGESTION_CONTROL, "cubic") || write(CONGESTION_CONTROL, "reno");
+            Ok(())
+        })?;
         Ok(network)
     }
 
