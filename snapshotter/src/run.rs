@@ -172,8 +172,7 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Ru
     .await
     .map_err(RunError::Lazy)?;
     if let (Some(side), Some(config)) = (&cluster, &config.cluster) {
-        let served = side.serve(config, lazy.fetcher(), lazy.shelf());
-        served.await.map_err(RunError::Cluster)?;
+        side.serve(config, lazy.fetcher(), lazy.shelf());
     }
 
     let options = SnapshotOptions {

@@ -32,9 +32,9 @@ use crate::peer::wire::{Form, Part, WantedChunk, WantedChunks, WantedLayer, Wire
 use crate::source::{Class, Priority, SourceKind};
 use crate::store::{Committed, lock};
 
-/// A node that gives no sign of life for so long is left. Several times what a sign takes under load:
+/// A node that gives no sign of life for so long is left. Eight signs are due meanwhile:
 /// leaving a home that lives costs the origin a second fetch.
-const SILENCE: Duration = Duration::from_secs(3);
+const SILENCE: Duration = Duration::from_secs(2);
 
 /// No node is asked besides a first one that was silent for less than this: a home answers at once that it
 /// works on it, and one that is only loaded must not cost the origin a second fetch.

@@ -4,7 +4,6 @@
 //! Nothing of it waits for the network, and only what is wrong with its own files is an error: a node
 //! that finds nobody is a node by itself.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use prometheus_client::registry::Registry;
@@ -36,15 +35,6 @@ pub enum ClusterError {
     /// The node cannot be a member.
     #[error(transparent)]
     Membership(#[from] MembershipError),
-    /// Other nodes cannot be served.
-    #[error("listen at {address}: {source}")]
-    Listen {
-        /// Where.
-        address: SocketAddr,
-        /// Why not.
-        #[source]
-        source: std::io::Error,
-    },
     /// The daemon stops.
     #[error("the daemon stops")]
     Stopping,
@@ -109,28 +99,11 @@ impl ClusterSide {
     }
 
     /// Serves other nodes from now on.
-    ///
-    /// **Errors** the address cannot be listened at.
-    pub(super) async fn serve(
-        &self,
-        config: &ClusterConfig,
-        fetcher: Fetcher,
-        shelf: Arc<NodeShelf>,
-    ) -> Result<(), ClusterError> {
+    pub(super) fn serve(&self, config: &ClusterConfig, fetcher: Fetcher, shelf: Arc<NodeShelf>) {
         let parts = (fetcher, Arc::clone(&self.peers), shelf);
         let (links, membership) = (self.links.clone(), Arc::clone(&self.membership));
-        let served = peers::serve(
-            config.listen,
-            links,
-            parts,
-            membership,
-            &self.tasks,
-            self.stop.clone(),
-        );
-        served.await.map_err(|source| ClusterError::Listen {
-            address: config.listen,
-            source,
-        })
+        let (tasks, stop) = (&self.tasks, self.stop.clone());
+        peers::serve(config.listen, links, parts, membership, tasks, stop);
     }
 
     /// Who is there.

@@ -36,6 +36,8 @@ const WARM: usize = 64;
 /// How long one of these may take, and how many are opened at once.
 const WARM_DEADLINE: Duration = Duration::from_secs(3);
 const WARM_AT_ONCE: usize = 4;
+/// Between two attempts to listen.
+const LISTEN_PAUSE: Duration = Duration::from_secs(5);
 /// After an accept that failed for want of something, such as descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -86,18 +88,17 @@ pub(super) fn peers(
     Arc::new(Peers::new(options, view, connect(links)))
 }
 
-/// Serves the peer API until the token is cancelled.
-///
-/// **Errors** the address cannot be listened at.
-pub(super) async fn serve(
+/// Serves the peer API until the token is cancelled. An address that cannot be listened at, because its
+/// network is not up yet or another process has it, is tried again: the node takes from others meanwhile,
+/// and its containers need none of it.
+pub(super) fn serve(
     address: SocketAddr,
     links: Links,
     parts: (Fetcher, Arc<Peers>, Arc<NodeShelf>),
     membership: Arc<Membership>,
     tasks: &TaskTracker,
     stop: CancellationToken,
-) -> std::io::Result<()> {
-    let listener = TcpListener::bind(address).await?;
+) {
     let (fetcher, peers, shelf) = parts;
     let (warm, view) = (Arc::clone(&peers), membership.view());
     let stopped = stop.clone();
@@ -107,13 +108,13 @@ pub(super) async fn serve(
     let version = env!("CARGO_PKG_VERSION");
     let server = PeerServer::new(fetcher, peers, shelf, version, stop.clone());
     let (accepted, incoming) = mpsc::channel(ACCEPTED);
-    tasks.spawn(accept(
-        listener,
-        links,
-        accepted,
-        tasks.clone(),
-        stop.clone(),
-    ));
+    let (handshakes, stopping) = (tasks.clone(), stop.clone());
+    let listening = stop.clone();
+    tasks.spawn(async move {
+        if let Some(listener) = listening.run_until_cancelled(listen(address)).await {
+            accept(listener, links, accepted, handshakes, stopping).await;
+        }
+    });
     let load = server.clone();
     let loaded = async move {
         let mut every = tokio::time::interval(LOAD_EVERY);
@@ -133,8 +134,25 @@ pub(super) async fn serve(
             tracing::error!("peer API ended: {error}");
         }
     });
-    tracing::info!(%address, "serving other nodes");
-    Ok(())
+}
+
+/// Listens at the address, sooner or later.
+async fn listen(address: SocketAddr) -> TcpListener {
+    let mut said = false;
+    loop {
+        match TcpListener::bind(address).await {
+            Ok(listener) => {
+                tracing::info!(%address, "serving other nodes");
+                return listener;
+            }
+            Err(error) if !said => {
+                tracing::error!(%address, "failed to listen for other nodes, trying again: {error}");
+                said = true;
+            }
+            Err(_) => {}
+        }
+        tokio::time::sleep(LISTEN_PAUSE).await;
+    }
 }
 
 /// Opens connections to nodes that come, so that the first reads of a burst need not: a connection that is
