@@ -161,7 +161,7 @@ impl NodeShelf {
             if home == me {
                 return self.object(wanted).await;
             }
-            let Some(node) = peers.to_ask(&home) else {
+            let Some(node) = peers.giver(&home) else {
                 continue;
             };
             match peers.object(&node, wanted, ORIGIN_DEADLINE).await {
@@ -228,7 +228,7 @@ impl NodeShelf {
     async fn index_of_asker(&self, wanted: &WantedLayer, asker: &NodeId) -> Result<Bytes, Refused> {
         let peers = self.peers().ok_or(Refused::NotHere)?;
         let node = peers
-            .to_ask(asker)
+            .giver(asker)
             .ok_or_else(|| failed("the asker is no member of the cluster"))?;
         let longest = wanted.blob_bytes.min(OBJECT_MAX_BYTES);
         let object = WantedObject {

@@ -40,6 +40,8 @@ use sluice_blockindex::units::{CHUNK_MAX_BYTES, FRAME_MAX_BYTES};
 const HOMES: usize = 2;
 /// What a message may have besides the bytes of a chunk or an object's part.
 const MESSAGE_SLACK_BYTES: u64 = 64 << 10;
+/// Between two attempts to get an object of a node without a free slot: an index takes as long to send.
+const BUSY_PAUSE: Duration = Duration::from_millis(50);
 /// How much of the requests may be asked twice, in percent, and how many of these may be saved up.
 const HEDGE_PERCENT: u32 = 2;
 const HEDGE_SAVED: u32 = 8;
@@ -106,6 +108,9 @@ pub enum PeerError {
     /// It does not have it.
     #[error("it does not have it")]
     Lacking,
+    /// It had no free upload slot for all of the time.
+    #[error("it has no free upload slot")]
+    Busy,
 }
 
 impl From<Status> for PeerError {
@@ -196,7 +201,8 @@ impl Peers {
     }
 
     /// The node of this name, if it is there and gives.
-    pub(crate) fn giver(&self, id: &NodeId) -> Option<Node> {
+    #[must_use]
+    pub fn giver(&self, id: &NodeId) -> Option<Node> {
         let view = self.view();
         let node = view.node(id)?;
         let avoided = lock(&self.scores).is_avoided(id, clock::now());
@@ -262,7 +268,21 @@ impl Peers {
         deadline: Duration,
     ) -> Result<Bytes, PeerError> {
         let begun = clock::now();
-        let fetched = tokio::time::timeout(deadline, self.object_of(node, wanted)).await;
+        let until = begun.checked_add(deadline);
+        let fetched = async {
+            loop {
+                match self.object_of(node, wanted).await {
+                    // Going elsewhere would cost the origin a fetch for each node that waits here.
+                    Err(PeerError::Busy)
+                        if until.is_some_and(|it| clock::now() + BUSY_PAUSE < it) =>
+                    {
+                        tokio::time::sleep(BUSY_PAUSE).await;
+                    }
+                    result => return result,
+                }
+            }
+        };
+        let fetched = tokio::time::timeout(deadline, fetched).await;
         let result = fetched.unwrap_or(Err(PeerError::Silent(deadline)));
         let outcome = match &result {
             Ok(bytes) => {
@@ -276,6 +296,7 @@ impl Peers {
             Err(PeerError::Object { .. } | PeerError::Wire(_)) => Outcome::Lied,
             Err(PeerError::Silent(_)) => Outcome::Slow,
             Err(PeerError::Lacking) => Outcome::Lacked,
+            Err(PeerError::Busy) => Outcome::Busy,
             Err(_) => Outcome::Failed,
         };
         self.observe(&node.id, outcome);
@@ -288,6 +309,9 @@ impl Peers {
             Ok(answer) => answer.into_inner(),
             Err(status) if status.code() == tonic::Code::NotFound => {
                 return Err(PeerError::Lacking);
+            }
+            Err(status) if status.code() == tonic::Code::ResourceExhausted => {
+                return Err(PeerError::Busy);
             }
             Err(status) => return Err(status.into()),
         };
@@ -314,8 +338,7 @@ impl Peers {
         }
     }
 
-    /// The nodes to ask for an object, best first: its homes, without this node; and whether this
-    /// node comes before some of them.
+    /// The homes of an object, best first; may contain this node.
     #[must_use]
     pub fn object_homes(&self, digest: IndexDigest) -> Vec<NodeId> {
         let piece = PieceKey {
@@ -325,12 +348,6 @@ impl Peers {
         let view = self.view();
         let homes = homes(&view, &view.me.zone, &piece, HOMES);
         homes.into_iter().map(|home| home.id.clone()).collect()
-    }
-
-    /// A node to ask, if it is there and gives.
-    #[must_use]
-    pub fn to_ask(&self, id: &NodeId) -> Option<Node> {
-        self.giver(id)
     }
 
     /// Waits as the download budget says; to be called for what came. Cancel-safe.

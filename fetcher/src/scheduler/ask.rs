@@ -473,6 +473,7 @@ impl Asking<'_> {
             }
             PeerError::Silent(_) => (Outcome::Slow, Class::Transient),
             PeerError::Lacking => (Outcome::Lacked, Class::Permanent),
+            PeerError::Busy => (Outcome::Busy, Class::Transient),
             PeerError::Link(_) | PeerError::Status(_) => (Outcome::Failed, Class::Transient),
         };
         run.core.metrics.failed(SourceKind::Peer, class);
