@@ -61,6 +61,12 @@ pub struct PeerOptions {
     pub upload_slots: usize,
     /// Memory for frames that are passed on as they came.
     pub frames_bytes: usize,
+    /// A node that gives no sign of life for so long is left. Eight signs are due meanwhile: leaving a home
+    /// that lives costs the origin a second fetch.
+    pub silence: Duration,
+    /// No node is asked besides a first one that was silent for less than this: a home answers at once that
+    /// it works on it, and one that is only loaded must not cost the origin a second fetch.
+    pub hedge_floor: Duration,
     /// Breaks ties, so that not all nodes choose the same one.
     pub seed: u64,
 }
@@ -73,6 +79,8 @@ impl Default for PeerOptions {
             origin_bytes: 0,
             upload_slots: 16,
             frames_bytes: 64 << 20,
+            silence: Duration::from_secs(2),
+            hedge_floor: Duration::from_millis(500),
             seed: 0,
         }
     }
@@ -164,6 +172,11 @@ impl Peers {
             options,
             view,
         }
+    }
+
+    /// How this node takes part.
+    pub(crate) fn options(&self) -> &PeerOptions {
+        &self.options
     }
 
     /// Who is there.

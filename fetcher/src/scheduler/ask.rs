@@ -32,14 +32,6 @@ use crate::peer::wire::{Form, Part, WantedChunk, WantedChunks, WantedLayer, Wire
 use crate::source::{Class, Priority, SourceKind};
 use crate::store::{Committed, lock};
 
-/// A node that gives no sign of life for so long is left. Eight signs are due meanwhile:
-/// leaving a home that lives costs the origin a second fetch.
-const SILENCE: Duration = Duration::from_secs(2);
-
-/// No node is asked besides a first one that was silent for less than this: a home answers at once that it
-/// works on it, and one that is only loaded must not cost the origin a second fetch.
-const HEDGE_FLOOR: Duration = Duration::from_millis(500);
-
 /// What came of asking.
 pub(super) enum Asked {
     /// Look again: something landed, or the next step is due.
@@ -249,6 +241,8 @@ impl Asking<'_> {
 
     async fn read(&mut self, decodes: &mut JoinSet<AskDecoded>) -> Result<(), FetchFailure> {
         let run = self.run;
+        let peers = Arc::clone(self.peers);
+        let options = peers.options();
         let (gate, urgency) = (&run.core.gate, &run.transfer.urgency);
         let mut called_off = pin!(run.called_off());
         let mut diverted = pin!(run.transfer.diverted());
@@ -262,9 +256,9 @@ impl Asking<'_> {
             }
             let reading = !paused && decodes.len() < DECODES && !self.all_over();
             let hedge_after = self.peers.hedge_after(&self.asks[0].node);
-            let hedge_at = last_sign + hedge_after.max(HEDGE_FLOOR);
+            let hedge_at = last_sign + hedge_after.max(options.hedge_floor);
             let may_hedge = !hedged && !signs && urgency.effective() == Priority::Foreground;
-            let silent_at = (last_sign + SILENCE).min(last_chunk + run.core.options.stall);
+            let silent_at = (last_sign + options.silence).min(last_chunk + run.core.options.stall);
             tokio::select! {
                 biased;
                 () = &mut called_off => return Err(FetchFailure::Cancelled),
@@ -306,7 +300,7 @@ impl Asking<'_> {
                 () = tokio::time::sleep_until(silent_at), if reading => {
                     run.core.metrics.stalled(SourceKind::Peer);
                     for number in 0..self.asks.len() {
-                        self.failed(number, &PeerError::Silent(SILENCE));
+                        self.failed(number, &PeerError::Silent(options.silence));
                     }
                 }
             }

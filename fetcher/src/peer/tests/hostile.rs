@@ -142,41 +142,46 @@ async fn beside(vice: Vice, layer: &TestLayer) -> (TestNode, Arc<AtomicUsize>, J
     (good, asked, server)
 }
 
+/// How long a read may take beside any of them: their patience is seconds, a slow machine takes the rest.
+const READ_BOUND: Duration = Duration::from_secs(30);
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_hostile_home_costs_time_and_nothing_else() {
     let layer = six_pieces();
     let cases = [
-        // How long a read may take, and what is counted against the node.
-        (Vice::WrongBytes, 3 * SECOND, Some(Class::Corrupt)),
-        (Vice::Bomb, 5 * SECOND, Some(Class::Corrupt)),
-        (Vice::Flood, 6 * SECOND, Some(Class::Corrupt)),
-        (Vice::OnlyPromises, 6 * SECOND, Some(Class::Transient)),
-        (Vice::Silence, 6 * SECOND, Some(Class::Transient)),
-        (Vice::Reset, 2 * SECOND, Some(Class::Transient)),
-        (Vice::AlwaysBusy, 4 * SECOND, None),
-        (Vice::Lacks, 2 * SECOND, None),
+        // What is counted against the node.
+        (Vice::WrongBytes, Some(Class::Corrupt)),
+        (Vice::Bomb, Some(Class::Corrupt)),
+        (Vice::Flood, Some(Class::Corrupt)),
+        (Vice::OnlyPromises, Some(Class::Transient)),
+        (Vice::Silence, Some(Class::Transient)),
+        (Vice::Reset, Some(Class::Transient)),
+        (Vice::AlwaysBusy, None),
+        (Vice::Lacks, None),
     ];
-    let work = cases.map(|(vice, bound, class)| {
+    let work = cases.map(|(vice, class)| {
         let layer = &layer;
         async move {
             let (good, asked, server) = beside(vice, layer).await;
             let begun = std::time::Instant::now();
             good.read(Extent::new(0, 2 << 20).unwrap()).await;
             let took = begun.elapsed();
-            assert!(took < bound, "{vice:?}: {took:?}");
+            assert!(took < READ_BOUND, "{vice:?}: {took:?}");
             let times = asked.load(Ordering::SeqCst);
             assert!(times > 0, "{vice:?}: never asked");
             if let Some(class) = class {
                 let metrics = good.fetcher.metrics();
                 assert!(metrics.failures(SourceKind::Peer, class) > 0, "{vice:?}");
-                // From now on it is left alone for a while.
                 good.read(Extent::new(2 << 20, 4 << 20).unwrap()).await;
-                assert_eq!(asked.load(Ordering::SeqCst), times, "{vice:?}: asked again");
+                // One that lies is left alone for a minute; one that fails may have recovered soon.
+                if class == Class::Corrupt {
+                    assert_eq!(asked.load(Ordering::SeqCst), times, "{vice:?}: asked again");
+                }
             }
             let begun = std::time::Instant::now();
             good.read_all().await;
             let took = begun.elapsed();
-            assert!(took < 30 * SECOND, "{vice:?}: {took:?} for the rest");
+            assert!(took < 2 * READ_BOUND, "{vice:?}: {took:?} for the rest");
             check_all(&good, layer);
             server.abort();
         }
