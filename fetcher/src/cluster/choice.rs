@@ -5,10 +5,11 @@
 //! and throughput (exponential averages), the latest latencies for their 95th percentile, and what went
 //! wrong. From these come an order of candidates, a pause for who failed, and the moment to hedge.
 //!
-//! Order: nearest first (rack, zone, elsewhere); at one distance who is not full, then the expected time
-//! of a small answer in powers of two, then the load it told in quarters, then a hash with the node's own
-//! seed. Steps instead of exact values keep noise from deciding, and the seed keeps a thousand nodes from
-//! all deciding alike. The homes of a piece are not candidates in this sense: their order is the order of
+//! Order: nearest first (rack, zone, elsewhere); at one distance who has free slots, then the expected time
+//! of a small answer in powers of two, then who told a load of less than half. Steps instead of exact values
+//! keep noise from deciding: load is told once a second and is old news in a burst, and a thousand nodes
+//! that decide alike make one node slow. Between equals a hash with the node's own seed decides. The names of
+//! a busy answer are put in order by distance only ([`Scores::order_named`]). The homes of a piece are not candidates in this sense: their order is the order of
 //! [`homes`](super::home::homes), or a piece would have many.
 //!
 //! Pauses double while a node goes on failing, and end with an answer. A lie (bytes of another digest) is
@@ -17,7 +18,6 @@
 //! Invariants: the table is bounded, the longest unused node is dropped; the order never names this
 //! node, a leech, an avoided node, one that is not in the view, or one twice.
 
-use std::cmp::Reverse;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
 
@@ -43,6 +43,10 @@ const HEDGE_MIN: Duration = Duration::from_millis(20);
 const HEDGE_MAX: Duration = Duration::from_secs(2);
 /// A full node is not asked first again for so long: a few uploads end meanwhile.
 const BUSY_FOR: Duration = Duration::from_millis(100);
+/// How long a node that is late is not asked, unless it answers, or a probe: until gossip has noticed.
+const LATE_FOR: Duration = Duration::from_secs(10);
+/// Half of the slots: the finer steps are, the more nodes decide alike.
+const CROWDED_PERCENT: u8 = 50;
 /// Bytes of the answer whose time is compared: a few chunks.
 const TYPICAL_BYTES: u64 = 256 << 10;
 /// A lie is forgotten so long after the last one.
@@ -68,8 +72,14 @@ pub enum Outcome {
     Lacked,
     /// It could not be reached, or broke off.
     Failed,
+    /// It gave no sign of life in a time in which nodes usually do, and is waited for still. Others are asked
+    /// meanwhile, so that not each request finds that out anew.
+    Late,
     /// It was given up as too slow.
     Slow,
+    /// It answered a probe: it is there, whether or not it is quick. Ends the doubt that one silence makes;
+    /// a node that is silent again in spite of it has its pause.
+    Reached,
     /// It sent bytes of another digest.
     Lied,
 }
@@ -83,6 +93,12 @@ struct Pause {
 const FAILED: Pause = Pause {
     first: Duration::from_millis(500),
     max: Duration::from_secs(30),
+};
+/// Longer than the failure of a process that is started again: a host that is silent is mostly gone, each
+/// further request to it costs a reader as much again, and the others need a while to notice.
+const SLOW: Pause = Pause {
+    first: Duration::from_secs(2),
+    max: Duration::from_secs(60),
 };
 const LACKED: Pause = Pause {
     first: Duration::from_secs(1),
@@ -116,6 +132,10 @@ struct Score {
     lies: u32,
     last_lie: Option<Instant>,
     avoided_until: Option<Instant>,
+    /// When anything came of it last.
+    heard: Option<Instant>,
+    /// As `avoided_until`, for silence: an answer ends it.
+    doubted_until: Option<Instant>,
     busy_until: Option<Instant>,
 }
 
@@ -136,10 +156,19 @@ impl Score {
         self.faults = 0;
         self.lacks = 0;
         self.busy_until = None;
+        self.doubted_until = None;
     }
 
     fn avoid(&mut self, now: Instant, pause: Duration) {
         self.avoided_until = self.avoided_until.max(now.checked_add(pause));
+    }
+
+    fn doubt(&mut self, now: Instant, pause: Duration) {
+        self.doubted_until = self.doubted_until.max(now.checked_add(pause));
+    }
+
+    fn is_avoided(&self, now: Instant) -> bool {
+        later(self.avoided_until, now) || later(self.doubted_until, now)
     }
 
     fn p95(&self) -> Option<Duration> {
@@ -173,6 +202,8 @@ pub struct Scores {
     nodes: LruCache<NodeId, Score>,
     capacity: usize,
     seed: u64,
+    /// When the last pause of all ends: mostly nobody is avoided, and nobody need be looked up.
+    avoided_until: Option<Instant>,
 }
 
 impl Scores {
@@ -190,6 +221,7 @@ impl Scores {
             nodes: LruCache::unbounded(),
             capacity,
             seed,
+            avoided_until: None,
         }
     }
 
@@ -209,10 +241,19 @@ impl Scores {
                     score.avoid(now, LACKED.after(score.lacks - LACKS_EXCUSED));
                 }
             }
+            Outcome::Late => score.doubt(now, LATE_FOR),
             Outcome::Failed | Outcome::Slow => {
-                score.faults = score.faults.saturating_add(1);
-                score.avoid(now, FAILED.after(score.faults));
+                // What was under way fails with the first: one misfortune, not many.
+                if score.faults == 0 || !score.is_avoided(now) {
+                    score.faults = score.faults.saturating_add(1);
+                }
+                match outcome {
+                    Outcome::Slow => score.doubt(now, SLOW.after(score.faults)),
+                    _ => score.avoid(now, FAILED.after(score.faults)),
+                }
             }
+            Outcome::Reached if score.faults > 1 => {}
+            Outcome::Reached => score.doubted_until = None,
             Outcome::Lied => {
                 let old = score.last_lie.is_none_or(|at| now - at > LIES_REMEMBERED);
                 score.lies = if old { 1 } else { score.lies.saturating_add(1) };
@@ -220,6 +261,8 @@ impl Scores {
                 score.avoid(now, LIED.after(score.lies));
             }
         }
+        let until = score.avoided_until.max(score.doubted_until);
+        self.avoided_until = self.avoided_until.max(until);
         while self.nodes.len() > self.capacity {
             self.nodes.pop_lru();
         }
@@ -228,23 +271,78 @@ impl Scores {
     /// Whether `node` is left alone for the moment.
     #[must_use]
     pub fn is_avoided(&self, node: &NodeId, now: Instant) -> bool {
-        let score = self.nodes.peek(node);
-        score.is_some_and(|score| later(score.avoided_until, now))
+        let score = || self.nodes.peek(node);
+        later(self.avoided_until, now) && score().is_some_and(|score| score.is_avoided(now))
     }
 
-    /// The candidates that may be asked, the best first.
+    /// Takes note that something came of a node, on whatever stream.
+    pub fn heard(&mut self, node: &NodeId, now: Instant) {
+        self.nodes.get_or_insert_mut_ref(node, Score::default).heard = Some(now);
+        while self.nodes.len() > self.capacity {
+            self.nodes.pop_lru();
+        }
+    }
+
+    /// When something came of a node last: one answer may be slow on a full line, but not all of them.
+    #[must_use]
+    pub fn last_heard(&self, node: &NodeId) -> Option<Instant> {
+        self.nodes.peek(node)?.heard
+    }
+
+    /// Nodes that are avoided because they were silent: a probe would tell more.
+    #[must_use]
+    pub fn doubted(&self, now: Instant) -> Vec<NodeId> {
+        if !later(self.avoided_until, now) {
+            return Vec::new();
+        }
+        let doubted = |score: &Score| later(score.doubted_until, now);
+        let nodes = self.nodes.iter().filter(|(_, score)| doubted(score));
+        nodes.map(|(id, _)| id.clone()).collect()
+    }
+
+    /// The candidates that may be asked, the best first; which of equals is first depends on the seed.
     #[must_use]
     pub fn order(&self, view: &View, candidates: &[NodeId], now: Instant) -> Vec<NodeId> {
+        self.order_by(view, candidates, now, |_, node| {
+            let mut tie = DefaultHasher::new();
+            (self.seed, &node.id).hash(&mut tie);
+            (self.rank(view.distance(node), node, now), tie.finish())
+        })
+    }
+
+    /// The names of a busy answer that may be asked: nearest first, else in their order.
+    ///
+    /// Who named them gave each asker another first one, and so made a tree that is as flat as can be. An
+    /// asker that put those first who look better to it would spoil that: in a burst all look alike, and what
+    /// is known of them is older than the burst.
+    #[must_use]
+    pub fn order_named(&self, view: &View, names: &[NodeId], now: Instant) -> Vec<NodeId> {
+        self.order_by(view, names, now, |place, node| (view.distance(node), place))
+    }
+
+    fn order_by<R: Ord>(
+        &self,
+        view: &View,
+        candidates: &[NodeId],
+        now: Instant,
+        rank: impl Fn(usize, &Node) -> R,
+    ) -> Vec<NodeId> {
         let mut ranked: Vec<_> = candidates
             .iter()
-            .filter(|id| **id != view.me.id && !self.is_avoided(id, now))
-            .filter_map(|id| view.node(id))
-            .filter(|node| node.role != Role::Leech)
-            .map(|node| (self.rank(view.distance(node), node, now), &node.id))
+            .enumerate()
+            .filter(|(_, id)| **id != view.me.id && !self.is_avoided(id, now))
+            .filter_map(|(place, id)| Some((place, view.node(id)?)))
+            .filter(|(_, node)| node.role != Role::Leech)
+            .map(|(place, node)| (rank(place, node), &node.id))
             .collect();
         ranked.sort_unstable();
-        ranked.dedup_by(|a, b| a.1 == b.1);
-        ranked.into_iter().map(|(_, id)| id.clone()).collect()
+        let mut order: Vec<NodeId> = Vec::with_capacity(ranked.len());
+        for (_, id) in ranked {
+            if !order.contains(id) {
+                order.push(id.clone());
+            }
+        }
+        order
     }
 
     /// What a node is ordered by, the best least.
@@ -262,17 +360,11 @@ impl Scores {
             TYPICAL_BYTES.saturating_mul(1_000_000) / rate.max(1)
         });
         let time = micros.saturating_add(streaming);
-        // Free slots in powers of two: four or five is all the same.
-        let slots = Reverse(u16::BITS - node.free_slots.leading_zeros());
-        let mut tie = DefaultHasher::new();
-        (self.seed, &node.id).hash(&mut tie);
         (
             distance,
             full,
             u64::BITS - time.leading_zeros(),
-            node.load / 25,
-            slots,
-            tie.finish(),
+            node.load / CROWDED_PERCENT,
         )
     }
 

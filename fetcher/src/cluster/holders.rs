@@ -1,13 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Whom to name instead when all upload slots are taken: pure.
 //!
-//! A node remembers to whom it gave what, and who told that it has it. When it is busy it names a few of
-//! these, the longest not named first: so each of them is sent about as many askers as any other, they in
-//! turn send the next ones on to those that they served, and the load spreads as a tree.
+//! For each thing a node keeps a line of those that have it or will: whom it serves or served, whom it
+//! sent on to others, and who told that it has it. When it is busy it names the head of the line. After a
+//! few times (the degree of the tree) the head makes room for the next and goes to the end, to be named
+//! again when all had their turn. So a home gives askers their place in a tree in the order in which they
+//! come, without a word from the others: one busy answer each, and a tree that is as flat as can be. The
+//! other names stand in for the first, should it be gone.
 //!
-//! What is named is a hint. Who is named may have lost it, or died: the asker then tries the next.
+//! What is named is a hint. Who is named may still be waiting for it: the asker then waits with it. It may
+//! have lost it, or died: the asker then tries the next.
+//!
+//! Nodes that wait must not wait for each other in a circle. So an asker that is in line itself is only sent
+//! to those before it.
+//!
+//! Invariants: at most so many places in all lines together; when there are more the line that was longest
+//! unused is dropped, and the longest line takes nobody in.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::hash::Hash;
 
 use lru::LruCache;
@@ -15,96 +25,140 @@ use lru::LruCache;
 use super::home::PieceKey;
 use super::node::NodeId;
 
-/// Things remembered, unless said otherwise: the pieces of a few large images.
-pub const KEYS_REMEMBERED: usize = 4096;
-/// Holders remembered of each: more than are named while these are still receiving.
-const HOLDERS_PER_KEY: usize = 32;
+/// Places in all lines, unless said otherwise: a few hundred pieces that a thousand nodes want, or many
+/// more that few want; some megabytes.
+pub const PLACES: usize = 1 << 16;
 
-/// Who has what, as far as this node knows. `K` names a thing: a piece, or a run of chunks.
-///
-/// Invariant: at most so many things, the longest unused is dropped; at most 32 holders of each, of which
-/// the most often named is dropped.
+/// Those that have one thing.
+#[derive(Debug, Default)]
+struct Line {
+    /// When each came.
+    came: HashMap<NodeId, u64>,
+    /// Those whose turn is now or later, and how often each was named.
+    waiting: VecDeque<(NodeId, usize)>,
+    /// Those who had their turn, the longest ago first.
+    had: VecDeque<NodeId>,
+    next: u64,
+}
+
+impl Line {
+    fn leave(&mut self, node: &NodeId) -> bool {
+        self.waiting.retain(|(it, _)| it != node);
+        self.had.retain(|it| it != node);
+        self.came.remove(node).is_some()
+    }
+
+    fn name(&mut self, asker: &NodeId, count: usize, times: usize) -> Vec<NodeId> {
+        let place = self.came.get(asker).copied();
+        let before = |node: &NodeId| {
+            let came = self.came.get(node).copied();
+            node != asker && place.is_none_or(|place| came.is_some_and(|came| came < place))
+        };
+        let waiting = self.waiting.iter().map(|(node, _)| node);
+        let named: Vec<NodeId> = waiting
+            .chain(&self.had)
+            .filter(|node| before(node))
+            .take(count)
+            .cloned()
+            .collect();
+        if let Some(first) = named.first() {
+            self.was_named(first, times);
+        }
+        named
+    }
+
+    fn was_named(&mut self, node: &NodeId, times: usize) {
+        let waiting = self.waiting.iter().position(|(it, _)| it == node);
+        if let Some(at) = waiting {
+            self.waiting[at].1 += 1;
+            if self.waiting[at].1 >= times {
+                let done = self.waiting.remove(at);
+                self.had.extend(done.map(|(node, _)| node));
+            }
+        } else if let Some(at) = self.had.iter().position(|it| it == node) {
+            let again = self.had.remove(at);
+            self.had.extend(again);
+        }
+    }
+}
+
+/// Who has what, as far as this node knows. `K` names a thing: a piece, or a run of its chunks.
 #[derive(Debug)]
 pub struct Holders<K: Hash + Eq = PieceKey> {
-    /// The longest not named first.
-    holders: LruCache<K, VecDeque<NodeId>>,
-    capacity: usize,
+    lines: LruCache<K, Line>,
+    places: usize,
+    taken: usize,
 }
 
 impl<K: Hash + Eq> Default for Holders<K> {
     fn default() -> Self {
-        Self::new(KEYS_REMEMBERED)
+        Self::new(PLACES)
     }
 }
 
 impl<K: Hash + Eq> Holders<K> {
-    /// Nobody has anything yet; at most `capacity` things are remembered.
+    /// Nobody has anything yet; `places` is the most that is remembered.
     #[must_use]
-    pub fn new(capacity: usize) -> Self {
+    pub fn new(places: usize) -> Self {
         Holders {
             // Bounded below: the bounded kind allocates its table at once.
-            holders: LruCache::unbounded(),
-            capacity,
+            lines: LruCache::unbounded(),
+            places,
+            taken: 0,
         }
     }
 
-    /// Takes note that `node` has `key`, or has begun to receive it: it sends on what it has.
+    /// Takes note that `node` has `key`, is receiving it, or was told where to get it.
     pub fn note(&mut self, key: K, node: &NodeId) {
-        let holders = self.holders.get_or_insert_mut(key, VecDeque::new);
-        if !holders.contains(node) {
-            if holders.len() == HOLDERS_PER_KEY {
-                holders.pop_back();
-            }
-            holders.push_front(node.clone());
+        let line = self.lines.get_or_insert_mut(key, Line::default);
+        if line.came.contains_key(node) || line.came.len() >= self.places {
+            return;
         }
-        while self.holders.len() > self.capacity {
-            self.holders.pop_lru();
+        line.came.insert(node.clone(), line.next);
+        line.next += 1;
+        line.waiting.push_back((node.clone(), 0));
+        self.taken += 1;
+        // The line of `key` is the latest used and not longer than the limit: it stays.
+        while self.taken > self.places {
+            let Some((_, dropped)) = self.lines.pop_lru() else {
+                break;
+            };
+            self.taken -= dropped.came.len();
         }
     }
 
     /// Forgets a node: it left, lied, or lost what it had.
     pub fn forget(&mut self, node: &NodeId) {
-        for (_, holders) in self.holders.iter_mut() {
-            holders.retain(|holder| holder != node);
+        for (_, line) in self.lines.iter_mut() {
+            self.taken -= usize::from(line.leave(node));
         }
     }
 
     /// Takes note that `node` does not have `key` after all.
     pub fn lost(&mut self, key: &K, node: &NodeId) {
-        if let Some(holders) = self.holders.peek_mut(key) {
-            holders.retain(|holder| holder != node);
+        if let Some(line) = self.lines.peek_mut(key) {
+            self.taken -= usize::from(line.leave(node));
         }
     }
 
-    /// At most `count` that have `key`, never `asker`; they are named last next time.
+    /// At most `count` that have `key`, or will: never `asker`, nor anybody behind it. The first of them is
+    /// named first `times` times before the next is.
     #[must_use]
-    pub fn name(&mut self, key: &K, asker: &NodeId, count: usize) -> Vec<NodeId> {
-        let Some(holders) = self.holders.get_mut(key) else {
-            return Vec::new();
-        };
-        let (mut named, mut others) = (Vec::new(), VecDeque::with_capacity(holders.len()));
-        for holder in holders.drain(..) {
-            if named.len() < count && holder != *asker {
-                named.push(holder);
-            } else {
-                others.push_back(holder);
-            }
-        }
-        others.extend(named.iter().cloned());
-        *holders = others;
-        named
+    pub fn name(&mut self, key: &K, asker: &NodeId, count: usize, times: usize) -> Vec<NodeId> {
+        let line = self.lines.get_mut(key);
+        line.map_or_else(Vec::new, |line| line.name(asker, count, times))
     }
 
-    /// How many things are remembered.
+    /// How many places are taken.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.holders.len()
+        self.taken
     }
 
     /// Whether none is.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.holders.is_empty()
+        self.taken == 0
     }
 }
 
@@ -125,67 +179,128 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_not_named_first_and_never_the_asker() {
+    fn each_has_its_turn_and_then_again() {
+        let mut holders = Holders::default();
+        for number in [0, 1, 2, 1] {
+            holders.note(7, &id(number));
+        }
+        let mut name = |count| holders.name(&7, &id(9), count, 2);
+        let turns = [
+            [0, 1],
+            [0, 1],
+            [1, 2],
+            [1, 2],
+            [2, 0],
+            [2, 0],
+            [0, 1],
+            [1, 2],
+        ];
+        for turn in turns {
+            assert_eq!(name(2), ids(&turn));
+        }
+        assert_eq!(name(0), ids(&[]));
+        assert_eq!(name(9), ids(&[2, 0, 1]));
+        assert_eq!(holders.name(&8, &id(9), 2, 2), ids(&[]));
+    }
+
+    #[test]
+    fn who_came_is_sent_only_to_those_before() {
         let mut holders = Holders::default();
         for number in 0..4 {
             holders.note(7, &id(number));
         }
-        holders.note(7, &id(3));
-        let mut name = |asker, count| holders.name(&7, &id(asker), count);
-        assert_eq!(name(9, 2), ids(&[3, 2]));
-        assert_eq!(name(1, 2), ids(&[0, 3]));
-        assert_eq!(name(9, 9), ids(&[1, 2, 0, 3]));
-        assert_eq!(name(9, 0), ids(&[]));
-        assert_eq!(holders.name(&8, &id(9), 2), ids(&[]));
+        for (asker, named) in [(0, vec![]), (1, vec![0]), (3, vec![0, 1, 2])] {
+            assert_eq!(holders.name(&7, &id(asker), 9, 9), ids(&named), "{asker}");
+        }
     }
 
     #[test]
-    fn new_ones_before_named_ones_and_the_forgotten_never() {
+    fn the_lost_and_the_forgotten_are_not_named() {
         let mut holders = Holders::default();
-        holders.note(1, &id(0));
-        holders.note(2, &id(0));
-        assert_eq!(holders.name(&1, &id(9), 1), ids(&[0]));
-        holders.note(1, &id(1));
-        assert_eq!(holders.name(&1, &id(9), 1), ids(&[1]));
+        for key in [1, 2] {
+            holders.note(key, &id(0));
+            holders.note(key, &id(1));
+        }
+        assert_eq!(holders.name(&1, &id(9), 1, 1), ids(&[0]));
+        holders.lost(&1, &id(0));
+        assert_eq!(holders.name(&1, &id(9), 5, 1), ids(&[1]));
+        assert_eq!(holders.name(&2, &id(9), 5, 1), ids(&[0, 1]));
+        holders.forget(&id(1));
+        assert_eq!(holders.name(&1, &id(9), 5, 1), ids(&[]));
+        assert_eq!(holders.name(&2, &id(9), 5, 1), ids(&[0]));
+        assert_eq!(holders.len(), 1);
+        // It comes back at the end.
+        holders.note(2, &id(3));
         holders.forget(&id(0));
-        assert_eq!(holders.name(&1, &id(9), 5), ids(&[1]));
-        assert_eq!(holders.name(&2, &id(9), 5), ids(&[]));
+        holders.note(2, &id(0));
+        assert_eq!(holders.name(&2, &id(9), 5, 1), ids(&[3, 0]));
     }
 
     #[test]
     fn bounded() {
-        let mut holders = Holders::new(2);
-        for key in [1, 2, 1, 3] {
-            holders.note(key, &id(key));
+        let mut holders = Holders::new(5);
+        for (key, node) in [(1, 0), (1, 1), (2, 0), (2, 1), (1, 2), (3, 0), (3, 1)] {
+            holders.note(key, &id(node));
         }
-        assert_eq!(holders.len(), 2);
-        assert_eq!(holders.name(&2, &id(9), 1), ids(&[]));
-        assert_eq!(holders.name(&1, &id(9), 1), ids(&[1]));
-        for number in 0..HOLDERS_PER_KEY + 10 {
-            holders.note(1, &id(number));
+        assert_eq!(holders.len(), 5);
+        assert_eq!(holders.name(&2, &id(9), 9, 1), ids(&[]));
+        assert_eq!(holders.name(&1, &id(9), 9, 1), ids(&[0, 1, 2]));
+        for node in 0..20 {
+            holders.note(4, &id(node));
         }
-        let named = holders.name(&1, &id(99), 100);
-        assert_eq!(named.len(), HOLDERS_PER_KEY);
-        assert_eq!(named[0], id(HOLDERS_PER_KEY + 9));
+        assert_eq!(holders.len(), 5);
+        assert_eq!(holders.name(&4, &id(9), 9, 1), ids(&[0, 1, 2, 3, 4]));
     }
 
     proptest! {
-        /// Askers are spread: whatever the count, no holder is named twice more often than another.
+        /// A burst: each asker is sent to the first of its names and stands in line itself. The tree that
+        /// comes of it has no node of more than `times` children, and is as flat as can be.
         #[test]
-        fn the_load_is_spread(known in 1usize..HOLDERS_PER_KEY, counts in prop::collection::vec(0usize..6, 0..80)) {
+        fn a_burst_becomes_a_flat_tree(nodes in 2usize..400, times in 1usize..5) {
             let mut holders = Holders::default();
-            for number in 0..known {
-                holders.note((), &id(number));
+            holders.note((), &id(0));
+            let mut depths = BTreeMap::from([(id(0), 0u32)]);
+            let mut children = BTreeMap::new();
+            for number in 1..nodes {
+                let asker = id(number);
+                let first = holders.name(&(), &asker, 3, times)[0].clone();
+                holders.note((), &asker);
+                let depth = depths[&first] + 1;
+                depths.insert(asker, depth);
+                *children.entry(first).or_insert(0) += 1;
             }
-            let mut times: BTreeMap<NodeId, usize> = (0..known).map(|number| (id(number), 0)).collect();
-            for count in counts {
-                let named = holders.name(&(), &id(99), count);
-                prop_assert_eq!(named.len(), count.min(known));
-                for node in named {
-                    *times.get_mut(&node).unwrap() += 1;
+            prop_assert!(children.values().all(|count| *count <= times));
+            let (mut room, mut level, mut flattest) = (1, 1, 0);
+            while room < nodes {
+                level *= times;
+                room += level;
+                flattest += 1;
+            }
+            prop_assert_eq!(depths.values().max(), Some(&flattest));
+        }
+
+        /// Whoever comes, goes and asks: the count of places is right, nobody is named to itself or twice.
+        #[test]
+        fn counts_what_it_keeps(events in prop::collection::vec((0u8..4, 0u32..3, 0usize..8), 0..200)) {
+            let mut holders = Holders::new(10);
+            for (what, key, node) in events {
+                let node = id(node);
+                match what {
+                    0 => holders.note(key, &node),
+                    1 => holders.lost(&key, &node),
+                    2 => holders.forget(&node),
+                    _ => {
+                        let mut named = holders.name(&key, &node, 5, 2);
+                        prop_assert!(!named.contains(&node));
+                        let all = named.len();
+                        named.sort();
+                        named.dedup();
+                        prop_assert_eq!(named.len(), all);
+                    }
                 }
-                let (least, most) = (times.values().min().unwrap(), times.values().max().unwrap());
-                prop_assert!(most - least <= 1, "{times:?}");
+                let places: usize = (0..3).map(|key| holders.name(&key, &id(99), 99, 2).len()).sum();
+                prop_assert_eq!(holders.len(), places);
+                prop_assert!(places <= 10);
             }
         }
     }

@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 /// The longest name of a node, zone or rack: as a DNS name's longest.
 const NAME_MAX_BYTES: usize = 253;
@@ -24,16 +25,17 @@ pub fn check_name(text: &str) -> Result<(), InvalidName> {
     }
 }
 
-/// The name of a node; unique in its cluster and the same after a restart.
+/// The name of a node; unique in its cluster and the same after a restart. Cheap to clone: tables of
+/// holders and scores are full of them.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct NodeId(String);
+pub struct NodeId(Arc<str>);
 
 impl NodeId {
     /// Takes a name.
     ///
     /// **Errors** [`InvalidName`].
     pub fn parse(text: &str) -> Result<Self, InvalidName> {
-        check_name(text).map(|()| NodeId(text.to_owned()))
+        check_name(text).map(|()| NodeId(text.into()))
     }
 
     /// The name.

@@ -10,10 +10,6 @@
 //! Only homes are asked to fetch what they lack, and a second one only after the first failed. A hedge is
 //! asked not to: the budget of one asker is small, but of a thousand askers some always have credit, and
 //! each slow piece would be fetched twice.
-//!
-//! A node that is still receiving may feed others, and may lose its own feeder: it must not come to wait
-//! for those that wait for it. So a request tells how many hops its asker is from the origin, as it last
-//! knew, and [`may_feed`] decides: along each edge hops grow, so there are no circles.
 
 use std::time::Duration;
 
@@ -22,21 +18,12 @@ use tokio::time::Instant;
 use super::choice::Scores;
 use super::node::{NodeId, View};
 
-/// Hops of a node that nobody feeds yet.
-pub const UNKNOWN_HOPS: u32 = u32::MAX;
-
 /// The wait before the second round; it doubles with each.
 const FIRST_WAIT: Duration = Duration::from_millis(5);
 /// So many rounds, about two seconds, then the origin is asked.
 const ROUNDS: u32 = 9;
-/// Nodes asked in one round: a tree of ten thousand is about seven deep.
+/// Nodes asked in one round: more than a tree of ten thousand is deep.
 const ASKED_PER_ROUND: usize = 24;
-
-/// Whether a node may feed an asker: it has the thing (`None`), or receives it at so many hops.
-#[must_use]
-pub fn may_feed(receiving: Option<u32>, asker: u32) -> bool {
-    receiving.is_none_or(|hops| hops < asker)
-}
 
 /// What to do next.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,7 +70,7 @@ impl Search {
 
     /// Whom to ask now.
     pub fn step(&mut self, me: &NodeId, scores: &Scores, now: Instant) -> Step {
-        if let Some(node) = self.other(scores, now) {
+        if let Some(node) = self.next_named(scores, now) {
             return Step::Ask { node, fetch: false };
         }
         // An avoided home is passed over, unless there is no other.
@@ -111,7 +98,16 @@ impl Search {
     }
 
     /// Somebody else who may have it, for a hedge: it is not to fetch.
-    pub fn other(&mut self, scores: &Scores, now: Instant) -> Option<NodeId> {
+    pub fn hedge(&mut self, me: &NodeId, scores: &Scores, now: Instant) -> Option<NodeId> {
+        let other = self.next_named(scores, now);
+        other.or_else(|| {
+            let home = self.homes.get(self.home + 1)?;
+            let fresh = !self.asked.contains(home) && !scores.is_avoided(home, now);
+            (fresh && home != me).then(|| home.clone())
+        })
+    }
+
+    fn next_named(&mut self, scores: &Scores, now: Instant) -> Option<NodeId> {
         while let Some(node) = self.named.pop() {
             let fresh = !self.asked.contains(&node) && !scores.is_avoided(&node, now);
             if fresh && self.asked.len() < ASKED_PER_ROUND {
@@ -124,7 +120,7 @@ impl Search {
 
     /// Takes the names of a busy answer.
     pub fn busy(&mut self, view: &View, scores: &Scores, names: &[NodeId], now: Instant) {
-        let order = scores.order(view, names, now);
+        let order = scores.order_named(view, names, now);
         self.named.extend(order.into_iter().rev());
     }
 
@@ -255,6 +251,21 @@ mod tests {
     }
 
     #[test]
+    fn a_hedge_goes_to_who_was_named_or_to_the_next_home() {
+        let mut rig = Rig::new(&["h1", "h2"]);
+        rig.step();
+        let hedge = |rig: &mut Rig| rig.search.hedge(&rig.view.me.id, &rig.scores, rig.now);
+        assert_eq!(hedge(&mut rig), Some(id("h2")));
+        // It may still be asked to fetch, should the first home fail.
+        rig.search.failed(&id("h1"));
+        assert_eq!(rig.step(), ask("h2", true));
+        rig.busy(&["s1", "s2"]);
+        assert!(matches!(rig.step(), Step::Ask { fetch: false, .. }));
+        assert!(hedge(&mut rig).is_some_and(|node| node.as_str().starts_with('s')));
+        assert_eq!(hedge(&mut rig), None);
+    }
+
+    #[test]
     fn a_home_fetches_itself_and_so_does_who_is_alone() {
         for homes in [&["r0", "h1"][..], &[]] {
             assert_eq!(Rig::new(homes).step(), Step::Origin);
@@ -281,18 +292,5 @@ mod tests {
             rig.search.again(ids(&["h1"]));
         }
         assert!((1..4).contains(&waited.as_secs()), "{waited:?}");
-    }
-
-    #[test]
-    fn hops_grow_along_each_edge() {
-        for (receiving, asker, may) in [
-            (None, 0, true),
-            (Some(1), UNKNOWN_HOPS, true),
-            (Some(1), 2, true),
-            (Some(2), 2, false),
-            (Some(UNKNOWN_HOPS), UNKNOWN_HOPS, false),
-        ] {
-            assert_eq!(may_feed(receiving, asker), may, "{receiving:?} {asker}");
-        }
     }
 }

@@ -61,7 +61,7 @@ pub struct PeerOptions {
     pub upload_slots: usize,
     /// Memory for frames that are passed on as they came.
     pub frames_bytes: usize,
-    /// A node that gives no sign of life for so long is left. Eight signs are due meanwhile: leaving a home
+    /// A node that gives no sign of life for so long is left. Six signs are due meanwhile: leaving a home
     /// that lives costs the origin a second fetch.
     pub silence: Duration,
     /// No node is asked besides a first one that was silent for less than this: a home answers at once that
@@ -79,7 +79,7 @@ impl Default for PeerOptions {
             origin_bytes: 0,
             upload_slots: 16,
             frames_bytes: 64 << 20,
-            silence: Duration::from_secs(2),
+            silence: Duration::from_millis(1500),
             hedge_floor: Duration::from_millis(500),
             seed: 0,
         }
@@ -227,6 +227,16 @@ impl Peers {
         lock(&self.scores).observe(node, outcome, clock::now());
     }
 
+    /// Something came of a node.
+    pub(crate) fn heard(&self, node: &NodeId) {
+        lock(&self.scores).heard(node, clock::now());
+    }
+
+    /// When something came of a node last, on whatever stream.
+    pub(crate) fn last_heard(&self, node: &NodeId) -> Option<Instant> {
+        self.scored(|scores| scores.last_heard(node))
+    }
+
     /// How long a node may be silent before another is asked besides.
     pub(crate) fn hedge_after(&self, node: &NodeId) -> Duration {
         lock(&self.scores).hedge_after(node, clock::now())
@@ -256,6 +266,30 @@ impl Peers {
         Ok(answer
             .map_err(|_| PeerError::Silent(deadline))??
             .into_inner())
+    }
+
+    /// Nodes that are avoided because they were silent, and are still in the view.
+    #[must_use]
+    pub fn doubted(&self) -> Vec<Node> {
+        let doubted = self.scored(|scores| scores.doubted(clock::now()));
+        let view = self.view();
+        let nodes = doubted.iter().filter_map(|id| view.node(id));
+        nodes.cloned().collect()
+    }
+
+    /// Finds out whether a node that was silent is there, and if so, ends the doubt.
+    ///
+    /// By a new connection, which is used from then on: one on which packets were lost for seconds waits for
+    /// seconds before it sends any again, long after the network has recovered.
+    ///
+    /// **Errors** [`PeerError`], within `deadline`.
+    pub async fn probe(&self, node: &Node, deadline: Duration) -> Result<(), PeerError> {
+        self.links.forget(&node.id);
+        let reply = self.hello(node, deadline).await?;
+        if reply.node == node.id.as_str() {
+            self.observe(&node.id, Outcome::Reached);
+        }
+        Ok(())
     }
 
     /// Asks a node for chunks. The stream is unverified, and may be dropped at any time.

@@ -78,6 +78,11 @@ impl Links {
         }
     }
 
+    /// The next use of this node opens a connection anew. What runs on the old one goes on.
+    pub(super) fn forget(&self, node: &NodeId) {
+        lock(&self.table).remove(node);
+    }
+
     /// The channel to a node. A new one closes those to nodes that have gone.
     pub(super) fn to(&self, node: &Node, view: &View) -> Result<Channel, LinkError> {
         let mut table = lock(&self.table);

@@ -50,6 +50,10 @@ const PARTS_QUEUED: usize = 4;
 /// While nothing comes from the origin the asker hears this often that the node is alive. Shorter than
 /// the patience of an asker, long enough to cost nothing.
 const WORKING_EVERY: Duration = Duration::from_millis(250);
+/// How long an asker is kept while this node is not being fed itself, before it hears that the node lacks
+/// what it wants. A home sends askers on to those that asked just before them, and these need a round trip
+/// or two; two nodes that wait for each other lose no more than this.
+const GRACE: Duration = Duration::from_millis(500);
 /// Chunks compressed for the wire must become at least this much smaller, in percent.
 const WORTH_PERCENT: usize = 10;
 /// zstd level for the wire: as fast as the line of a zone.
@@ -213,13 +217,20 @@ fn refused(error: &WireError) -> Status {
 
 impl Shared {
     /// Begins an upload of a piece, or says whom to ask instead.
-    fn admit(&self, key: PieceKey, node: &NodeId, background: bool) -> Result<Upload, Vec<NodeId>> {
+    fn admit(
+        &self,
+        key: PieceKey,
+        node: &NodeId,
+        background: bool,
+        as_home: bool,
+    ) -> Result<Upload, Vec<NodeId>> {
         let view = self.peers.view();
         let gives = view.node(node).is_none_or(|it| it.role != Role::Leech);
         let asker = Asker {
             node,
             background,
             gives,
+            as_home,
         };
         match lock(&self.peers.uploads).admit(&key, asker) {
             Admission::Serve => Ok(Upload {
@@ -279,6 +290,13 @@ impl Shared {
         layer: Arc<LayerHandle>,
         parts: &mpsc::Sender<Result<ChunksPart, Status>>,
     ) -> Result<bool, Gone> {
+        if wanted.present_only {
+            tokio::select! {
+                biased;
+                () = parts.closed() => return Err(Gone),
+                () = fed(&layer, &wanted) => {}
+            }
+        }
         let mut lacking = BTreeSet::new();
         let mut coming = Vec::new();
         for want in &wanted.chunks {
@@ -408,6 +426,19 @@ impl Shared {
     }
 }
 
+/// Waits until all that is wanted is here or on its way, or nobody fetches it; [`GRACE`] at most.
+async fn fed(layer: &LayerHandle, wanted: &WantedChunks) {
+    let all = async {
+        for want in &wanted.chunks {
+            if !layer.device().is_present(want.ordinal) {
+                layer.comes_to_be_fed(want.ordinal).await;
+            }
+        }
+    };
+    // What is not fed by then is lacking.
+    let _ = tokio::time::timeout(GRACE, all).await;
+}
+
 /// Reads a chunk and compresses it if that is wanted and worth it. **Blocks**.
 fn read(device: &crate::store::Device, chunk: &Chunk, pack: bool) -> Option<(Form, Bytes)> {
     let mut bytes = vec![0; usize::try_from(chunk.device.len()).ok()?];
@@ -487,7 +518,7 @@ impl Peer for PeerServer {
             number: wanted.chunks.first().map_or(0, |chunk| chunk.ordinal),
         };
         let background = wanted.priority == Priority::Background;
-        let upload = match shared.admit(key, &wanted.node, background) {
+        let upload = match shared.admit(key, &wanted.node, background, !wanted.present_only) {
             Ok(upload) => upload,
             Err(named) => {
                 let _ = parts.try_send(Ok(Part::Busy(named).into()));
@@ -516,7 +547,8 @@ impl Peer for PeerServer {
             index: wanted.digest,
             number: u32::MAX,
         };
-        let Ok(upload) = shared.admit(key, &wanted.node, false) else {
+        let as_home = !wanted.present_only;
+        let Ok(upload) = shared.admit(key, &wanted.node, false, as_home) else {
             return Err(Status::resource_exhausted("no upload slot is free"));
         };
         let bytes = shared.shelf.object(&wanted).await;

@@ -274,6 +274,9 @@ impl Asking<'_> {
                 }
                 Some(heard) = self.heard.next(), if reading => {
                     last_sign = clock::now();
+                    if let Heard::Part(number, _) = &heard {
+                        self.peers.heard(&self.asks[*number].node);
+                    }
                     match heard {
                         Heard::Part(number, Part::Chunk { ordinal, form, data }) => {
                             signs = true;
@@ -294,10 +297,21 @@ impl Asking<'_> {
                     }
                 }
                 () = tokio::time::sleep_until(hedge_at), if reading && may_hedge => {
-                    hedged = true;
-                    self.hedge();
+                    match self.heard_since(last_sign) {
+                        Some(heard) => last_sign = heard,
+                        None => {
+                            hedged = true;
+                            self.hedge();
+                        }
+                    }
                 }
                 () = tokio::time::sleep_until(silent_at), if reading => {
+                    if clock::now() < last_chunk + run.core.options.stall
+                        && let Some(heard) = self.heard_since(last_sign)
+                    {
+                        last_sign = heard;
+                        continue;
+                    }
                     run.core.metrics.stalled(SourceKind::Peer);
                     for number in 0..self.asks.len() {
                         self.failed(number, &PeerError::Silent(options.silence));
@@ -307,6 +321,13 @@ impl Asking<'_> {
         }
     }
 
+    /// When something came of the node asked first, on another stream, if that was later than `sign`: on a
+    /// full line one answer waits for others.
+    fn heard_since(&self, sign: Instant) -> Option<Instant> {
+        let heard = self.peers.last_heard(&self.asks[0].node);
+        heard.filter(|heard| *heard > sign)
+    }
+
     fn all_over(&self) -> bool {
         self.asks.iter().all(|ask| ask.over)
     }
@@ -314,6 +335,7 @@ impl Asking<'_> {
     /// Asks the next home besides, if the budget allows.
     fn hedge(&mut self) {
         let first = self.asks[0].node.clone();
+        self.peers.observe(&first, Outcome::Late);
         let mut spare = None;
         self.run
             .on_route(&self.piece, |way| spare = way.spare(&first));

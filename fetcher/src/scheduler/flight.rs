@@ -14,7 +14,6 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use tokio::sync::futures::OwnedNotified;
@@ -31,7 +30,7 @@ pub(crate) struct Transfer {
     pub(crate) urgency: Urgency,
     /// Bytes are on their way, from the origin or from a node that is being fed itself: others may wait
     /// for this transfer. One that only asks would have them wait for each other.
-    fed: AtomicBool,
+    fed: watch::Sender<bool>,
     /// Whether other nodes may be asked; once false, for good.
     asks_peers: watch::Sender<bool>,
     last_failure: Mutex<Option<FetchFailure>>,
@@ -46,7 +45,7 @@ impl Transfer {
     pub(crate) fn asking(base: Priority, peers: bool) -> Arc<Self> {
         Arc::new(Self {
             urgency: Urgency::new(base),
-            fed: AtomicBool::new(false),
+            fed: watch::Sender::new(false),
             asks_peers: watch::Sender::new(peers),
             last_failure: Mutex::new(None),
         })
@@ -54,7 +53,8 @@ impl Transfer {
 
     /// Takes note of whether bytes are on their way.
     pub(crate) fn fed(&self, fed: bool) {
-        self.fed.store(fed, Ordering::Release);
+        self.fed
+            .send_if_modified(|before| std::mem::replace(before, fed) != fed);
     }
 
     /// Whether other nodes may be asked.
@@ -186,7 +186,26 @@ impl Flights {
     pub(crate) fn is_being_fed(&self, chunk: u32) -> bool {
         let table = lock(&self.table);
         let flight = table.flights.get(&chunk);
-        flight.is_some_and(|flight| flight.transfer.fed.load(Ordering::Acquire))
+        flight.is_some_and(|flight| *flight.transfer.fed.borrow())
+    }
+
+    /// Waits until `chunk` is on its way, or nobody fetches it. Cancel-safe.
+    pub(crate) async fn comes_to_be_fed(&self, chunk: u32) {
+        let watched = {
+            let table = lock(&self.table);
+            let flight = table.flights.get(&chunk);
+            flight.map(|flight| {
+                let landing = Arc::clone(&flight.landing.notify).notified_owned();
+                (flight.transfer.fed.subscribe(), landing)
+            })
+        };
+        if let Some((mut fed, landing)) = watched {
+            tokio::select! {
+                // A transfer that is gone feeds nobody.
+                _ = fed.wait_for(|fed| *fed) => {}
+                () = landing => {}
+            }
+        }
     }
 
     /// Joins the flight of `chunk`; `None` when there is none.

@@ -113,6 +113,11 @@ impl LayerHandle {
         self.flights.is_being_fed(chunk)
     }
 
+    /// Waits until the chunk is on its way, or nobody fetches it. May be long; cancel-safe.
+    pub(crate) async fn comes_to_be_fed(&self, chunk: u32) {
+        self.flights.comes_to_be_fed(chunk).await;
+    }
+
     /// Its name in the store.
     pub fn key(&self) -> DeviceKey {
         self.device.key()

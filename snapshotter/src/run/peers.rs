@@ -17,6 +17,7 @@ use sluice_proto::peer::HelloRequest;
 use sluice_proto::peer::peer_client::PeerClient;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::time::MissedTickBehavior;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -36,6 +37,10 @@ const WARM: usize = 64;
 /// How long one of these may take, and how many are opened at once.
 const WARM_DEADLINE: Duration = Duration::from_secs(3);
 const WARM_AT_ONCE: usize = 4;
+/// How often nodes that were silent are probed, how long each may take, and how many at once.
+const PROBE_EVERY: Duration = Duration::from_millis(500);
+const PROBE_DEADLINE: Duration = Duration::from_secs(1);
+const PROBES_AT_ONCE: usize = 16;
 /// Between two attempts to listen.
 const LISTEN_PAUSE: Duration = Duration::from_secs(5);
 /// After an accept that failed for want of something, such as descriptors.
@@ -104,6 +109,10 @@ pub(super) fn serve(
     let stopped = stop.clone();
     tasks.spawn(async move {
         stopped.run_until_cancelled(keep_warm(warm, view)).await;
+    });
+    let (doubting, stopped) = (Arc::clone(&peers), stop.clone());
+    tasks.spawn(async move {
+        stopped.run_until_cancelled(probe_doubted(doubting)).await;
     });
     let version = env!("CARGO_PKG_VERSION");
     let server = PeerServer::new(fetcher, peers, shelf, version, stop.clone());
@@ -183,6 +192,28 @@ async fn keep_warm(peers: Arc<Peers>, mut view: watch::Receiver<Arc<View>>) {
         if view.changed().await.is_err() {
             return;
         }
+    }
+}
+
+/// Asks nodes that were silent whether they are there, so that no reader has to find out, and so that what
+/// they fetched is asked of them again as soon as the network between has recovered.
+async fn probe_doubted(peers: Arc<Peers>) {
+    let mut every = tokio::time::interval(PROBE_EVERY);
+    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        every.tick().await;
+        let probe = |node: Node| {
+            let peers = Arc::clone(&peers);
+            async move {
+                if let Err(error) = peers.probe(&node, PROBE_DEADLINE).await {
+                    tracing::debug!(node = %node.id, "no answer to a probe: {error}");
+                }
+            }
+        };
+        let doubted = peers.doubted();
+        futures::stream::iter(doubted)
+            .for_each_concurrent(PROBES_AT_ONCE, probe)
+            .await;
     }
 }
 

@@ -73,7 +73,7 @@ fn nearest_first_and_only_who_may_be_asked() {
 #[test]
 fn at_one_distance_the_quick_the_idle_and_the_free_first() {
     type Change = fn(&mut View, &mut Scores, Instant);
-    let cases: [(&str, Change); 6] = [
+    let cases: [(&str, Change); 5] = [
         ("latency", |_, scores, now| {
             scores.observe(&id("r1"), answered(9), now);
             scores.observe(&id("r2"), answered(1), now);
@@ -89,8 +89,7 @@ fn at_one_distance_the_quick_the_idle_and_the_free_first() {
             }
         }),
         ("load", |view, _, _| set(view, "r1").load = 60),
-        ("free slots", |view, _, _| set(view, "r1").free_slots = 2),
-        ("full", |view, scores, now| {
+        ("no free slots", |view, scores, now| {
             set(view, "r1").free_slots = 0;
             scores.observe(&id("r2"), answered(100), now);
         }),
@@ -138,12 +137,34 @@ fn noise_does_not_decide_and_each_seed_chooses_for_itself() {
 }
 
 #[test]
+fn names_of_a_busy_answer_keep_their_order_at_one_distance() {
+    let view = view();
+    let now = clock::now();
+    for seed in 0..8 {
+        let mut scores = Scores::new(seed);
+        scores.observe(&id("r3"), Outcome::Busy, now);
+        scores.observe(&id("z2"), answered(100), now);
+        scores.observe(&id("r4"), Outcome::Failed, now);
+        let names = ids(&["z2", "r3", "r4", "r1", "e1", "r3", "z1", "r2"]);
+        let order = scores.order_named(&view, &names, now);
+        assert_eq!(
+            order,
+            ids(&["r3", "r1", "r2", "z2", "z1", "e1"]),
+            "seed {seed}"
+        );
+    }
+}
+
+#[test]
 fn pauses_double_and_end() {
-    use Outcome::{Failed, Lacked, Lied, Slow};
+    use Outcome::{Failed, Lacked, Late, Lied, Slow};
     // What happens, and for how many milliseconds the node is avoided after it.
-    let cases: [(&[Outcome], u64); 10] = [
+    let cases: [(&[Outcome], u64); 13] = [
         (&[Failed], 500),
+        (&[Slow], 2000),
+        (&[Late], 10_000),
         (&[Slow, Failed], 1000),
+        (&[Slow, Slow], 4000),
         (&[Failed; 9], 30_000),
         (&[Failed, Failed, answered(1), Failed], 500),
         (&[Lacked, Lacked], 0),
@@ -168,6 +189,50 @@ fn pauses_double_and_end() {
         check(outcomes, ms);
     }
     check(&[Lied; 9], 600_000);
+}
+
+#[test]
+fn what_fails_together_is_one_misfortune() {
+    let mut scores = Scores::new(1);
+    let now = clock::now();
+    for _ in 0..20 {
+        scores.observe(&id("r1"), Outcome::Slow, now);
+    }
+    let avoided =
+        |scores: &Scores, ms| scores.is_avoided(&id("r1"), now + Duration::from_millis(ms));
+    assert!(avoided(&scores, 1999) && !avoided(&scores, 2000));
+    let again = now + Duration::from_secs(2);
+    scores.observe(&id("r1"), Outcome::Slow, again);
+    scores.observe(&id("r1"), Outcome::Slow, again);
+    assert!(avoided(&scores, 5999) && !avoided(&scores, 6000));
+}
+
+#[test]
+fn doubt_ends_with_an_answer_or_once_with_a_probe() {
+    use Outcome::{Failed, Late, Lied, Reached, Slow};
+    // What happens at one moment, and whether the node is avoided and doubted after it.
+    let cases: [(&[Outcome], bool, bool); 8] = [
+        (&[Late], true, true),
+        (&[Late, answered(1)], false, false),
+        (&[Late, Reached], false, false),
+        (&[Slow, Slow, Reached], false, false),
+        (&[Slow, Reached, Slow], true, true),
+        (&[Slow, Reached, Slow, Reached], true, true),
+        (&[Failed, Reached], true, false),
+        (&[Lied, Late, Reached], true, false),
+    ];
+    for (outcomes, avoided, doubted) in cases {
+        let mut scores = Scores::new(1);
+        let now = clock::now();
+        for outcome in outcomes {
+            scores.observe(&id("r1"), *outcome, now);
+        }
+        assert_eq!(scores.is_avoided(&id("r1"), now), avoided, "{outcomes:?}");
+        let expected: &[NodeId] = if doubted { &[id("r1")] } else { &[] };
+        assert_eq!(scores.doubted(now), expected, "{outcomes:?}");
+        let much_later = now + Duration::from_secs(3600);
+        assert_eq!(scores.doubted(much_later), [], "{outcomes:?}");
+    }
 }
 
 #[test]
