@@ -4,6 +4,7 @@
 //! - [`node`]: a node, and the view that one node has of its zone and of others.
 //! - [`home`]: which node fetches a piece from the origin.
 //! - [`membership`]: who is there, by gossip or from a list.
+//! - [`remember`]: who was there, over a restart.
 //! - [`link`]: connections between nodes, with [`tls`] and [`allow`].
 //! - [`seed`]: where a node that starts looks for others.
 //! - [`choice`]: which of those that could have something is asked first, and who is avoided.
@@ -27,6 +28,7 @@ pub mod link;
 pub mod membership;
 pub mod metrics;
 pub mod node;
+pub mod remember;
 pub mod route;
 pub mod search;
 pub mod seed;

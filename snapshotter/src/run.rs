@@ -11,6 +11,7 @@ mod lazy;
 mod lock;
 mod notify;
 mod peers;
+mod remembered;
 mod sockets;
 
 use std::fs::DirBuilder;
@@ -156,8 +157,8 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Ru
     let mut registry = Registry::default();
     let metrics = SnapshotMetrics::register(&mut registry);
     let mut cluster = None;
-    if let Some(config) = &config.cluster {
-        let side = ClusterSide::start(config, &mut registry, &stop).await;
+    if let Some(membership) = &config.cluster {
+        let side = ClusterSide::start(membership, &config.root, &mut registry, &stop).await;
         cluster = Some(side.map_err(RunError::Cluster)?);
     }
     let lazy = lazy::LazySide::start(Parts {

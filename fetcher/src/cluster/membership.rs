@@ -7,7 +7,9 @@
 //!
 //! Nothing here stops a start: an address that cannot be listened at, a network that is not up, names
 //! that do not resolve are tried again, and the node is alone meanwhile. Partitions heal by gossip with
-//! nodes that are believed dead, and with the seeds.
+//! nodes that are believed dead, and with the seeds. A daemon that is started anew begins with the nodes
+//! that it was told to remember: one that believed itself alone would fetch from the origin what its
+//! neighbours have.
 //!
 //! ```text
 //! seeds, names, seed file --lookup--> addresses --+
@@ -19,6 +21,7 @@ mod lookup;
 mod poll;
 mod roster;
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -34,12 +37,12 @@ use tokio_util::task::TaskTracker;
 
 use self::lookup::{Lookup, Seeds};
 use self::poll::{ASK_EVERY, Poll};
-pub(super) use self::roster::Claim;
 use self::roster::Roster;
+pub(super) use self::roster::{Claim, NODES_MAX};
 use super::allow::Allow;
 use super::gossip::{GOSSIP_EVERY, Session};
 use super::metrics::ClusterMetrics;
-use super::node::{InvalidName, Node, View, check_name};
+use super::node::{InvalidName, Node, NodeId, View, check_name};
 use super::route;
 use super::seed::Seed;
 use crate::clock;
@@ -130,6 +133,9 @@ pub struct MembershipOptions {
     pub seeds: Vec<Seed>,
     /// A file with further seeds, read again and again.
     pub seed_file: Option<PathBuf>,
+    /// Nodes that lived when this one was here last. Until the cluster is heard, for 10 s at most, they are
+    /// believed to live still. Without effect on a static list.
+    pub remembered: Vec<Node>,
     /// Networks of peers.
     pub allow: Allow,
     /// What is counted.
@@ -216,7 +222,11 @@ impl Membership {
         let (lookup, seeds) = Lookup::new(options.seeds, options.seed_file);
         tasks.spawn(lookup.run(stop.clone()));
         let metrics = options.metrics;
-        let roster = Roster::new(me.clone(), options.allow.clone(), metrics.clone());
+        let mut roster = Roster::new(me.clone(), options.allow.clone(), metrics.clone());
+        if matches!(options.discovery, Discovery::Gossip) {
+            let remembered = options.remembered.into_iter().map(Claim::old).collect();
+            roster.update(remembered, me.clone(), clock::now());
+        }
         let (sender, view) = watch::channel(Arc::clone(roster.view()));
         let keeper = Keeper {
             transport,
@@ -333,18 +343,25 @@ impl Keeper {
         }
     }
 
-    /// Takes what a session hears, unless it has just begun anew and hears less than was known.
+    /// Takes what a session hears; while it has just begun anew, besides what was known.
     fn hear(&mut self, session: &mut Session) {
-        let claims = session.claims();
-        let now = clock::now();
-        if self.unsettled.is_some_and(|until| now >= until)
-            || claims.len() >= self.roster.view().others.len()
-        {
-            self.unsettled = None;
+        let mut claims = session.claims();
+        if let Some(until) = self.unsettled {
+            let heard: BTreeSet<NodeId> = claims.iter().map(|it| it.node.id.clone()).collect();
+            let missed = self.known().filter(|known| !heard.contains(&known.node.id));
+            let missed: Vec<Claim> = missed.collect();
+            if missed.is_empty() || clock::now() >= until {
+                self.unsettled = None;
+            } else {
+                claims.extend(missed);
+            }
         }
-        if self.unsettled.is_none() {
-            self.update(claims);
-        }
+        self.update(claims);
+    }
+
+    /// The nodes of the view, as claims that anything newer replaces.
+    fn known(&self) -> impl Iterator<Item = Claim> {
+        self.roster.view().others.iter().cloned().map(Claim::old)
     }
 
     fn update(&mut self, claims: Vec<Claim>) {
@@ -386,12 +403,12 @@ impl Keeper {
         };
         self.me.address = address;
         self.take_load();
-        if self.generation == 0 {
-            // The address may be known only now.
-            self.update(Vec::new());
-        } else {
+        let known: Vec<Claim> = self.known().collect();
+        if !known.is_empty() {
             self.unsettled = Some(clock::now() + SETTLE);
         }
+        // The address may be known only now.
+        self.update(known);
         self.generation = generation_now().max(self.generation + 1);
         let opened = Session::open(
             &self.transport,
@@ -429,9 +446,12 @@ impl Keeper {
                 }
                 _ = tick.tick() => {
                     let alone = self.roster.view().others.is_empty();
-                    if alone || due(seeded, SEED_EVERY) {
+                    if alone || self.unsettled.is_some() || due(seeded, SEED_EVERY) {
                         seeded = Some(clock::now());
                         self.tell_seeds(session, if alone { SEEDS_AT_ONCE } else { 1 });
+                    }
+                    if self.unsettled.is_some() {
+                        self.tell_known(session);
                     }
                     let news = due(told, LOAD_EVERY) && self.take_load();
                     if news {
@@ -461,6 +481,14 @@ impl Keeper {
         let others: Vec<_> = others.filter(|it| *it != self.me.address).collect();
         for seed in others.choose_multiple(&mut rand::rng(), most) {
             session.tell(*seed);
+        }
+    }
+
+    /// Gossips with nodes that are believed to live and were not heard yet: the seeds may all be dead.
+    fn tell_known(&self, session: &Session) {
+        let others = &self.roster.view().others;
+        for node in others.choose_multiple(&mut rand::rng(), SEEDS_AT_ONCE) {
+            session.tell(node.address);
         }
     }
 

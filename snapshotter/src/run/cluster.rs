@@ -4,6 +4,7 @@
 //! Nothing of it waits for the network, and only what is wrong with its own files is an error: a node
 //! that finds nobody is a node by itself.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use prometheus_client::registry::Registry;
@@ -21,7 +22,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::peers;
+use super::{peers, remembered};
 use crate::config::{ClusterConfig, ClusterTlsConfig};
 use crate::shelf::NodeShelf;
 
@@ -51,9 +52,10 @@ pub(super) struct ClusterSide {
 }
 
 impl ClusterSide {
-    /// Starts it. Ends with `stop`; [`stop`](Self::stop) waits for that.
+    /// Starts it; `root` is where the daemon keeps what outlives it. Ends with `stop`; [`stop`](Self::stop) waits for that.
     pub(super) async fn start(
         config: &ClusterConfig,
+        root: &Path,
         registry: &mut Registry,
         stop: &CancellationToken,
     ) -> Result<Self, ClusterError> {
@@ -79,11 +81,17 @@ impl ClusterSide {
             },
             seeds: config.seeds.clone(),
             seed_file: config.seed_file.clone(),
+            remembered: remembered::load(root, config.upload_slots),
             allow,
             metrics,
         };
         let membership = Membership::start(options, node(config), stop)?;
         let peers = peers::peers(config, membership.view(), &links);
+        let (root, view, stopped) = (root.to_owned(), membership.view(), stop.clone());
+        tasks.spawn(async move {
+            let keep = remembered::keep(&root, view);
+            stopped.run_until_cancelled(keep).await;
+        });
         Ok(Self {
             membership: Arc::new(membership),
             links,

@@ -134,6 +134,7 @@ async fn a_daemon_joins_its_cluster_and_leaves_it() {
         discovery: Discovery::Gossip,
         seeds: Vec::new(),
         seed_file: None,
+        remembered: Vec::new(),
         allow: Allow::default(),
         metrics: ClusterMetrics::new(),
     };

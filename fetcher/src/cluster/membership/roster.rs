@@ -21,7 +21,7 @@ use crate::cluster::metrics::ClusterMetrics;
 use crate::cluster::node::{Node, NodeId, View, check_name};
 
 /// The most nodes of a view. Gossip ends far below; it bounds what a liar can make us hold.
-pub(super) const NODES_MAX: usize = 20_000;
+pub(in crate::cluster) const NODES_MAX: usize = 20_000;
 /// The longest version of a program.
 const VERSION_MAX_BYTES: usize = 64;
 /// How long another address may have our name: longer than what we were before a restart at another
@@ -35,6 +35,16 @@ pub(in crate::cluster) struct Claim {
     pub node: Node,
     /// The larger, the later it was started.
     pub generation: u64,
+}
+
+impl Claim {
+    /// A node as it was known before; whatever is heard of it now replaces it.
+    pub(super) fn old(node: Node) -> Self {
+        Claim {
+            node,
+            generation: 0,
+        }
+    }
 }
 
 /// Takes a claim, with what is only for people made harmless; `None` where it makes no sense, or is of

@@ -40,6 +40,7 @@ fn options(listen: SocketAddr, seeds: &[&str]) -> MembershipOptions {
             .map(|seed| Seed::parse(seed).unwrap())
             .collect(),
         seed_file: None,
+        remembered: Vec::new(),
         allow: Allow::default(),
         metrics: ClusterMetrics::new(),
     }
@@ -221,6 +222,38 @@ async fn a_node_that_is_started_anew_replaces_itself() {
     for node in &nodes[..2] {
         assert!(node.view().borrow().others.contains(&again));
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_is_started_anew_is_never_alone_and_forgets_who_is_gone() {
+    let net = Net::new();
+    let nodes = net.start_all(2).await;
+    let start = |number: u8, seeds: &[&str]| {
+        let mut options = options(address(number), seeds);
+        options.remembered = [1, 2, 9]
+            .map(|it| node(&format!("n{it}"), address(it)))
+            .into();
+        net.start_with(options, node(&format!("n{number}"), address(number)))
+    };
+    // The only seed is dead: what it remembers leads it to the others.
+    let third = start(3, &["10.0.0.9:9641"]);
+    assert_eq!(others(&third), ["n1", "n2", "n9"], "at once");
+    let begun = Instant::now();
+    for node in &nodes {
+        until(node, 5, |view| view.others.len() == 2).await;
+    }
+    until(&third, 15, |view| view.others.len() == 2).await;
+    assert_eq!(others(&third), ["n1", "n2"]);
+    let took = begun.elapsed();
+    assert!((SETTLE..SETTLE * 3 / 2).contains(&took), "{took:?}");
+    // Nobody is left of those that it remembers.
+    for node in &nodes {
+        node.stop().await;
+    }
+    third.stop().await;
+    let fourth = start(4, &[]);
+    assert_eq!(others(&fourth).len(), 3);
+    until(&fourth, 15, |view| view.others.is_empty()).await;
 }
 
 #[tokio::test(start_paused = true)]
