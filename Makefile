@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup tools images build install demo test unit e2e fuzz check bench soak clean
+.PHONY: help setup tools images build install demo test unit e2e fuzz check bench simulate soak clean
 PROFILE_DIR := target/debug
 FUZZ_SECONDS ?= 10
 PREFIX ?= /usr
@@ -71,6 +71,12 @@ bench: tools images ## conversion throughput and file system ratios, release bui
 	@echo "== bench: conversion and file system against their peers, as ratios"
 	@cargo build --release --workspace --bins --locked
 	@target/release/bench
+
+# SIMULATE adds options, e.g. SIMULATE='--scenario mine.json' (target/debug/simulate --help lists them).
+simulate: build ## clusters of 10 to 10,000 simulated nodes: registry egress, start times, load; draws docs/benchmarks
+	@echo "== simulate: 10 to 10,000 nodes that start one image at once"
+	@$(PROFILE_DIR)/simulate --variants --published --svg docs/benchmarks/cluster-simulated.svg \
+		--json docs/benchmarks/cluster-simulated.json $(SIMULATE)
 
 soak: tools images ## the full matrix: long end-to-end forms, ten minutes per fuzz target
 	@echo "== soak"

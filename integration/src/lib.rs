@@ -7,4 +7,5 @@
 
 pub mod cluster;
 pub mod harness;
+pub mod simulate;
 pub mod tree;
