@@ -84,6 +84,15 @@ impl Shape {
         node_bits_per_second: 12_000_000,
         latency: Duration::from_millis(20),
     };
+    /// Slower again, so that a start takes several times as long as the faults that befall it: how much of
+    /// the registry's line these take is what is measured then, and not how long a line that is full anyway
+    /// takes for three seconds' worth of it.
+    pub const NARROW: Self = Self {
+        name: "narrow",
+        registry_bits_per_second: 6_000_000,
+        node_bits_per_second: 24_000_000,
+        latency: Duration::from_millis(20),
+    };
     /// Hard for a cluster: a lone node is held up by its own link, which has nothing to spare for others.
     pub const EVEN: Self = Self {
         name: "even",
