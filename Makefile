@@ -77,6 +77,8 @@ simulate: build ## clusters of 10 to 10,000 simulated nodes: registry egress, st
 	@echo "== simulate: 10 to 10,000 nodes that start one image at once"
 	@$(PROFILE_DIR)/simulate --variants --published --svg docs/benchmarks/cluster-simulated.svg \
 		--json docs/benchmarks/cluster-simulated.json $(SIMULATE)
+	@echo "== simulate: beside the real runs of make soak"
+	@$(PROFILE_DIR)/simulate --calibrate docs/benchmarks/cluster-real.json
 
 soak: tools images ## the full matrix: long end-to-end forms, ten minutes per fuzz target
 	@echo "== soak"

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::home::eligible;
+use super::home::{HomeLimit, eligible};
 use super::node::View;
 
 /// Nanoseconds of a second: the balance is counted in bytes times these, so that nothing is lost in rounding.
@@ -108,12 +108,12 @@ impl TokenBucket {
 /// The homes share it alike. Where there are others than homes, these share a small part, because a way to
 /// the origin always remains. All shares together are the limit at most, but for the least share of 1.
 #[must_use]
-pub fn share(total: u64, view: &View) -> u64 {
+pub fn share(total: u64, view: &View, limit: HomeLimit) -> u64 {
     if total == 0 {
         return 0;
     }
     let count = |nodes: usize| u64::try_from(nodes).unwrap_or(u64::MAX);
-    let homes = eligible(view, &view.me.zone);
+    let homes = eligible(view, &view.me.zone, limit);
     let is_home = homes.iter().any(|home| home.id == view.me.id);
     let homes = count(homes.len());
     let all = count(view.in_zone(&view.me.zone).count());
@@ -221,7 +221,7 @@ mod tests {
             let mut elsewhere = node(99, Role::Supernode);
             elsewhere.zone = "y".into();
             view.others.push(elsewhere);
-            share(total, &view)
+            share(total, &view, HomeLimit::NONE)
         };
         (0..nodes.len()).map(share_of).collect()
     }

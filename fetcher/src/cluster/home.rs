@@ -49,8 +49,45 @@ fn weight(node: &Node, piece: &PieceKey) -> u64 {
     u64::from_le_bytes(bytes)
 }
 
-/// The nodes that may be homes in `zone`: its supernodes, or all of its nodes where it has none.
-pub fn eligible<'a>(view: &'a View, zone: &str) -> Vec<&'a Node> {
+/// How many nodes of a zone may be homes, where the requests at an origin are limited for the zone: each
+/// home has two of them at least, one for readers and one for the rest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HomeLimit(usize);
+
+impl HomeLimit {
+    /// As many as there are.
+    pub const NONE: HomeLimit = HomeLimit(usize::MAX);
+
+    /// For so many requests at one origin at a time; 0: no limit.
+    #[must_use]
+    pub fn of_requests(requests: u32) -> Self {
+        match usize::try_from(requests) {
+            Ok(0) | Err(_) => Self::NONE,
+            Ok(requests) => HomeLimit((requests / 2).max(1)),
+        }
+    }
+}
+
+/// The nodes that may be homes in `zone`: its supernodes, or all of its nodes where it has none; of these
+/// as many as `limit` says, the same for all who see the same members.
+pub fn eligible<'a>(view: &'a View, zone: &str, limit: HomeLimit) -> Vec<&'a Node> {
+    let mut nodes = candidates(view, zone);
+    if nodes.len() > limit.0 {
+        nodes.sort_by_cached_key(|node| std::cmp::Reverse((rank(node), node.id.clone())));
+        nodes.truncate(limit.0);
+    }
+    nodes
+}
+
+/// Who is a home where not all may be, the highest first: by name, so that who comes or goes moves one home.
+fn rank(node: &Node) -> u64 {
+    let hash = blake3::hash(node.id.as_str().as_bytes());
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&hash.as_bytes()[..8]);
+    u64::from_le_bytes(bytes)
+}
+
+fn candidates<'a>(view: &'a View, zone: &str) -> Vec<&'a Node> {
     let of_role = |role| -> Vec<&Node> {
         let nodes = std::iter::once(&view.me).chain(&view.others);
         nodes
@@ -66,8 +103,14 @@ pub fn eligible<'a>(view: &'a View, zone: &str) -> Vec<&'a Node> {
 }
 
 /// The homes of a piece in `zone`, the first first, at most `count`; may contain the node itself.
-pub fn homes<'a>(view: &'a View, zone: &str, piece: &PieceKey, count: usize) -> Vec<&'a Node> {
-    let mut nodes: Vec<(u64, &Node)> = eligible(view, zone)
+pub fn homes<'a>(
+    view: &'a View,
+    zone: &str,
+    piece: &PieceKey,
+    limit: HomeLimit,
+    count: usize,
+) -> Vec<&'a Node> {
+    let mut nodes: Vec<(u64, &Node)> = eligible(view, zone, limit)
         .into_iter()
         .map(|node| (weight(node, piece), node))
         .collect();
@@ -82,7 +125,7 @@ pub fn homes<'a>(view: &'a View, zone: &str, piece: &PieceKey, count: usize) -> 
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::collections::{BTreeMap, BTreeSet};
 
     use super::*;
     use crate::cluster::node::NodeId;
@@ -117,7 +160,9 @@ mod tests {
     }
 
     fn first(view: &View, number: u32) -> String {
-        homes(view, "z", &piece(number), 1)[0].id.to_string()
+        homes(view, "z", &piece(number), HomeLimit::NONE, 1)[0]
+            .id
+            .to_string()
     }
 
     #[test]
@@ -142,7 +187,7 @@ mod tests {
         let without_b = zone_of(&["a", "c", "d"]);
         for number in 0..1000 {
             let piece = piece(number);
-            let [before, second] = homes(&all, "z", &piece, 2)[..] else {
+            let [before, second] = homes(&all, "z", &piece, HomeLimit::NONE, 2)[..] else {
                 panic!("two homes")
             };
             let after = first(&without_b, number);
@@ -161,7 +206,7 @@ mod tests {
         view.others.push(node("x", "other", Role::Supernode));
         view.others.push(node("l", "z", Role::Leech));
         let ids = |view: &View, zone: &str| -> Vec<String> {
-            eligible(view, zone)
+            eligible(view, zone, HomeLimit::NONE)
                 .iter()
                 .map(|it| it.id.to_string())
                 .collect()
@@ -171,6 +216,32 @@ mod tests {
         assert!(ids(&view, "nowhere").is_empty());
         view.others.push(node("s", "z", Role::Supernode));
         assert_eq!(ids(&view, "z"), ["s"]);
-        assert_eq!(homes(&view, "z", &piece(0), 3).len(), 1);
+        assert_eq!(homes(&view, "z", &piece(0), HomeLimit::NONE, 3).len(), 1);
+    }
+
+    #[test]
+    fn a_limit_of_requests_is_one_of_homes() {
+        let names = ["a", "b", "c", "d", "e", "f"];
+        let all = zone_of(&names);
+        let names_of = |view: &View, requests| -> BTreeSet<String> {
+            let homes = eligible(view, "z", HomeLimit::of_requests(requests));
+            homes.iter().map(|it| it.id.to_string()).collect()
+        };
+        for (requests, homes) in [(0, 6), (1, 1), (2, 1), (3, 1), (7, 3), (12, 6), (100, 6)] {
+            assert_eq!(names_of(&all, requests).len(), homes, "{requests} requests");
+        }
+        let three = names_of(&all, 6);
+        let reversed: Vec<&str> = names.iter().rev().copied().collect();
+        assert_eq!(names_of(&zone_of(&reversed), 6), three, "all agree");
+        for gone in names {
+            let left: Vec<&str> = names.into_iter().filter(|it| *it != gone).collect();
+            let now = names_of(&zone_of(&left), 6);
+            let kept = three.intersection(&now).count();
+            assert_eq!(
+                kept,
+                if three.contains(gone) { 2 } else { 3 },
+                "without {gone}"
+            );
+        }
     }
 }

@@ -27,7 +27,7 @@ use crate::cluster::bucket::{TokenBucket, share};
 use crate::cluster::choice::{Outcome, Scores};
 use crate::cluster::hedge::HedgeBudget;
 use crate::cluster::holders::Holders;
-use crate::cluster::home::{PieceKey, homes};
+use crate::cluster::home::{HomeLimit, PieceKey, eligible, homes};
 use crate::cluster::node::{Node, NodeId, Role, View};
 use crate::cluster::uploads::{UploadLimits, Uploads};
 use crate::source::Priority;
@@ -57,6 +57,8 @@ pub struct PeerOptions {
     pub download_bytes: u64,
     /// Bytes per second that all nodes of the zone together take from origins; 0: no limit.
     pub origin_bytes: u64,
+    /// Requests at one origin at a time of all nodes of the zone together; 0: no limit, 1 counts as 2.
+    pub origin_requests: u32,
     /// Uploads that run at once; half of them are for readers only.
     pub upload_slots: usize,
     /// Memory for frames that are passed on as they came.
@@ -77,6 +79,7 @@ impl Default for PeerOptions {
             upload_bytes: 0,
             download_bytes: 0,
             origin_bytes: 0,
+            origin_requests: 0,
             upload_slots: 16,
             frames_bytes: 64 << 20,
             silence: Duration::from_millis(1500),
@@ -148,6 +151,7 @@ pub struct Peers {
     pub(super) uploads: Mutex<Uploads<PieceKey>>,
     pub(super) buckets: Buckets,
     pub(crate) frames: Frames,
+    home_limit: HomeLimit,
 }
 
 impl Peers {
@@ -157,7 +161,8 @@ impl Peers {
         let now = clock::now();
         let bucket = |rate: u64| Mutex::new(TokenBucket::new(rate, rate.max(BURST_BYTES), now));
         let limits = UploadLimits::of_slots(options.upload_slots);
-        let origin_share = share(options.origin_bytes, &view.borrow());
+        let home_limit = HomeLimit::of_requests(options.origin_requests);
+        let origin_share = share(options.origin_bytes, &view.borrow(), home_limit);
         Self {
             links: Links::new(connect),
             scores: Mutex::new(Scores::new(options.seed)),
@@ -169,6 +174,7 @@ impl Peers {
                 origin: bucket(origin_share),
             },
             frames: Frames::new(options.frames_bytes),
+            home_limit,
             options,
             view,
         }
@@ -194,8 +200,27 @@ impl Peers {
     /// Whether the node is the first home of a piece, or nobody else is.
     pub(crate) fn is_home(&self, piece: &PieceKey) -> bool {
         let view = self.view();
-        let first = homes(&view, &view.me.zone, piece, 1).first().copied();
+        let first = homes(&view, &view.me.zone, piece, self.home_limit, 1)
+            .first()
+            .copied();
         first.is_none_or(|home| home.id == view.me.id)
+    }
+
+    /// How many requests this node may have at one origin at a time, `(for readers, for the rest)`, if that
+    /// is limited for the zone.
+    ///
+    /// Who is no home has one of each: a way to the origin always remains.
+    pub(crate) fn origin_requests(&self) -> Option<(usize, usize)> {
+        if self.options.origin_requests == 0 {
+            return None;
+        }
+        let view = self.view();
+        let homes = eligible(&view, &view.me.zone, self.home_limit);
+        let is_home = homes.iter().any(|home| home.id == view.me.id);
+        let all = usize::try_from(self.options.origin_requests).unwrap_or(usize::MAX);
+        let share = if is_home { all / homes.len() } else { 0 };
+        let rest = (share / 2).max(1);
+        Some((share.saturating_sub(rest).max(1), rest))
     }
 
     /// Looks at what is known of other nodes.
@@ -208,7 +233,7 @@ impl Peers {
     /// The way to a piece.
     pub(crate) fn route(&self, piece: &PieceKey, priority: Priority, now: Instant) -> Route {
         let view = self.view();
-        let homes = homes(&view, &view.me.zone, piece, HOMES);
+        let homes = homes(&view, &view.me.zone, piece, self.home_limit, HOMES);
         let homes = homes.into_iter().map(|home| home.id.clone()).collect();
         Route::new(view.me.id.clone(), homes, now + patience(priority))
     }
@@ -393,7 +418,7 @@ impl Peers {
             number: u32::MAX,
         };
         let view = self.view();
-        let homes = homes(&view, &view.me.zone, &piece, HOMES);
+        let homes = homes(&view, &view.me.zone, &piece, self.home_limit, HOMES);
         homes.into_iter().map(|home| home.id.clone()).collect()
     }
 
@@ -402,7 +427,7 @@ impl Peers {
         let now = clock::now();
         let mut wait = lock(&self.buckets.download).take(bytes, now);
         if from_origin && self.options.origin_bytes > 0 {
-            let rate = share(self.options.origin_bytes, &self.view());
+            let rate = share(self.options.origin_bytes, &self.view(), self.home_limit);
             let mut bucket = lock(&self.buckets.origin);
             bucket.set_rate(rate, now);
             wait = wait.max(bucket.take(bytes, now));

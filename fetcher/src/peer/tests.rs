@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::wire::{WantedLayer, WantedObject};
 use super::*;
-use crate::cluster::home::{PieceKey, homes};
+use crate::cluster::home::{HomeLimit, PieceKey, homes};
 use crate::cluster::node::{Node, NodeId, Role, View};
 use crate::fixture::TestLayer;
 use crate::fixture::line::{Line, Mishap};
@@ -240,7 +240,9 @@ fn home_of(nodes: &[TestNode], layer: &TestLayer, chunk: u32, place: usize) -> u
     let chunk = layer.chunks.chunk(chunk).unwrap();
     let piece = PieceKey::of(layer.key.index, &chunk);
     let view = nodes[0].peers.view();
-    let home = homes(&view, "zone", &piece, place + 1)[place].id.clone();
+    let home = homes(&view, "zone", &piece, HomeLimit::NONE, place + 1)[place]
+        .id
+        .clone();
     nodes.iter().position(|it| it.node.id == home).unwrap()
 }
 

@@ -21,9 +21,55 @@ use crate::store::lock;
 /// A pool for readers and one for all others.
 #[derive(Clone, Debug)]
 pub(crate) struct Slots {
-    foreground: Arc<Semaphore>,
-    rest: Arc<Semaphore>,
+    foreground: Arc<Pool>,
+    rest: Arc<Pool>,
     plea: Arc<Plea>,
+}
+
+/// Slots of one kind, whose number may change.
+#[derive(Debug)]
+struct Pool {
+    free: Arc<Semaphore>,
+    size: Mutex<Size>,
+}
+
+#[derive(Debug)]
+struct Size {
+    slots: usize,
+    /// Slots that are no more, and in use still.
+    surplus: usize,
+}
+
+impl Pool {
+    fn new(slots: usize) -> Self {
+        Self {
+            free: Arc::new(Semaphore::new(slots)),
+            size: Mutex::new(Size { slots, surplus: 0 }),
+        }
+    }
+
+    fn resize(&self, slots: usize) {
+        let mut size = lock(&self.size);
+        if slots > size.slots {
+            let more = slots - size.slots;
+            let reused = more.min(size.surplus);
+            size.surplus -= reused;
+            self.free.add_permits(more - reused);
+        } else {
+            let fewer = size.slots - slots;
+            size.surplus += fewer - self.free.forget_permits(fewer);
+        }
+        size.slots = slots;
+    }
+
+    /// A slot is not in use any more.
+    fn give_back(&self, permit: OwnedSemaphorePermit) {
+        let mut size = lock(&self.size);
+        if size.surplus > 0 {
+            size.surplus -= 1;
+            permit.forget();
+        }
+    }
 }
 
 /// Readers that find no slot.
@@ -54,19 +100,34 @@ impl Drop for Waiting<'_> {
 /// The right to run; given back by being dropped.
 #[derive(Debug)]
 pub(crate) struct Slot {
-    _permit: OwnedSemaphorePermit,
+    permit: Option<OwnedSemaphorePermit>,
+    pool: Arc<Pool>,
     /// It is one that is kept for readers.
     pub(crate) of_readers: bool,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        if let Some(permit) = self.permit.take() {
+            self.pool.give_back(permit);
+        }
+    }
 }
 
 impl Slots {
     /// At least one slot of each kind.
     pub(crate) fn new(foreground: usize, rest: usize) -> Self {
         Self {
-            foreground: Arc::new(Semaphore::new(foreground.max(1))),
-            rest: Arc::new(Semaphore::new(rest.max(1))),
+            foreground: Arc::new(Pool::new(foreground.max(1))),
+            rest: Arc::new(Pool::new(rest.max(1))),
             plea: Arc::default(),
         }
+    }
+
+    /// Changes how many there are, at least one of each kind. Those in use stay so.
+    fn resize(&self, foreground: usize, rest: usize) {
+        self.foreground.resize(foreground.max(1));
+        self.rest.resize(rest.max(1));
     }
 
     /// Waits for a slot as urgent as `urgency` says, which may change meanwhile. Cancel-safe.
@@ -79,17 +140,18 @@ impl Slots {
             } else {
                 &self.rest
             };
-            let slot = |_permit| Slot {
-                _permit,
+            let slot = |permit| Slot {
+                permit: Some(permit),
+                pool: Arc::clone(pool),
                 of_readers,
             };
-            if let Ok(permit) = Arc::clone(pool).try_acquire_owned() {
+            if let Ok(permit) = Arc::clone(&pool.free).try_acquire_owned() {
                 return slot(permit);
             }
             let _waiting = of_readers.then(|| Waiting::new(&self.plea));
             tokio::select! {
                 biased;
-                permit = Arc::clone(pool).acquire_owned() => match permit {
+                permit = Arc::clone(&pool.free).acquire_owned() => match permit {
                     Ok(permit) => return slot(permit),
                     // The pools are never closed.
                     Err(_) => std::future::pending().await,
@@ -126,6 +188,16 @@ impl OriginSlots {
             rest,
             by_host: Mutex::default(),
         }
+    }
+
+    /// The slots of the host that a source's label begins with; `most`, of readers and of the rest, where
+    /// less than usual is allowed.
+    pub(crate) fn at_most(&self, label: &str, most: Option<(usize, usize)>) -> Slots {
+        let slots = self.of(label);
+        if let Some((foreground, rest)) = most {
+            slots.resize(foreground.min(self.foreground), rest.min(self.rest));
+        }
+        slots
     }
 
     /// The slots of the host that a source's label begins with.
@@ -176,5 +248,44 @@ mod tests {
             promotion
         );
         assert!(permit.unwrap().of_readers);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn slots_become_fewer_and_more() {
+        let origins = OriginSlots::new(4, 4);
+        let background = Urgency::new(Priority::Background);
+        let soon = Duration::from_millis(1);
+        let free = |slots: &Slots| slots.rest.free.available_permits();
+        let slots = origins.at_most("r/a", None);
+        let mut held = Vec::new();
+        for _ in 0..3 {
+            held.push(slots.take(&background).await);
+        }
+        let slots = origins.at_most("r/b", Some((1, 2)));
+        assert_eq!(free(&slots), 0);
+        let waits = |slots: &Slots| {
+            let (slots, urgency) = (slots.clone(), Urgency::new(Priority::Background));
+            async move {
+                tokio::time::timeout(soon, slots.take(&urgency))
+                    .await
+                    .is_err()
+            }
+        };
+        held.pop();
+        assert!(waits(&slots).await, "two are in use, and there are no more");
+        held.pop();
+        assert!(!waits(&slots).await);
+        // In use beyond their number, then allowed again.
+        held.push(slots.take(&background).await);
+        let slots = origins.at_most("r/a", Some((1, 1)));
+        let slots_of_three = origins.at_most("r/a", Some((9, 3)));
+        assert_eq!(free(&slots_of_three), 1);
+        held.clear();
+        assert_eq!(free(&slots), 3);
+        assert_eq!(
+            slots.foreground.free.available_permits(),
+            4,
+            "never more than usual"
+        );
     }
 }

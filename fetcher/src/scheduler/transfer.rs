@@ -225,7 +225,8 @@ impl Run {
         if source.whole_blob_only() && self.hand_over_to_whole() {
             return Ok(());
         }
-        let slots = self.core.origins.of(source.label());
+        let most = self.core.peers().and_then(|peers| peers.origin_requests());
+        let slots = self.core.origins.at_most(source.label(), most);
         let slot = self.unless_called_off(slots.take(urgency)).await?;
         self.unless_called_off(self.core.gate.turn(urgency)).await?;
         // It may have waited long: what landed meanwhile is not asked for.

@@ -30,7 +30,8 @@ struct Options {
     /// Decides everything that is random.
     #[arg(long)]
     seed: Option<u64>,
-    /// Figures of real runs as JSON: prints the simulator's error and nothing else.
+    /// Figures of real runs, docs/benchmarks/cluster-real.json or a file like it: prints the simulator's
+    /// error and nothing else.
     #[arg(long)]
     calibrate: Option<PathBuf>,
     /// Also variants of the policy and of what befalls the nodes.
@@ -63,7 +64,13 @@ fn write(path: &Path, text: &str) -> Result<()> {
 fn main() -> Result<()> {
     let options = Options::parse();
     if let Some(path) = &options.calibrate {
-        print!("{}", calibrate::compare(&read(path)?)?);
+        let document: serde_json::Value = read(path)?;
+        let measured = if document.get("cluster").is_some() {
+            calibrate::of_real(&document)?
+        } else {
+            serde_json::from_value(document)?
+        };
+        print!("{}", calibrate::compare(&measured)?);
         return Ok(());
     }
     let mut scenario = match &options.scenario {

@@ -8,11 +8,12 @@
 
 use std::fmt::Write as _;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::figures::Figures;
-use super::scenario::Scenario;
+use super::scenario::{Image, Links, Scenario};
 use super::world::World;
 
 /// What was measured.
@@ -40,6 +41,61 @@ pub struct Run {
     pub start: f64,
     /// Seconds that the slowest took, if known.
     pub start_max: Option<f64>,
+}
+
+/// What `docs/benchmarks/cluster-real.json` tells of the runs of a cluster.
+///
+/// **Errors** when something is missing there.
+pub fn of_real(document: &Value) -> Result<Measured> {
+    let cluster = &document["cluster"];
+    let number = |value: &Value, key: &str| {
+        let number = value[key].as_f64();
+        number.with_context(|| format!("a number {key:?} is missing"))
+    };
+    let whole = |value: &Value, key: &str| {
+        let number = value[key].as_u64();
+        number.with_context(|| format!("a number {key:?} is missing"))
+    };
+    let runs = cluster["runs"].as_array().context("runs of a cluster")?;
+    let lone = runs.iter().find(|run| run["n"] == 1);
+    let lone = lone.context("a run of one node")?;
+    let shape = &cluster["shape"];
+    let mbit = |key: &str| Ok::<_, anyhow::Error>(number(shape, key)? / 1e6);
+    let node_mbit = mbit("node_bits_per_second")?;
+    let scenario = Scenario {
+        image: Image {
+            bytes: whole(lone, "image_bytes")?,
+            start_bytes: whole(lone, "lone_egress_bytes_first_output")?,
+            requests: u32::try_from(whole(lone, "requests_first_output")?)?,
+            start_pieces: u32::try_from(whole(lone, "requests_first_output")?)?,
+            ..Image::default()
+        },
+        links: Links {
+            down_mbit: node_mbit,
+            up_mbit: node_mbit,
+            registry_mbit: mbit("registry_bits_per_second")?,
+            registry_ms: number(shape, "round_trip_seconds")? * 1e3,
+            ..Links::default()
+        },
+        ..Scenario::default()
+    };
+    let runs = runs.iter().map(|run| {
+        let starts = run["start_seconds"].as_array().context("start_seconds")?;
+        let mut starts: Vec<f64> = starts.iter().filter_map(Value::as_f64).collect();
+        starts.sort_by(f64::total_cmp);
+        let middle = starts.get(starts.len() / 2);
+        Ok(Run {
+            nodes: u32::try_from(whole(run, "n")?)?,
+            egress: whole(run, "egress_bytes_sealed")?,
+            start: *middle.context("a start")?,
+            start_max: starts.last().copied(),
+        })
+    });
+    Ok(Measured {
+        scenario,
+        lone_start: number(lone, "lone_start_seconds")?,
+        runs: runs.collect::<Result<_>>()?,
+    })
 }
 
 /// Halvings of the fitted interval: a thousandth of it is left.
@@ -138,6 +194,28 @@ mod tests {
             assert!((lone / seconds - 1.0).abs() < 0.02, "{lone} for {seconds}");
         }
         assert!(fit(&scenario, 0.5).is_err());
+    }
+
+    #[test]
+    fn real_runs_are_understood() {
+        let text = r#"{"cluster": {"shape": {"registry_bits_per_second": 12000000,
+            "node_bits_per_second": 36000000, "round_trip_seconds": 0.02}, "runs": [
+            {"n": 1, "start_seconds": [10.0], "image_bytes": 35000000, "egress_bytes_sealed": 35000000,
+             "lone_egress_bytes_first_output": 13000000, "requests_first_output": 32,
+             "lone_start_seconds": 10.5},
+            {"n": 2, "start_seconds": [12.0, 11.0], "egress_bytes_sealed": 35000001}]}}"#;
+        let measured = of_real(&serde_json::from_str(text).unwrap()).unwrap();
+        let scenario = &measured.scenario;
+        assert_eq!(scenario.image.requests, 32);
+        assert_eq!(
+            (scenario.links.registry_mbit, scenario.links.up_mbit),
+            (12.0, 36.0)
+        );
+        let run = &measured.runs[1];
+        assert_eq!((run.nodes, run.start, run.start_max), (2, 12.0, Some(12.0)));
+        assert_eq!(measured.lone_start, 10.5);
+        let without = text.replace("egress_bytes_sealed", "x");
+        assert!(of_real(&serde_json::from_str(&without).unwrap()).is_err());
     }
 
     #[test]

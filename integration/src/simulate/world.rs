@@ -12,7 +12,7 @@ use sluice_fetcher::cluster::bucket::{TokenBucket, share};
 use sluice_fetcher::cluster::choice::Scores;
 use sluice_fetcher::cluster::hedge::HedgeBudget;
 use sluice_fetcher::cluster::holders::Holders;
-use sluice_fetcher::cluster::home::{PieceKey, homes};
+use sluice_fetcher::cluster::home::{HomeLimit, PieceKey, homes};
 use sluice_fetcher::cluster::node::{Distance, Node, NodeId, Role, View};
 use sluice_fetcher::cluster::uploads::{UploadLimits, Uploads};
 use tokio::time::Instant;
@@ -335,7 +335,7 @@ impl World {
                 number: piece,
             };
             let zone = &self.nodes[node as usize].zone;
-            let found = homes(&self.view, zone, &key, HOMES);
+            let found = homes(&self.view, zone, &key, HomeLimit::NONE, HOMES);
             found.into_iter().map(|node| node.id.clone()).collect()
         });
         found.clone()
@@ -398,7 +398,7 @@ impl World {
                     let last = std::mem::replace(&mut view.me, node.clone());
                     view.others.retain(|other| other.id != node.id);
                     view.others.extend((last.id != node.id).then_some(last));
-                    share(self.scenario.policy.origin, &view)
+                    share(self.scenario.policy.origin, &view, HomeLimit::NONE)
                 },
                 |(.., rate)| *rate,
             );

@@ -86,6 +86,7 @@ pub(super) fn peers(
         upload_bytes: config.upload_bytes_per_second.unwrap_or(0),
         download_bytes: config.download_bytes_per_second.unwrap_or(0),
         origin_bytes: config.origin_bytes_per_second.unwrap_or(0),
+        origin_requests: config.origin_requests.unwrap_or(0),
         upload_slots: usize::from(config.upload_slots),
         seed: u64::from(crc32fast::hash(config.name.as_str().as_bytes())),
         ..PeerOptions::default()
