@@ -29,11 +29,16 @@ pub const CONFIG: &str = "containerd.io/snapshot/sluice.config";
 /// containerd's own `containerd.io/distribution.source.<host>` label drops the port. Only a number,
 /// never a host: an annotation cannot send the daemon to another machine.
 pub const PORT: &str = "containerd.io/snapshot/sluice.port";
+/// The layer's part of the image's boot list, as text: see [`crate::boot::BootPart::to_text`].
+pub const BOOT: &str = "containerd.io/snapshot/sluice.boot";
 /// Why this layer cannot be lazy; stands alone, instead of all others.
 pub const NOT_LAZY: &str = "containerd.io/snapshot/sluice.not-lazy";
 
 /// The most bytes of a reason in [`NOT_LAZY`]; containerd refuses labels above 4096 bytes.
 pub const REASON_MAX_BYTES: usize = 1024;
+
+/// The most bytes of a [`BOOT`] text: with its name it stays below the 4096 bytes of a label.
+pub const BOOT_MAX_BYTES: usize = 4095 - BOOT.len();
 
 /// The most compressed bytes of an index that a reader accepts: 256 MiB, an index of about two
 /// million files. A larger value would let a manifest make the daemon allocate as much.
@@ -56,6 +61,8 @@ pub struct LayerAnnotations {
     pub config: ConfigDigest,
     /// Port of the registry that it was converted to, where that is not the default one.
     pub port: Option<u16>,
+    /// Its part of the boot list, as text: a hint, which nobody has looked at yet.
+    pub boot: Option<String>,
 }
 
 /// What the annotations of a layer descriptor say about laziness.
@@ -123,6 +130,7 @@ impl LayerAnnotations {
         ]
         .into_iter()
         .chain(self.port.map(|port| (PORT, port.to_string())))
+        .chain(self.boot.clone().map(|boot| (BOOT, boot)))
         .map(|(name, value)| (name.to_owned(), value))
         .collect()
     }
@@ -191,6 +199,10 @@ impl LayerMark {
             port: get(PORT)
                 .map(|value| port(value).ok_or_else(|| not_a_number(PORT, value)))
                 .transpose()?,
+            // A hint that is too long is none; the layer is lazy without it.
+            boot: get(BOOT)
+                .filter(|text| text.len() <= BOOT_MAX_BYTES)
+                .map(str::to_owned),
         }))
     }
 }
@@ -236,6 +248,7 @@ mod tests {
             diff_id: DiffId::of(b"tar"),
             config: ConfigDigest::of(b"config"),
             port: None,
+            boot: None,
         }
     }
 
@@ -249,6 +262,7 @@ mod tests {
             LayerMark::Lazy(example()),
             LayerMark::Lazy(LayerAnnotations {
                 port: Some(5000),
+                boot: Some("AQI=".to_owned()),
                 ..example()
             }),
             LayerMark::NotLazy("sparse file".to_owned()),
@@ -306,6 +320,16 @@ mod tests {
         annotations.blob_bytes = u64::MAX;
         annotations.index_extent = Extent::from_length(0, INDEX_MAX_BYTES + 1).unwrap();
         assert!(parse(&annotations.to_map()).is_err());
+    }
+
+    #[test]
+    fn a_boot_list_that_is_too_long_is_no_reason_not_to_be_lazy() {
+        let mut map = example().to_map();
+        map.insert(BOOT.to_owned(), "A".repeat(BOOT_MAX_BYTES));
+        assert_eq!(BOOT.len() + map[BOOT].len(), 4095);
+        assert!(matches!(parse(&map), Ok(LayerMark::Lazy(layer)) if layer.boot.is_some()));
+        map.insert(BOOT.to_owned(), "A".repeat(BOOT_MAX_BYTES + 1));
+        assert_eq!(parse(&map), Ok(LayerMark::Lazy(example())));
     }
 
     #[test]

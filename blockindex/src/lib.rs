@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod annotations;
+pub mod boot;
 pub mod chunkmap;
 pub mod digest;
 pub mod dump;

@@ -183,6 +183,7 @@ impl Packed {
                 diff_id,
                 config,
                 port: None,
+                boot: None,
             })
     }
 }

@@ -5,6 +5,7 @@
 //! - [`registry`]: the client of OCI registries.
 //! - [`store`]: the chunk store, the node's cache of layer devices.
 //! - [`scheduler`]: brings missing chunks into the store, the most urgent first.
+//! - [`boot`]: loads what a container reads while it starts, in one burst.
 //! - [`peer`]: what nodes give each other.
 //! - [`prefetch`]: completes images in the background.
 //! - [`block_source`]: reads a layer device through all of that.
@@ -13,6 +14,7 @@
 //! - [`clock`]: time, in one place.
 
 pub mod block_source;
+pub mod boot;
 pub mod clock;
 pub mod cluster;
 #[cfg(test)]

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Completing an image in the background.
 //!
-//! A job walks the missing chunks of its layers: first the boot lists, at boot priority, then all the
-//! rest, layer by layer in the order given, in range requests of its own. It is the least
+//! A job walks the missing chunks of its layers, layer by layer in the order given, in range requests of
+//! its own. Chunks that a container reads while it starts are loaded before, see [`crate::boot`]. It is the least
 //! urgent: while a reader's transfer is receiving, its bodies are not read and no request is opened;
 //! while a reader was about a moment ago it keeps to one small request at a time; and a reader that
 //! wants a chunk of its makes that transfer urgent. A layer that is complete is sealed.
@@ -11,8 +11,7 @@
 //! deadline. It ends when every layer is sealed or has failed its seal, or when it is cancelled or
 //! dropped; transfers that a reader waits for then go on.
 
-use std::collections::{BTreeSet, VecDeque};
-use std::fmt;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,35 +37,6 @@ const IDLE: Duration = Duration::from_millis(200);
 /// After a seal that could not be done for reasons of the disk, also before what it lost is fetched
 /// again: a disk that loses everything must not cost the line.
 const SEAL_PAUSE: Duration = Duration::from_secs(60);
-
-/// A layer to complete.
-#[derive(Clone)]
-pub struct PrefetchLayer {
-    /// The layer.
-    pub layer: Arc<LayerHandle>,
-    /// Chunks that a container reads while it starts, in that order.
-    pub boot: Vec<u32>,
-}
-
-impl fmt::Debug for PrefetchLayer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { layer, boot } = self;
-        let mut debug = f.debug_struct("PrefetchLayer");
-        debug
-            .field("layer", &layer.key())
-            .field("boot_chunks", &boot.len())
-            .finish()
-    }
-}
-
-impl From<Arc<LayerHandle>> for PrefetchLayer {
-    fn from(layer: Arc<LayerHandle>) -> Self {
-        Self {
-            layer,
-            boot: Vec::new(),
-        }
-    }
-}
 
 /// How far a job is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -119,7 +89,7 @@ impl PrefetchJob {
 
 impl Fetcher {
     /// Starts completing `layers`, in this order, in the background. See [`crate::prefetch`].
-    pub fn prefetch(&self, layers: Vec<PrefetchLayer>) -> PrefetchJob {
+    pub fn prefetch(&self, layers: Vec<Arc<LayerHandle>>) -> PrefetchJob {
         let cancel = self.core.cancel.child_token();
         let (report, progress) = watch::channel(PrefetchProgress::default());
         let job = Job {
@@ -162,7 +132,6 @@ enum Pass {
 
 struct Layer {
     handle: Arc<LayerHandle>,
-    boot: VecDeque<u32>,
     pass: Pass,
     /// All chunks of this pass before it are present or in flight by this job, unless a transfer failed.
     cursor: u32,
@@ -174,25 +143,24 @@ struct Layer {
 }
 
 impl Layer {
-    fn new(layer: PrefetchLayer, core: &Core) -> Self {
+    fn new(handle: Arc<LayerHandle>, core: &Core) -> Self {
         let start = core.peers().map_or(0, |peers| {
             let mut hasher = crc32fast::Hasher::new();
             hasher.update(peers.me().as_str().as_bytes());
-            hasher.update(layer.layer.key().index.as_bytes());
-            hasher.finalize() % layer.layer.chunks().count().max(1)
+            hasher.update(handle.key().index.as_bytes());
+            hasher.finalize() % handle.chunks().count().max(1)
         });
         let pass = match core.peers() {
             Some(_) => Pass::Own,
             None => Pass::Rest,
         };
-        let stage = if layer.layer.device().is_sealed() {
+        let stage = if handle.device().is_sealed() {
             Stage::Sealed
         } else {
             Stage::Fetch
         };
         Self {
-            handle: layer.layer,
-            boot: layer.boot.into(),
+            handle,
             pass,
             cursor: 0,
             start,
@@ -219,27 +187,9 @@ impl Layer {
             && !resting.contains(&chunk)
     }
 
-    /// The next chunks to fetch in one request, and at which priority.
-    fn next(&mut self, core: &Core, limits: &Limits, now: Instant) -> Option<(Vec<u32>, Priority)> {
+    /// The next chunks to fetch in one request.
+    fn next(&mut self, core: &Core, limits: &Limits, now: Instant) -> Option<Vec<u32>> {
         let resting = &self.handle.sources.resting(now);
-        while let Some(chunk) = self.boot.pop_front() {
-            if self.is_free(chunk, resting) {
-                // Neighbours on the list that are neighbours in the blob come along.
-                let mut run = vec![chunk];
-                while let Some(next) = self.boot.front().copied() {
-                    let last = run.last().copied().unwrap_or(chunk);
-                    if last.checked_add(1) != Some(next) || run.len() >= BOOT_RUN_CHUNKS {
-                        break;
-                    }
-                    self.boot.pop_front();
-                    if !self.is_free(next, resting) {
-                        break;
-                    }
-                    run.push(next);
-                }
-                return Some((run, Priority::Boot));
-            }
-        }
         let count = self.handle.chunks().count();
         let mut home = HomeOf::new(core, &self.handle);
         let mut find = |layer: &Self| {
@@ -275,7 +225,7 @@ impl Layer {
             .chunks
             .last()
             .map_or(count, |last| at + (last - first) + 1);
-        Some((piece.chunks, Priority::Background))
+        Some(piece.chunks)
     }
 }
 
@@ -313,9 +263,6 @@ impl<'a> HomeOf<'a> {
         }
     }
 }
-
-/// The most chunks of a boot list in one request: about 4 MiB of device.
-const BOOT_RUN_CHUNKS: usize = 32;
 
 /// Something that a job waits for.
 enum Event {
@@ -412,14 +359,14 @@ impl Job {
                 if layer.not_before.is_some() && !local {
                     break;
                 }
-                let Some((chunks, priority)) = layer.next(&self.fetcher.core, &limits, now) else {
+                let Some(chunks) = layer.next(&self.fetcher.core, &limits, now) else {
                     if layer.running == 0 {
                         // What is missing still is in flight elsewhere, or failed: look again.
                         layer.cursor = 0;
                     }
                     break;
                 };
-                let transfer = Transfer::new(priority);
+                let transfer = Transfer::new(Priority::Background);
                 if layer.handle.flights.claim(&transfer, chunks) == 0 {
                     continue;
                 }

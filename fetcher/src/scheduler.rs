@@ -5,7 +5,7 @@
 //! per chunk (`flight`), put into as few range requests as possible (`plan`), with some of what
 //! follows them (`window`), and brought by transfers (`transfer`), which outlive the callers that
 //! started them. A transfer is as urgent as its most urgent waiter (`gate`); foreground goes before
-//! boot before background, in slots of its own (`slots`). Sources back off and are tried again for as
+//! boot before background, each in slots of its own (`slots`). Sources back off and are tried again for as
 //! long as somebody waits (`sources`).
 //!
 //! # Rules
@@ -57,7 +57,7 @@ use crate::source::Priority;
 use crate::store::{DeviceKey, SealStep, Store, StoreError, lock};
 use flight::{Flights, Waiter};
 use gate::Gate;
-use slots::{OriginSlots, Slots};
+use slots::{OriginSlots, SlotCounts, Slots};
 use window::{ReadAhead, WindowLimits};
 
 /// How the scheduler behaves. The defaults are meant for a registry 1 to 50 ms away.
@@ -86,7 +86,11 @@ pub struct FetcherOptions {
     pub lookout: Duration,
     /// Requests of readers that run at once at one origin.
     pub foreground_requests: usize,
-    /// Other requests that run at once at one origin.
+    /// Requests of boot lists, and for what is read ahead, that run at once at one origin: four of 1 MiB
+    /// keep a line of 100 Mbit/s busy at any distance, and one of 1 Gbit/s up to 30 ms; more would only
+    /// stand in the way of a reader who wants something else.
+    pub boot_requests: usize,
+    /// Background requests that run at once at one origin.
     pub other_requests: usize,
     /// Requests that one prefetch runs at once while no reader is about; one otherwise.
     pub prefetch_requests: usize,
@@ -109,6 +113,7 @@ impl Default for FetcherOptions {
             lull: Duration::from_millis(100),
             lookout: Duration::from_secs(1),
             foreground_requests: 32,
+            boot_requests: 4,
             other_requests: 6,
             prefetch_requests: 4,
             shy: Duration::from_secs(1),
@@ -179,9 +184,17 @@ impl Fetcher {
             options.decodes
         };
         let core = Core {
-            origins: OriginSlots::new(options.foreground_requests, options.other_requests),
+            origins: OriginSlots::new(SlotCounts {
+                foreground: options.foreground_requests,
+                boot: options.boot_requests,
+                background: options.other_requests,
+            }),
             // The rest leaves a processor to readers, where there are several.
-            decodes: Slots::new(decodes, decodes.saturating_sub(1)),
+            decodes: Slots::new(SlotCounts {
+                foreground: decodes,
+                boot: decodes.saturating_sub(1),
+                background: decodes.saturating_sub(1),
+            }),
             options,
             store,
             metrics,
@@ -354,9 +367,14 @@ impl Fetcher {
         until: Option<Instant>,
     ) -> Result<(), FillError> {
         let started = clock::now();
+        // Who waits for a boot list alone gets what it lists next, which beats a guess.
+        let listed = || {
+            let mut missing = layer.device.missing(extent);
+            missing.all(|chunk| layer.flights.is_listed(chunk))
+        };
         let mut ahead = match priority {
-            Priority::Foreground if asks_peers => lock(&layer.ahead).on_read(extent),
             // What another node reads it reads ahead of by itself.
+            Priority::Foreground if asks_peers && !listed() => lock(&layer.ahead).on_read(extent),
             Priority::Foreground | Priority::Boot | Priority::Background => None,
         };
         loop {

@@ -108,9 +108,7 @@ async fn complete(layers: Arc<Layers>, records: Vec<LazyLayerRecord>, delay: Dur
     if handles.iter().all(|handle| handle.device().is_sealed()) {
         return;
     }
-    let job = layers
-        .fetcher()
-        .prefetch(handles.into_iter().map(Into::into).collect());
+    let job = layers.fetcher().prefetch(handles);
     let progress = job.join().await;
     tracing::info!(
         layers = progress.layers,

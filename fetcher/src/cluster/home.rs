@@ -50,7 +50,7 @@ fn weight(node: &Node, piece: &PieceKey) -> u64 {
 }
 
 /// How many nodes of a zone may be homes, where the requests at an origin are limited for the zone: each
-/// home has two of them at least, one for readers and one for the rest.
+/// home has three of them at least, one for readers, one for boot lists and one for the rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HomeLimit(usize);
 
@@ -63,7 +63,7 @@ impl HomeLimit {
     pub fn of_requests(requests: u32) -> Self {
         match usize::try_from(requests) {
             Ok(0) | Err(_) => Self::NONE,
-            Ok(requests) => HomeLimit((requests / 2).max(1)),
+            Ok(requests) => HomeLimit((requests / 3).max(1)),
         }
     }
 }
@@ -227,15 +227,15 @@ mod tests {
             let homes = eligible(view, "z", HomeLimit::of_requests(requests));
             homes.iter().map(|it| it.id.to_string()).collect()
         };
-        for (requests, homes) in [(0, 6), (1, 1), (2, 1), (3, 1), (7, 3), (12, 6), (100, 6)] {
+        for (requests, homes) in [(0, 6), (1, 1), (3, 1), (5, 1), (10, 3), (18, 6), (100, 6)] {
             assert_eq!(names_of(&all, requests).len(), homes, "{requests} requests");
         }
-        let three = names_of(&all, 6);
+        let three = names_of(&all, 9);
         let reversed: Vec<&str> = names.iter().rev().copied().collect();
-        assert_eq!(names_of(&zone_of(&reversed), 6), three, "all agree");
+        assert_eq!(names_of(&zone_of(&reversed), 9), three, "all agree");
         for gone in names {
             let left: Vec<&str> = names.into_iter().filter(|it| *it != gone).collect();
-            let now = names_of(&zone_of(&left), 6);
+            let now = names_of(&zone_of(&left), 9);
             let kept = three.intersection(&now).count();
             assert_eq!(
                 kept,

@@ -57,7 +57,7 @@ pub struct PeerOptions {
     pub download_bytes: u64,
     /// Bytes per second that all nodes of the zone together take from origins; 0: no limit.
     pub origin_bytes: u64,
-    /// Requests at one origin at a time of all nodes of the zone together; 0: no limit, 1 counts as 2.
+    /// Requests at one origin at a time of all nodes of the zone together; 0: no limit, less than 3 counts as 3.
     pub origin_requests: u32,
     /// Uploads that run at once; half of them are for readers only.
     pub upload_slots: usize,
@@ -206,11 +206,11 @@ impl Peers {
         first.is_none_or(|home| home.id == view.me.id)
     }
 
-    /// How many requests this node may have at one origin at a time, `(for readers, for the rest)`, if that
-    /// is limited for the zone.
+    /// How many requests this node may have at one origin at a time, if that is limited for the zone.
     ///
-    /// Who is no home has one of each: a way to the origin always remains.
-    pub(crate) fn origin_requests(&self) -> Option<(usize, usize)> {
+    /// 0 for who is no home: it has one for each kind of waiter all the same, as a way to the origin always
+    /// remains.
+    pub(crate) fn origin_requests(&self) -> Option<usize> {
         if self.options.origin_requests == 0 {
             return None;
         }
@@ -218,9 +218,7 @@ impl Peers {
         let homes = eligible(&view, &view.me.zone, self.home_limit);
         let is_home = homes.iter().any(|home| home.id == view.me.id);
         let all = usize::try_from(self.options.origin_requests).unwrap_or(usize::MAX);
-        let share = if is_home { all / homes.len() } else { 0 };
-        let rest = (share / 2).max(1);
-        Some((share.saturating_sub(rest).max(1), rest))
+        Some(if is_home { all / homes.len() } else { 0 })
     }
 
     /// Looks at what is known of other nodes.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Several nodes in one process, over loopback: who fetches what from the origin, and who survives what.
 
+mod boot;
 mod hostile;
 
 use std::collections::HashMap;
@@ -92,7 +93,7 @@ impl TestNode {
     }
 
     async fn complete(&self) {
-        let progress = self.fetcher.prefetch(vec![Arc::clone(&self.layer).into()]);
+        let progress = self.fetcher.prefetch(vec![Arc::clone(&self.layer)]);
         let progress = tokio::time::timeout(60 * SECOND, progress.join()).await;
         assert_eq!(progress.unwrap().sealed_layers, 1);
     }

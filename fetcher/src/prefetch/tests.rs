@@ -57,7 +57,7 @@ async fn an_image_is_completed_and_sealed() {
     for (layer, line) in layers.iter().zip(&lines) {
         handles.push(add(&fetcher, layer, line).await);
     }
-    let job = fetcher.prefetch(handles.iter().cloned().map(PrefetchLayer::from).collect());
+    let job = fetcher.prefetch(handles.clone());
     let progress = job.join().await;
     let total_bytes = (96 * (16 << 10)) as u64;
     let expected = PrefetchProgress {
@@ -87,32 +87,9 @@ async fn an_image_is_completed_and_sealed() {
             .all(|asked| asked.priority == Priority::Background)
     );
     // Again: nothing to do.
-    let job = fetcher.prefetch(handles.into_iter().map(PrefetchLayer::from).collect());
+    let job = fetcher.prefetch(handles);
     assert_eq!(job.join().await, expected);
     fetcher.shutdown().await;
-}
-
-#[tokio::test(start_paused = true)]
-async fn the_boot_list_comes_first_and_in_its_order() {
-    let (fetcher, layer) = (fetcher(), TestLayer::even(4, 64, 16 << 10));
-    let line = Line::new("a", &layer.blob);
-    let handle = add(&fetcher, &layer, &line).await;
-    let boot = vec![40, 41, 42, 7, 63];
-    let job = fetcher.prefetch(vec![PrefetchLayer {
-        layer: Arc::clone(&handle),
-        boot,
-    }]);
-    job.join().await;
-    assert!(is_right(&handle, &layer));
-    let start = |chunk| layer.chunks.chunk(chunk).unwrap().blob.start();
-    let asked: Vec<_> = line
-        .asked()
-        .iter()
-        .take(3)
-        .map(|it| (it.extent.start(), it.priority))
-        .collect();
-    let boot = [40, 7, 63].map(|chunk| (start(chunk), Priority::Boot));
-    assert_eq!(asked, boot);
 }
 
 #[tokio::test(start_paused = true)]
@@ -134,7 +111,7 @@ async fn a_reader_makes_it_shy_and_is_not_slowed() {
         add(&fetcher, &big, &back).await,
         add(&fetcher, &small, &front).await,
     );
-    let job = fetcher.prefetch(vec![one.clone().into()]);
+    let job = fetcher.prefetch(vec![one.clone()]);
     tokio::time::sleep(Duration::from_millis(50)).await;
     let before = clock::now();
     for part in 0..5 {
@@ -182,7 +159,7 @@ async fn a_broken_source_delays_its_layer_and_no_other() {
         add(&fetcher, &first, &bad).await,
         add(&fetcher, &second, &good).await,
     );
-    let job = fetcher.prefetch(vec![one.clone().into(), two.clone().into()]);
+    let job = fetcher.prefetch(vec![one.clone(), two.clone()]);
     tokio::time::sleep(5 * SECOND).await;
     assert!(two.device().is_sealed() && !one.device().is_complete());
     assert!(bad.asked().len() < 60, "{} requests", bad.asked().len());
@@ -203,7 +180,7 @@ async fn a_layer_that_lies_about_its_diff_id_fails_and_the_rest_goes_on() {
     let lines = [Line::new("a", &liar.blob), Line::new("a", &honest.blob)];
     let one = add(&fetcher, &liar, &lines[0]).await;
     let two = add(&fetcher, &honest, &lines[1]).await;
-    let job = fetcher.prefetch(vec![one.clone().into(), two.clone().into()]);
+    let job = fetcher.prefetch(vec![one.clone(), two.clone()]);
     let progress = job.join().await;
     assert_eq!((progress.sealed_layers, progress.failed_layers), (1, 1));
     let extent = Extent::new(0, 10).unwrap();
@@ -237,7 +214,7 @@ async fn what_the_disk_lost_is_fetched_again_and_sealed() {
         .await
         .unwrap();
     disk.rot(&layer.key, 40_000);
-    let job = fetcher.prefetch(vec![handle.clone().into()]);
+    let job = fetcher.prefetch(vec![handle.clone()]);
     assert_eq!(job.join().await.sealed_layers, 1);
     assert!(is_right(&handle, &layer));
     assert_eq!(
@@ -252,7 +229,7 @@ async fn cancelling_stops_requests_but_not_what_a_reader_waits_for() {
     let (fetcher, layer) = (fetcher(), TestLayer::even(11, 400, 16 << 10));
     let line = Line::new("a", &layer.blob);
     let handle = add(&fetcher, &layer, &line).await;
-    let job = fetcher.prefetch(vec![handle.clone().into()]);
+    let job = fetcher.prefetch(vec![handle.clone()]);
     tokio::time::sleep(Duration::from_millis(25)).await;
     let chunk = 8;
     assert!(handle.flights.is_in_flight(chunk));

@@ -33,6 +33,8 @@ pub(crate) struct Transfer {
     fed: watch::Sender<bool>,
     /// Whether other nodes may be asked; once false, for good.
     asks_peers: watch::Sender<bool>,
+    /// It brings chunks of a boot list.
+    listed: bool,
     last_failure: Mutex<Option<FetchFailure>>,
 }
 
@@ -43,12 +45,22 @@ impl Transfer {
 
     /// One that may ask other nodes, or goes to the origin only.
     pub(crate) fn asking(base: Priority, peers: bool) -> Arc<Self> {
-        Arc::new(Self {
+        Arc::new(Self::with(base, peers, false))
+    }
+
+    /// One that brings chunks of a boot list.
+    pub(crate) fn of_list() -> Arc<Self> {
+        Arc::new(Self::with(Priority::Boot, true, true))
+    }
+
+    fn with(base: Priority, peers: bool, listed: bool) -> Self {
+        Self {
             urgency: Urgency::new(base),
             fed: watch::Sender::new(false),
             asks_peers: watch::Sender::new(peers),
+            listed,
             last_failure: Mutex::new(None),
-        })
+        }
     }
 
     /// Takes note of whether bytes are on their way.
@@ -206,6 +218,13 @@ impl Flights {
                 () = landing => {}
             }
         }
+    }
+
+    /// Whether a boot list brings `chunk`.
+    pub(crate) fn is_listed(&self, chunk: u32) -> bool {
+        let table = lock(&self.table);
+        let flight = table.flights.get(&chunk);
+        flight.is_some_and(|flight| flight.transfer.listed)
     }
 
     /// Joins the flight of `chunk`; `None` when there is none.

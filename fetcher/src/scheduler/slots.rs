@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! How many requests run at once: per origin on the network, and decodings per machine.
 //!
-//! Readers have slots of their own, so a miss starts at once whatever else runs. Who finds no slot
-//! waits, in the order of coming; the number who can wait is bounded by the readers, and by the few
-//! requests of each prefetch.
+//! Readers have slots of their own, so a miss starts at once whatever else runs; so have boot lists,
+//! which would else wait for background requests that stand still for them. Who finds no slot waits, in
+//! the order of coming; the number who can wait is bounded by the readers, by the length of boot lists,
+//! and by the few requests of each prefetch.
 //!
 //! A transfer keeps a reader's slot after its readers are served, for what it reads ahead. When it is
 //! paused and a reader finds no slot, it is asked to give its own up ([`Slots::plea`]).
@@ -14,15 +15,22 @@ use std::sync::{Arc, Mutex};
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
-use super::gate::Urgency;
+use super::gate::{Urgency, rank};
 use crate::source::Priority;
 use crate::store::lock;
 
-/// A pool for readers and one for all others.
+/// How many slots there are of each kind.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SlotCounts {
+    pub(crate) foreground: usize,
+    pub(crate) boot: usize,
+    pub(crate) background: usize,
+}
+
+/// A pool for each priority.
 #[derive(Clone, Debug)]
 pub(crate) struct Slots {
-    foreground: Arc<Pool>,
-    rest: Arc<Pool>,
+    pools: [Arc<Pool>; 3],
     plea: Arc<Plea>,
 }
 
@@ -116,18 +124,21 @@ impl Drop for Slot {
 
 impl Slots {
     /// At least one slot of each kind.
-    pub(crate) fn new(foreground: usize, rest: usize) -> Self {
+    pub(crate) fn new(counts: SlotCounts) -> Self {
+        // In the order of their ranks.
+        let counts = [counts.foreground, counts.boot, counts.background];
         Self {
-            foreground: Arc::new(Pool::new(foreground.max(1))),
-            rest: Arc::new(Pool::new(rest.max(1))),
+            pools: counts.map(|count| Arc::new(Pool::new(count.max(1)))),
             plea: Arc::default(),
         }
     }
 
     /// Changes how many there are, at least one of each kind. Those in use stay so.
-    fn resize(&self, foreground: usize, rest: usize) {
-        self.foreground.resize(foreground.max(1));
-        self.rest.resize(rest.max(1));
+    fn resize(&self, counts: SlotCounts) {
+        let counts = [counts.foreground, counts.boot, counts.background];
+        for (pool, count) in self.pools.iter().zip(counts) {
+            pool.resize(count.max(1));
+        }
     }
 
     /// Waits for a slot as urgent as `urgency` says, which may change meanwhile. Cancel-safe.
@@ -135,11 +146,7 @@ impl Slots {
         loop {
             let priority = urgency.effective();
             let of_readers = priority == Priority::Foreground;
-            let pool = if of_readers {
-                &self.foreground
-            } else {
-                &self.rest
-            };
+            let pool = &self.pools[rank(priority)];
             let slot = |permit| Slot {
                 permit: Some(permit),
                 pool: Arc::clone(pool),
@@ -176,26 +183,29 @@ impl Slots {
 /// The slots of every origin.
 #[derive(Debug)]
 pub(crate) struct OriginSlots {
-    foreground: usize,
-    rest: usize,
+    counts: SlotCounts,
     by_host: Mutex<HashMap<String, Slots>>,
 }
 
 impl OriginSlots {
-    pub(crate) fn new(foreground: usize, rest: usize) -> Self {
+    pub(crate) fn new(counts: SlotCounts) -> Self {
         Self {
-            foreground,
-            rest,
+            counts,
             by_host: Mutex::default(),
         }
     }
 
-    /// The slots of the host that a source's label begins with; `most`, of readers and of the rest, where
-    /// less than usual is allowed.
-    pub(crate) fn at_most(&self, label: &str, most: Option<(usize, usize)>) -> Slots {
+    /// The slots of the host that a source's label begins with: `most` together, a third of each kind, where
+    /// less than usual is allowed; but one of each at least.
+    pub(crate) fn at_most(&self, label: &str, most: Option<usize>) -> Slots {
         let slots = self.of(label);
-        if let Some((foreground, rest)) = most {
-            slots.resize(foreground.min(self.foreground), rest.min(self.rest));
+        if let Some(most) = most {
+            let third = most / 3;
+            slots.resize(SlotCounts {
+                foreground: (most - 2 * third).min(self.counts.foreground),
+                boot: third.min(self.counts.boot),
+                background: third.min(self.counts.background),
+            });
         }
         slots
     }
@@ -207,7 +217,7 @@ impl OriginSlots {
         if let Some(slots) = by_host.get(host) {
             return slots.clone();
         }
-        let slots = Slots::new(self.foreground, self.rest);
+        let slots = Slots::new(self.counts);
         by_host.insert(host.to_owned(), slots.clone());
         slots
     }
@@ -222,7 +232,11 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn readers_do_not_wait_for_the_rest() {
-        let slots = OriginSlots::new(1, 1);
+        let slots = OriginSlots::new(SlotCounts {
+            foreground: 1,
+            boot: 1,
+            background: 1,
+        });
         let gate = Gate::new();
         let soon = Duration::from_millis(1);
         let background = Urgency::new(Priority::Background);
@@ -234,6 +248,10 @@ mod tests {
                 .await
                 .is_err()
         );
+        let boot = Urgency::new(Priority::Boot);
+        let _list = tokio::time::timeout(soon, same_host.take(&boot))
+            .await
+            .unwrap();
         let other_host = slots.of("other.example/b");
         let _other = tokio::time::timeout(soon, other_host.take(&background))
             .await
@@ -252,16 +270,20 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn slots_become_fewer_and_more() {
-        let origins = OriginSlots::new(4, 4);
+        let origins = OriginSlots::new(SlotCounts {
+            foreground: 4,
+            boot: 4,
+            background: 4,
+        });
         let background = Urgency::new(Priority::Background);
         let soon = Duration::from_millis(1);
-        let free = |slots: &Slots| slots.rest.free.available_permits();
+        let free = |slots: &Slots| slots.pools[2].free.available_permits();
         let slots = origins.at_most("r/a", None);
         let mut held = Vec::new();
         for _ in 0..3 {
             held.push(slots.take(&background).await);
         }
-        let slots = origins.at_most("r/b", Some((1, 2)));
+        let slots = origins.at_most("r/b", Some(6));
         assert_eq!(free(&slots), 0);
         let waits = |slots: &Slots| {
             let (slots, urgency) = (slots.clone(), Urgency::new(Priority::Background));
@@ -277,15 +299,19 @@ mod tests {
         assert!(!waits(&slots).await);
         // In use beyond their number, then allowed again.
         held.push(slots.take(&background).await);
-        let slots = origins.at_most("r/a", Some((1, 1)));
-        let slots_of_three = origins.at_most("r/a", Some((9, 3)));
+        let slots = origins.at_most("r/a", Some(3));
+        let slots_of_three = origins.at_most("r/a", Some(9));
         assert_eq!(free(&slots_of_three), 1);
         held.clear();
         assert_eq!(free(&slots), 3);
         assert_eq!(
-            slots.foreground.free.available_permits(),
-            4,
-            "never more than usual"
+            slots.pools[0].free.available_permits(),
+            3,
+            "in thirds"
         );
+        let slots = origins.at_most("r/a", Some(100));
+        for pool in &slots.pools {
+            assert_eq!(pool.free.available_permits(), 4, "never more than usual");
+        }
     }
 }

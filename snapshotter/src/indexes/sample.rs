@@ -27,6 +27,7 @@ pub fn layer() -> (Vec<u8>, LayerAnnotations) {
         diff_id: trailer.diff_id,
         config: ConfigDigest::of(b"config"),
         port: None,
+        boot: None,
     };
     (blob[start..end].to_vec(), annotations)
 }

@@ -28,6 +28,7 @@ fn layer(name: &str, diff_id: DiffId, config: Option<ConfigDigest>) -> serde_jso
             diff_id,
             config,
             port: Some(5000),
+            boot: None,
         }
         .to_map()
     });

@@ -96,6 +96,7 @@ pub async fn push(port: u16, repository: &str, tars: &[Vec<u8>], not_lazy: &[usi
                 diff_id: trailer.diff_id,
                 config,
                 port: Some(port),
+                boot: None,
             }
             .to_map()
         };

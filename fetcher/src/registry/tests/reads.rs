@@ -607,8 +607,8 @@ fn a_reader_that_the_scheduler_lets_run_does_not_queue_here() {
         RegistryOptions::default(),
         crate::scheduler::FetcherOptions::default(),
     );
-    let all = scheduler.foreground_requests + scheduler.other_requests;
-    assert!(registry.max_in_flight >= all);
-    assert!(registry.kept_for_readers >= scheduler.foreground_requests);
+    let urgent = scheduler.foreground_requests + scheduler.boot_requests;
+    assert!(registry.max_in_flight >= urgent + scheduler.other_requests);
+    assert!(registry.kept_for_readers >= urgent);
     assert!(registry.max_in_flight - registry.kept_for_readers >= scheduler.other_requests);
 }
