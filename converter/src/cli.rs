@@ -15,6 +15,7 @@ mod convert;
 mod inspect;
 mod nodes;
 mod open;
+mod optimize;
 mod pace;
 mod pull;
 mod setup;
@@ -37,6 +38,8 @@ enum Command {
     Inspect(inspect::Inspect),
     /// Pull an image into containerd without the bytes of its lazy layers.
     Pull(pull::Pull),
+    /// Attach to a converted image what its starts on this node have read first, for starts elsewhere.
+    Optimize(optimize::Optimize),
     /// Show what the daemon holds.
     Status(control::Status),
     /// Say whether an image is lazy, and if not, why.
@@ -90,6 +93,7 @@ fn dispatch(arguments: Arguments) -> anyhow::Result<()> {
         Command::Convert(convert) => wait_for(convert::run(convert)),
         Command::Inspect(inspect) => wait_for(inspect::run(inspect)),
         Command::Pull(pull) => wait_for(pull::run(pull)),
+        Command::Optimize(optimize) => wait_for(optimize::run(optimize)),
         Command::Status(status) => wait_for(control::status(status)),
         Command::Why(why) => wait_for(control::why(why)),
         Command::Nodes(nodes) => wait_for(nodes::run(nodes)),

@@ -2,7 +2,7 @@
 //! Image in, image out, and the command line `sluice`.
 //!
 //! [`plan`] decides, [`pack`] changes the compression of layers, [`verify`] checks what passes, [`push`]
-//! moves blobs, [`convert`] runs them all, [`image`] reads and writes images wherever they are, and
+//! moves blobs, [`convert`] runs them all, [`optimize`] attaches learned boot lists, [`image`] reads and writes images wherever they are, and
 //! [`cli`] is the only part that talks to a user.
 
 pub mod cli;
@@ -10,6 +10,7 @@ pub mod convert;
 pub mod grpc;
 pub mod image;
 pub mod inspect;
+pub mod optimize;
 pub mod pack;
 pub mod plan;
 pub mod pool;

@@ -24,7 +24,7 @@ use crate::scheduler::{Fetcher, LayerHandle, Limits, Transfer};
 use plan::{Listed, Piece, burst};
 
 /// A chunk of a list.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BootRead {
     /// Which of the layers.
     pub layer: usize,
@@ -77,8 +77,9 @@ impl Fetcher {
         let options = &self.core.options;
         // One request per transfer: a reader that joins it waits for no more than that.
         let limits = Limits {
-            piece_bytes: options.first_request_bytes,
-            ..options.limits()
+            gap_bytes: options.boot_gap_bytes,
+            first_bytes: options.boot_request_bytes,
+            piece_bytes: options.boot_request_bytes,
         };
         let wanted = list.iter().filter_map(|read| {
             let handle = layers.get(read.layer)?;
@@ -99,7 +100,7 @@ impl Fetcher {
         };
         for Piece { layer, chunks } in burst(wanted, &limits, apart) {
             let handle = &layers[layer];
-            let transfer = Transfer::of_list();
+            let transfer = Transfer::of_list(limits);
             // A reader may have been faster with some of them.
             if handle.flights.claim(&transfer, chunks) > 0 {
                 let ours = handle.flights.claims(&transfer).into_iter();

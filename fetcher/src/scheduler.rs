@@ -70,6 +70,12 @@ pub struct FetcherOptions {
     pub first_request_bytes: u64,
     /// The most compressed bytes of one request.
     pub request_bytes: u64,
+    /// The same of a boot list: what a line of 100 Mbit/s carries in 20 ms. Its requests run beside each
+    /// other, and nobody waits for the first of its bytes alone.
+    pub boot_gap_bytes: u64,
+    /// The most compressed bytes of one request of a boot list: what a reader who wants the last chunk of
+    /// it may have to wait for. See docs/decisions/006-boot-lists.md.
+    pub boot_request_bytes: u64,
     /// The most compressed bytes of a background request while readers are about: what a reader's
     /// request may have to share the line with.
     pub shy_request_bytes: u64,
@@ -86,9 +92,9 @@ pub struct FetcherOptions {
     pub lookout: Duration,
     /// Requests of readers that run at once at one origin.
     pub foreground_requests: usize,
-    /// Requests of boot lists, and for what is read ahead, that run at once at one origin: four of 1 MiB
-    /// keep a line of 100 Mbit/s busy at any distance, and one of 1 Gbit/s up to 30 ms; more would only
-    /// stand in the way of a reader who wants something else.
+    /// Requests of boot lists, and for what is read ahead, that run at once at one origin: four of 2 MiB
+    /// keep a line of 100 Mbit/s busy at any distance, and one of 1 Gbit/s up to 60 ms. Each more is a
+    /// connection whose buffers fill before it stands still for a reader who wants something else.
     pub boot_requests: usize,
     /// Background requests that run at once at one origin.
     pub other_requests: usize,
@@ -106,6 +112,8 @@ impl Default for FetcherOptions {
             gap_bytes: 64 << 10,
             first_request_bytes: 1 << 20,
             request_bytes: 4 << 20,
+            boot_gap_bytes: 256 << 10,
+            boot_request_bytes: 2 << 20,
             shy_request_bytes: 1 << 20,
             read_ahead_initial_bytes: 512 << 10,
             read_ahead_max_bytes: 8 << 20,

@@ -9,12 +9,12 @@ use std::collections::BTreeMap;
 
 use libfuzzer_sys::fuzz_target;
 use sluice_blockindex::annotations::{
-    LayerMark, BLOB, BLOB_SIZE, CONFIG, DIFF, INDEX_DIGEST, INDEX_MAX_BYTES, INDEX_OFFSET,
+    LayerMark, BLOB, BLOB_SIZE, BOOT, CONFIG, DIFF, INDEX_DIGEST, INDEX_MAX_BYTES, INDEX_OFFSET,
     INDEX_SIZE, NOT_LAZY, PORT, REASON_MAX_BYTES,
 };
 use sluice_blockindex::digest::DiffId;
 
-const NAMES: [&str; 9] = [
+const NAMES: [&str; 10] = [
     INDEX_OFFSET,
     INDEX_SIZE,
     INDEX_DIGEST,
@@ -24,6 +24,7 @@ const NAMES: [&str; 9] = [
     CONFIG,
     PORT,
     NOT_LAZY,
+    BOOT,
 ];
 
 fuzz_target!(|data: &[u8]| {

@@ -19,6 +19,8 @@ use std::time::Duration;
 pub use cluster::{ClusterConfig, ClusterTlsConfig};
 pub use written::Written;
 
+use crate::boot::BootOptions;
+
 /// Where the configuration is looked for if the command line does not say.
 pub const DEFAULT_PATH: &str = "/etc/sluice/config.toml";
 
@@ -121,6 +123,8 @@ pub struct Config {
     pub prefetch: bool,
     /// How long after a container was prepared that begins.
     pub prefetch_delay: Duration,
+    /// Learning and loading what containers read while they start.
+    pub boot: BootOptions,
     /// Docker's `config.json` with credentials; `None`: where docker itself looks.
     pub docker_config: Option<PathBuf>,
     /// By `host[:port]`.
@@ -206,6 +210,7 @@ impl Written {
             fetch,
             store,
             prefetch,
+            boot,
             registry,
             trust,
             telemetry,
@@ -256,6 +261,10 @@ impl Written {
             store_grace: store_grace.max(prepare_budget + STORE_GRACE_MARGIN),
             prefetch: prefetch.enabled,
             prefetch_delay: check.duration("prefetch.delay", &prefetch.delay)?,
+            boot: BootOptions {
+                enabled: boot.enabled,
+                window: check.nonzero("boot.window", &boot.window)?,
+            },
             mount_grace: check.duration("mount.grace", &mount.grace)?,
             docker_config,
             registry_hosts: hosts.collect::<Result<_, ConfigError>>()?,

@@ -4,6 +4,7 @@
 //! Answers come from the metadata store and the chunk store; containerd is asked for image names, with
 //! a deadline, and its absence only leaves names out. Nothing here runs inside a snapshots RPC.
 
+mod boot;
 mod content;
 mod images;
 pub mod ingest;
@@ -18,8 +19,9 @@ use futures::Stream;
 use sluice_fetcher::cluster::node::View;
 use sluice_proto::control::control_server::{Control, ControlServer};
 use sluice_proto::control::{
-    CompleteContentProgress, CompleteContentRequest, NodesRequest, NodesResponse, StatusRequest,
-    StatusResponse, WhyRequest, WhyResponse,
+    CompleteContentProgress, CompleteContentRequest, LearnedBootListsRequest,
+    LearnedBootListsResponse, NodesRequest, NodesResponse, StatusRequest, StatusResponse,
+    WhyRequest, WhyResponse,
 };
 use tokio::net::UnixListener;
 use tokio::sync::watch;
@@ -54,6 +56,9 @@ pub enum ControlError {
     /// Nobody is known who has the blob.
     #[error("no registry is known that has blob {0}")]
     NoSource(String),
+    /// A digest in a request is malformed.
+    #[error("{0:?} is no sha256 digest")]
+    Request(String),
     /// A digest in a manifest is malformed.
     #[error("manifest names a layer {0:?}, which is no sha256 digest")]
     Digest(String),
@@ -76,6 +81,7 @@ fn status_of(error: &ControlError) -> Status {
         ControlError::Containerd(_) | ControlError::Resolve(ResolveError::Content(_)) => {
             Status::data_loss(message)
         }
+        ControlError::Request(_) => Status::invalid_argument(message),
         ControlError::Resolve(_) | ControlError::NoSource(_) | ControlError::Digest(_) => {
             Status::failed_precondition(message)
         }
@@ -161,6 +167,14 @@ impl Control for ControlService {
     async fn nodes(&self, _: Request<NodesRequest>) -> Result<Response<NodesResponse>, Status> {
         let view = self.cluster.as_ref().map(|view| Arc::clone(&view.borrow()));
         Ok(Response::new(nodes::nodes_of(view.as_deref())))
+    }
+
+    async fn learned_boot_lists(
+        &self,
+        request: Request<LearnedBootListsRequest>,
+    ) -> Result<Response<LearnedBootListsResponse>, Status> {
+        let answer = self.learned_boot_lists(&request.into_inner()).await;
+        answer.map(Response::new).map_err(|error| status_of(&error))
     }
 
     type CompleteContentStream = ProgressStream;

@@ -30,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::background::Background;
+use crate::boot::Boot;
 use crate::chain::RunKey;
 use crate::layers::{Layers, device_key};
 use crate::mounts::Mounts;
@@ -89,6 +90,8 @@ pub struct LazyParts {
     pub mounts: Arc<Mounts>,
     /// Completion of images.
     pub background: Background,
+    /// What containers read while they start.
+    pub boot: Arc<Boot>,
     /// What is counted.
     pub metrics: LazyMetrics,
 }
@@ -135,6 +138,7 @@ impl Lazy {
         self.0.tasks.close();
         self.0.tasks.wait().await;
         self.0.parts.background.stop().await;
+        self.0.parts.boot.stop().await;
     }
 
     /// The parts, for the control service.

@@ -4,6 +4,7 @@
 
 pub mod background;
 pub mod below;
+pub mod boot;
 pub mod chain;
 pub mod config;
 pub mod control;

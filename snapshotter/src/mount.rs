@@ -31,6 +31,8 @@ pub struct MountSpec {
     pub devices: Vec<DeviceSpec>,
     /// How long a read of missing data may wait; `None`: for ever.
     pub read_deadline: Option<Duration>,
+    /// How long it is recorded which chunks are read first, from the first read on; `None`: not at all.
+    pub record: Option<Duration>,
 }
 
 /// A layer device below a mount.
@@ -69,6 +71,30 @@ pub enum UnmountOutcome {
     Done,
     /// Still in use: delete nothing, ask again later.
     Busy,
+}
+
+/// The first read of a chunk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FirstRead {
+    /// The device's place in the mount, from 0.
+    pub device: u16,
+    /// The chunk.
+    pub chunk: u32,
+    /// Since the first read of all.
+    pub after: Duration,
+}
+
+/// Which chunks of a mount were read first, or the next ones of them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct FirstReads {
+    /// Whether there is a recording of the mount.
+    pub recorded: bool,
+    /// Names it: a mount that was made anew has another one.
+    pub recording: String,
+    /// Whether nothing comes after these.
+    pub complete: bool,
+    /// In their order, each chunk once.
+    pub reads: Vec<FirstRead>,
 }
 
 /// Why a mount operation failed.
@@ -135,6 +161,18 @@ pub trait ImageMount: Send + Sync + Debug {
 
     /// Unmounts. **Cancel**: as for [`ImageMount::mount`].
     async fn unmount(&self, key: &str, mode: UnmountMode) -> Result<UnmountOutcome, MountError>;
+
+    /// The first reads that were recorded, from number `from` on; `forget` when nobody will ask again.
+    /// A back-end that records nothing says so.
+    async fn first_reads(
+        &self,
+        key: &str,
+        from: u32,
+        forget: bool,
+    ) -> Result<FirstReads, MountError> {
+        let _nothing = (key, from, forget);
+        Ok(FirstReads::default())
+    }
 }
 
 impl MountSpec {
@@ -173,6 +211,7 @@ mod tests {
             tree: tree.into(),
             devices: Vec::new(),
             read_deadline: None,
+            record: None,
         }
     }
 

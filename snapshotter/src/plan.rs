@@ -176,6 +176,12 @@ impl Layout {
         }
     }
 
+    /// Whether it has all layers of the image, and not just one that is known by its labels.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.layers.iter().all(|layer| layer.descriptor.is_some())
+    }
+
     /// The place of a chain ID among the layers.
     #[must_use]
     pub fn position(&self, chain_id: ChainId) -> Option<usize> {

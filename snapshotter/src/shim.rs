@@ -31,15 +31,19 @@ mod link;
 pub mod log;
 mod mounts;
 pub mod protocol;
+pub mod reads;
 pub mod record;
 pub mod session;
 pub mod waiting;
 pub mod worker;
 
 /// Newest version of the shim protocol that we speak.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 /// Oldest version of the shim protocol that we speak.
 pub const OLDEST_PROTOCOL_VERSION: u32 = 1;
+
+/// The version in which the worker began to record first reads.
+pub const READS_VERSION: u32 = 2;
 
 /// Name of the socket below the run directory on which the daemon waits for the worker.
 pub const SOCKET_NAME: &str = "shim.sock";

@@ -17,11 +17,13 @@ use std::time::{Duration, Instant};
 
 use image::Xattrs;
 use reader::{Reader, Report, Task};
+use sluice_blockindex::extent::Extent;
 use sluice_snapshotter::mount::errno::FillErrno;
 use sluice_snapshotter::mount::fuse::FuseMount;
 use sluice_snapshotter::mount::{
-    ImageMount, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome,
+    FirstReads, ImageMount, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome,
 };
+use sluice_snapshotter::shim::client::{FillRequest, FillService as _};
 use sluice_snapshotter::sys::mountpoint;
 use world::{Behaviour, World, can_run};
 
@@ -322,6 +324,94 @@ fn a_failed_fill_reaches_the_reader_as_its_error() {
         read_all(&world, &mount, &["data/f001"]).finish(LONG).faults,
         [""; 0]
     );
+    world.watchdog_slept();
+}
+
+#[test]
+fn what_is_read_first_is_recorded_once_and_in_its_order() {
+    if !can_run() {
+        return;
+    }
+    let world = World::new(16);
+    let window = Duration::from_secs(3);
+    let spec = MountSpec {
+        record: Some(window),
+        ..world.spec("a")
+    };
+    let client = world.client();
+    world.run(async { client.mount(&spec).await }).unwrap();
+    let ask = |key: &str, from: u32, forget: bool| {
+        let client = world.client();
+        let page = world.run(async { client.first_reads(key, from, forget).await });
+        page.unwrap()
+    };
+    let read = |path: &str| {
+        let report = read_all(&world, &spec.mountpoint, &[path]).finish(LONG);
+        assert_eq!(report.faults, [""; 0]);
+    };
+    // Nothing begins before somebody reads.
+    std::thread::sleep(Duration::from_millis(100));
+    let page = ask("a", 0, false);
+    assert_eq!(
+        (page.recorded, page.complete, page.reads.len()),
+        (true, false, 0)
+    );
+    // What is brought without being read does not count.
+    let bring = FillRequest {
+        diff_id: spec.devices[1].diff_id,
+        index_digest: spec.devices[1].index_digest,
+        extent: Extent::new(0, 1).unwrap(),
+        deadline: None,
+    };
+    world.run(world.fills.fill(bring)).unwrap();
+    read("data/f001");
+    let first = ask("a", 0, false);
+    assert!(
+        !first.reads.is_empty() && first.reads[0].after.is_zero(),
+        "{first:?}"
+    );
+    // Present data counts as well as missing data, in another mount too, and each chunk once.
+    let again = MountSpec {
+        record: Some(window),
+        ..world.spec("b")
+    };
+    world.run(async { client.mount(&again).await }).unwrap();
+    let report = read_all(&world, &again.mountpoint, &["data/f001"]).finish(LONG);
+    assert_eq!(report.faults, [""; 0]);
+    let chunks = |page: &FirstReads| -> Vec<(u16, u32)> {
+        page.reads.iter().map(|it| (it.device, it.chunk)).collect()
+    };
+    let other = ask("b", 0, false);
+    let sorted = |page: &FirstReads| {
+        let mut chunks = chunks(page);
+        chunks.sort_unstable();
+        chunks
+    };
+    assert_eq!(sorted(&other), sorted(&first));
+    read("data/f003");
+    let both = ask("a", 0, false);
+    let count = first.reads.len();
+    assert_eq!(both.reads[..count], first.reads);
+    assert!(both.reads.len() > count);
+    let from = u32::try_from(count).unwrap();
+    assert_eq!(ask("a", from, false).reads, both.reads[count..]);
+    let mut unique = chunks(&both);
+    unique.sort_unstable();
+    unique.dedup();
+    assert_eq!(unique.len(), both.reads.len());
+    // It ends by itself.
+    std::thread::sleep(window);
+    read("data/f005");
+    let end = ask("a", 0, false);
+    assert_eq!((end.complete, &end.reads), (true, &both.reads));
+    assert!(!ask("a", 0, true).recorded && !ask("a", 0, false).recorded);
+    // Nobody asked for a recording, the mount is not there, or its worker did not see it begin.
+    world.mount("c");
+    assert!(!ask("c", 0, false).recorded && !ask("none", 0, false).recorded);
+    assert!(ask("b", 0, false).recorded);
+    world.kill_worker();
+    assert!(!ask("b", 0, false).recorded);
+    assert_eq!(compare(&world, &spec.mountpoint).faults, [""; 0]);
     world.watchdog_slept();
 }
 

@@ -10,7 +10,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use sluice_proto::control::control_client::ControlClient;
 use sluice_proto::control::{
-    CompleteContentRequest, Image, StatusRequest, StatusResponse, WhyRequest, WhyResponse,
+    BootList, CompleteContentRequest, Image, StatusRequest, StatusResponse, WhyRequest, WhyResponse,
 };
 use tonic::transport::Channel;
 
@@ -36,6 +36,16 @@ pub(super) struct DaemonArguments {
     /// One JSON object on standard output.
     #[arg(long)]
     pub(super) json: bool,
+}
+
+impl DaemonArguments {
+    pub(super) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    pub(super) fn json(&self) -> bool {
+        self.json
+    }
 }
 
 /// Arguments of `status`.
@@ -139,6 +149,48 @@ fn progress(present: u64, total: u64, sealed: bool) -> String {
     )
 }
 
+/// What is known of an image's boot list, in words.
+fn boot_list(list: &BootList) -> String {
+    let mut text = match list.origin.as_str() {
+        "" => "none".to_owned(),
+        "learned" => format!(
+            "{} chunks, learned from {} starts",
+            list.chunks, list.starts
+        ),
+        origin => format!("{} chunks, {origin}", list.chunks),
+    };
+    if !list.off.is_empty() {
+        text = format!("off because {}", list.off);
+    } else if let Some(percent) = list
+        .read_bytes
+        .saturating_mul(100)
+        .checked_div(list.loaded_bytes)
+    {
+        text.push_str(&format!(", {percent} % of what it loaded was read"));
+    }
+    text
+}
+
+/// Most images have one list: one run of lazy layers.
+fn boot_lists(lists: &[BootList]) -> String {
+    let lists: Vec<String> = lists.iter().map(boot_list).collect();
+    lists.join("; ")
+}
+
+fn boot_json(lists: &[BootList]) -> Value {
+    let list = |list: &BootList| {
+        json!({
+            "chunks": list.chunks,
+            "origin": list.origin,
+            "starts": list.starts,
+            "off": list.off,
+            "loaded_bytes": list.loaded_bytes,
+            "read_bytes": list.read_bytes,
+        })
+    };
+    lists.iter().map(list).collect()
+}
+
 fn name(image: &Image) -> String {
     match image.references.as_slice() {
         [] => short(&image.manifest_digest).to_owned(),
@@ -153,13 +205,14 @@ fn write_status(out: &mut impl Write, status: &StatusResponse, verbose: bool) ->
         status.version, status.backend, status.root
     )?;
     writeln!(out, "store: {}", bytes(status.store_present_bytes))?;
-    let mut images = Table::new(&["NAMESPACE", "IMAGE", "LAYERS", "PRESENT"]);
+    let mut images = Table::new(&["NAMESPACE", "IMAGE", "LAYERS", "PRESENT", "BOOT LIST"]);
     for image in &status.images {
         images.row([
             image.namespace.clone(),
             name(image),
             image.diff_ids.len().to_string(),
             progress(image.present_bytes, image.total_bytes, image.sealed),
+            boot_lists(&image.boot_lists),
         ]);
     }
     writeln!(out)?;
@@ -220,6 +273,7 @@ fn status_json(status: &StatusResponse) -> Value {
             "total_bytes": image.total_bytes,
             "present_bytes": image.present_bytes,
             "sealed": image.sealed,
+            "boot_lists": boot_json(&image.boot_lists),
         })).collect::<Vec<_>>(),
         "layers": status.layers.iter().map(|layer| json!({
             "diff_id": layer.diff_id,
@@ -279,6 +333,10 @@ pub(super) async fn why(arguments: Why) -> anyhow::Result<()> {
         ]);
     }
     writeln!(out, "{}", printable(&answer.summary))?;
+    if !answer.boot_lists.is_empty() {
+        let lists = boot_lists(&answer.boot_lists);
+        writeln!(out, "boot list: {}", printable(&lists))?;
+    }
     table.write(&mut out)?;
     Ok(())
 }
@@ -287,6 +345,7 @@ fn why_json(answer: &WhyResponse) -> Value {
     json!({
         "lazy": answer.lazy,
         "summary": answer.summary,
+        "boot_lists": boot_json(&answer.boot_lists),
         "layers": answer.layers.iter().map(|layer| json!({
             "namespace": layer.namespace,
             "chain_id": layer.chain_id,
@@ -380,6 +439,14 @@ mod tests {
                 total_bytes: 2048,
                 present_bytes: 1024,
                 diff_ids: vec!["sha256:00".into()],
+                boot_lists: vec![BootList {
+                    chunks: 212,
+                    origin: "learned".into(),
+                    starts: 3,
+                    loaded_bytes: 200,
+                    read_bytes: 150,
+                    ..BootList::default()
+                }],
                 ..Image::default()
             }],
             layers: vec![Layer {
@@ -399,12 +466,15 @@ mod tests {
         for expected in [
             "sluiced 0.1.0, backend fuse, root /var/lib/sluice",
             "default    a.test/b:1  1       1.00 KiB / 2.00 KiB (50 %)",
+            "212 chunks, learned from 3 starts, 75 % of what it loaded was read",
             "origin  foreground  7 B",
             "0123456789ab",
         ] {
             assert!(text.contains(expected), "{expected}\n{text}");
         }
-        assert_eq!(status_json(&status)["images"][0]["present_bytes"], 1024);
+        let json = status_json(&status);
+        assert_eq!(json["images"][0]["present_bytes"], 1024);
+        assert_eq!(json["images"][0]["boot_lists"][0]["chunks"], 212);
     }
 
     #[tokio::test]
@@ -419,6 +489,27 @@ mod tests {
             .await
             .expect_err("silence");
         assert!(error.to_string().contains("says nothing"), "{error:#}");
+    }
+
+    #[test]
+    fn boot_lists_are_said_in_words() {
+        let list = |chunks, origin: &str, off: &str| BootList {
+            chunks,
+            origin: origin.into(),
+            off: off.into(),
+            ..BootList::default()
+        };
+        for (lists, expected) in [
+            (vec![], ""),
+            (vec![list(0, "", "")], "none"),
+            (vec![list(9, "attached", "")], "9 chunks, attached"),
+            (
+                vec![list(1, "received", ""), list(2, "learned", "of that")],
+                "1 chunks, received; off because of that",
+            ),
+        ] {
+            assert_eq!(boot_lists(&lists), expected);
+        }
     }
 
     #[tokio::test]

@@ -193,7 +193,7 @@ async fn many_readers_on_many_threads_agree() {
         Priority::Foreground,
         deadline,
     );
-    let job = fetcher.prefetch(vec![Arc::clone(&handle).into()]);
+    let job = fetcher.prefetch(vec![Arc::clone(&handle)]);
     let readers = (0..16_u64).map(|reader| {
         let (source, tar) = (source.clone(), layer.tar.clone());
         tokio::spawn(async move {

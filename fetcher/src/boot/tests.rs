@@ -18,7 +18,8 @@ const KIB: usize = 1 << 10;
 fn fetcher() -> Fetcher {
     let options = FetcherOptions {
         gap_bytes: 0,
-        first_request_bytes: 256 << 10,
+        boot_gap_bytes: 0,
+        boot_request_bytes: 256 << 10,
         read_ahead_initial_bytes: 64 << 10,
         read_ahead_max_bytes: 64 << 10,
         decodes: 2,
@@ -88,7 +89,7 @@ async fn a_reader_makes_its_request_foreground_and_reads_nothing_ahead() {
     let line = Line::new("a", &layer.blob).over(&Wire::default());
     let handle = add(&fetcher, &layer, &line).await;
     // 20 requests of 256 KiB, each of which takes 16 ms of the line.
-    let burst = fetcher.load_boot_list(&[handle.clone()], &reads(0, 0..320));
+    let burst = fetcher.load_boot_list(std::slice::from_ref(&handle), &reads(0, 0..320));
     assert!(burst.requests() >= 20);
     let last = layer.chunks.chunk(319).unwrap().device;
     let before = clock::now();
@@ -124,7 +125,7 @@ async fn a_burst_does_not_slow_a_reader_of_something_else() {
     ];
     let one = add(&fetcher, &big, &lines[0]).await;
     let two = add(&fetcher, &small, &lines[1]).await;
-    let burst = fetcher.load_boot_list(&[one.clone()], &reads(0, 0..1600));
+    let burst = fetcher.load_boot_list(std::slice::from_ref(&one), &reads(0, 0..1600));
     tokio::time::sleep(Duration::from_millis(50)).await;
     let before = clock::now();
     for part in 0..5 {
@@ -151,7 +152,7 @@ async fn what_fails_is_given_up_and_comes_when_it_is_read() {
     let line = Line::new("a", &layer.blob);
     let handle = add(&fetcher, &layer, &line).await;
     line.always(Some(Mishap::Refuse));
-    let burst = fetcher.load_boot_list(&[handle.clone()], &reads(0, 0..64));
+    let burst = fetcher.load_boot_list(std::slice::from_ref(&handle), &reads(0, 0..64));
     let claimed = burst.join().await;
     assert_eq!(claimed.len(), 64);
     assert!(line.asked().len() <= 8, "{} requests", line.asked().len());
@@ -168,7 +169,7 @@ async fn a_dropped_burst_asks_for_nothing_more() {
     let (fetcher, layer) = (fetcher(), TestLayer::even(8, 640, 16 * KIB));
     let line = Line::new("a", &layer.blob).over(&Wire::default());
     let handle = add(&fetcher, &layer, &line).await;
-    let burst = fetcher.load_boot_list(&[handle.clone()], &reads(0, 0..640));
+    let burst = fetcher.load_boot_list(std::slice::from_ref(&handle), &reads(0, 0..640));
     tokio::time::sleep(Duration::from_millis(30)).await;
     drop(burst);
     tokio::time::sleep(SECOND).await;

@@ -21,6 +21,7 @@ use tokio::sync::{Notify, watch};
 
 use super::error::FetchFailure;
 use super::gate::{Gate, Urgency, rank};
+use super::plan::Limits;
 use crate::source::Priority;
 use crate::store::lock;
 
@@ -33,8 +34,8 @@ pub(crate) struct Transfer {
     fed: watch::Sender<bool>,
     /// Whether other nodes may be asked; once false, for good.
     asks_peers: watch::Sender<bool>,
-    /// It brings chunks of a boot list.
-    listed: bool,
+    /// How its requests are cut if it brings chunks of a boot list; else as those of readers.
+    pub(crate) listed: Option<Limits>,
     last_failure: Mutex<Option<FetchFailure>>,
 }
 
@@ -45,15 +46,15 @@ impl Transfer {
 
     /// One that may ask other nodes, or goes to the origin only.
     pub(crate) fn asking(base: Priority, peers: bool) -> Arc<Self> {
-        Arc::new(Self::with(base, peers, false))
+        Arc::new(Self::with(base, peers, None))
     }
 
-    /// One that brings chunks of a boot list.
-    pub(crate) fn of_list() -> Arc<Self> {
-        Arc::new(Self::with(Priority::Boot, true, true))
+    /// One that brings chunks of a boot list, in requests within `limits`.
+    pub(crate) fn of_list(limits: Limits) -> Arc<Self> {
+        Arc::new(Self::with(Priority::Boot, true, Some(limits)))
     }
 
-    fn with(base: Priority, peers: bool, listed: bool) -> Self {
+    fn with(base: Priority, peers: bool, listed: Option<Limits>) -> Self {
         Self {
             urgency: Urgency::new(base),
             fed: watch::Sender::new(false),
@@ -224,7 +225,7 @@ impl Flights {
     pub(crate) fn is_listed(&self, chunk: u32) -> bool {
         let table = lock(&self.table);
         let flight = table.flights.get(&chunk);
-        flight.is_some_and(|flight| flight.transfer.listed)
+        flight.is_some_and(|flight| flight.transfer.listed.is_some())
     }
 
     /// Joins the flight of `chunk`; `None` when there is none.

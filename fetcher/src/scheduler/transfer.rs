@@ -269,7 +269,8 @@ impl Run {
         let chunks = claims
             .into_iter()
             .map_while(|chunk| self.layer.chunks().chunk(chunk));
-        let limits = self.core.options.limits();
+        let limits = self.transfer.listed;
+        let limits = limits.unwrap_or_else(|| self.core.options.limits());
         let mut pieces = coalesce(chunks, &limits, |_, _| false).into_iter();
         match pieces.next() {
             Some(piece) => Ok(Some(piece)),

@@ -18,6 +18,7 @@ pub struct Written {
     pub fetch: Fetch,
     pub store: Store,
     pub prefetch: Prefetch,
+    pub boot: Boot,
     pub registry: Registry,
     pub trust: Trust,
     pub telemetry: Telemetry,
@@ -86,6 +87,13 @@ section! {
     Prefetch {
         enabled: bool = true,
         delay: String = "5s".into(),
+    }
+}
+section! {
+    /// `[boot]`
+    Boot {
+        enabled: bool = true,
+        window: String = "10s".into(),
     }
 }
 section! {

@@ -134,7 +134,9 @@ impl ControlService {
             if !fits {
                 continue;
             }
+            let records = document.layers.iter().map(|it| chains.get(&it.chain_id));
             images.push(Image {
+                boot_lists: self.boot_lists(records).await,
                 namespace: document.namespace.clone(),
                 references,
                 total_bytes: lazy.iter().map(|layer| layer.device_bytes).sum(),

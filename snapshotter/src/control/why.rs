@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use sluice_blockindex::digest::ChainId;
-use sluice_proto::control::{WhyLayer, WhyResponse};
+use sluice_proto::control::{BootList, WhyLayer, WhyResponse};
 
 use super::images::FoundManifest;
 use super::{ControlError, ControlService};
@@ -47,12 +47,14 @@ impl ControlService {
     ) -> Result<WhyResponse, ControlError> {
         let found = self.find(image, namespace).await?;
         let mut seen = std::collections::BTreeSet::new();
-        let mut layers = Vec::new();
+        let (mut layers, mut boot_lists) = (Vec::new(), Vec::new());
         for manifest in found {
             let config = manifest.config()?;
             // An original and its converted twin share a config and so all chain IDs.
             if seen.insert((manifest.namespace.clone(), config)) {
-                layers.extend(self.why_manifest(&manifest).await?);
+                let (of_it, lists) = self.why_manifest(&manifest).await?;
+                layers.extend(of_it);
+                boot_lists.extend(lists);
             }
         }
         let lazy_layers = layers.iter().filter(|layer| layer.lazy).count();
@@ -65,10 +67,14 @@ impl ControlService {
             layers,
             lazy,
             summary,
+            boot_lists,
         })
     }
 
-    async fn why_manifest(&self, found: &FoundManifest) -> Result<Vec<WhyLayer>, ControlError> {
+    async fn why_manifest(
+        &self,
+        found: &FoundManifest,
+    ) -> Result<(Vec<WhyLayer>, Vec<BootList>), ControlError> {
         let namespace = found.namespace.clone();
         let image = resolve_image(&*self.content, &namespace, found.config()?).await?;
         let chains = image.chain_ids.clone();
@@ -103,8 +109,10 @@ impl ControlService {
                 Ok((records, decisions))
             })
             .await?;
+        let record_of = |chain_id: &ChainId| records.get(chain_id)?.layer.as_ref();
+        let lists = self.boot_lists(image.chain_ids.iter().map(record_of)).await;
         let layers = image.chain_ids.iter().zip(&image.diff_ids);
-        Ok(layers
+        let layers = layers
             .map(|(chain_id, diff_id)| {
                 let record = records.get(chain_id);
                 let (lazy, reason) = explain(record, decisions.get(chain_id));
@@ -117,7 +125,8 @@ impl ControlService {
                     reason,
                 }
             })
-            .collect())
+            .collect();
+        Ok((layers, lists))
     }
 }
 

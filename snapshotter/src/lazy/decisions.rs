@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use sluice_blockindex::digest::ChainId;
 
 use super::Inner;
+use crate::boot::Boot;
 use crate::plan::Refusal;
 use crate::resolve::ResolvedImage;
 use crate::snapshots::LABEL_SNAPSHOT_REF;
@@ -172,7 +173,8 @@ impl Inner {
                 metadata.remove_document(DocumentTable::Images, &key)?;
             }
         }
-        Ok(())
+        // Those outlive their image: the next pull of it is what they are for.
+        Boot::sweep(metadata)
     }
 
     /// Runs a short transaction after the answer.

@@ -87,9 +87,11 @@ impl Inner {
         let below = self.below_segments(lower).await?;
         let tree = self.tree(run, below).await?;
         let mut devices = Vec::with_capacity(run.layers.len());
+        let mut handles = Vec::with_capacity(run.layers.len());
         for record in &run.layers {
             let handle = self.parts.layers.open(record).await?;
             let key = handle.key();
+            handles.push(handle);
             let directory = self.options.root.join("devices");
             devices.push(DeviceSpec {
                 diff_id: record.diff_id,
@@ -97,12 +99,15 @@ impl Inner {
                 directory: directory.join(key.diff_id.hex()).join(key.index.hex()),
             });
         }
+        let boot = &self.parts.boot;
+        boot.mounting(run.key, &run.layers, &handles);
         Ok(MountSpec {
             key: run.key.to_string(),
             mountpoint: self.parts.mounts.mountpoint(run.key),
             tree,
             devices,
             read_deadline: self.options.read_deadline,
+            record: boot.recorded(),
         })
     }
 

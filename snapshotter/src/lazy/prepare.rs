@@ -4,6 +4,7 @@
 //! What the labels say leads to the image's plan (see [`crate::plan`]); the plan's outcome for this
 //! layer is the decision. Whatever is wrong makes the layer ordinary with a reason.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -166,6 +167,7 @@ impl Inner {
         match &seed.labels.mark {
             Err(error) => Err(mismatch(error.to_string())),
             Ok(LayerMark::Lazy(annotations)) => {
+                self.parts.boot.note_attached(annotations);
                 check_chain(request, annotations.diff_id)?;
                 let key = PlanKey::Image(namespace.to_owned(), annotations.config);
                 let plan = self.start(key, seed.clone(), deadline);
@@ -266,6 +268,27 @@ impl Inner {
                 state.outcomes.insert(chain_id, outcome);
             });
         }
+        // A layer that is known by its labels alone may have others below and above it.
+        if matches!(key, PlanKey::Image(..)) && layout.is_whole() {
+            self.load_boot_lists(&layout, &state.borrow().outcomes);
+        }
+    }
+
+    /// Every index is here: what a container of the image reads while it starts begins to load.
+    fn load_boot_lists(&self, layout: &Layout, outcomes: &BTreeMap<ChainId, Outcome>) {
+        for layer in &layout.layers {
+            if let Ok(LayerMark::Lazy(annotations)) = &layer.mark {
+                self.parts.boot.note_attached(annotations);
+            }
+        }
+        let mut run: Vec<LazyLayerRecord> = Vec::new();
+        for layer in &layout.layers {
+            match outcomes.get(&layer.chain_id) {
+                Some(Ok(planned)) => run.push(planned.record.clone()),
+                Some(Err(_)) | None => self.parts.boot.load(std::mem::take(&mut run)),
+            }
+        }
+        self.parts.boot.load(run);
     }
 
     async fn layout(self: &Arc<Self>, key: &PlanKey, seed: Seed) -> Result<Layout> {
@@ -433,6 +456,10 @@ impl Inner {
             return;
         };
         let labels = LayerLabels::parse(&request.labels);
+        if let Ok(LayerMark::Lazy(annotations)) = &labels.mark {
+            // The layer is the same, what is attached to it may be new.
+            self.parts.boot.note_attached(annotations);
+        }
         let Some(config) = labels.config() else {
             return;
         };

@@ -17,6 +17,7 @@ use tempfile::TempDir;
 use tokio::time::Instant;
 
 use super::unpack_job::UnpackJob;
+use crate::boot::{BootMetrics, BootOptions};
 use crate::indexes::{IndexFiles, sample};
 use crate::labels::CRI_IMAGE_REFERENCE;
 use crate::mount::bind::BindMount;
@@ -55,14 +56,26 @@ fn site_with(file_grace: Duration) -> Site {
         Arc::clone(&metadata),
     );
     let layers = Arc::new(layers);
+    let backend = Arc::new(BindMount::default());
+    let boot = Boot::new(
+        BootOptions {
+            enabled: true,
+            window: Duration::from_secs(1),
+        },
+        Arc::clone(&layers),
+        Arc::clone(&metadata),
+        backend.clone(),
+        BootMetrics::default(),
+    );
     let parts = LazyParts {
+        boot,
         content: Arc::new(MemoryContent::default()),
         metadata,
         trees: Arc::new(TreeFiles::open(&at("trees")).unwrap()),
         background: Background::new(Arc::clone(&layers), None),
         shelf: Arc::new(NodeShelf::new(Arc::clone(&layers), Trust::new(vec![]))),
         layers,
-        mounts: Arc::new(Mounts::new(Arc::new(BindMount::default()), &at("mnt"))),
+        mounts: Arc::new(Mounts::new(backend, &at("mnt"))),
         metrics: LazyMetrics::default(),
     };
     let options = LazyOptions {

@@ -11,7 +11,9 @@ use async_trait::async_trait;
 use tokio::sync::OnceCell;
 
 use super::fuse::FuseMount;
-use super::{ImageMount, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome};
+use super::{
+    FirstReads, ImageMount, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome,
+};
 use crate::shim::client::{FillService, ShimClient, ShimError, ShimOptions};
 
 /// Mounts through a shim that may not be there yet.
@@ -68,5 +70,14 @@ impl ImageMount for AttachedMount {
 
     async fn unmount(&self, key: &str, mode: UnmountMode) -> Result<UnmountOutcome, MountError> {
         self.backend().await?.unmount(key, mode).await
+    }
+
+    async fn first_reads(
+        &self,
+        key: &str,
+        from: u32,
+        forget: bool,
+    ) -> Result<FirstReads, MountError> {
+        self.backend().await?.first_reads(key, from, forget).await
     }
 }

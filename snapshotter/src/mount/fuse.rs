@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
-use super::{ImageMount, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome};
+use super::{
+    FirstReads, ImageMount, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome,
+};
 use crate::shim::client::ShimClient;
 
 /// Mounts through the shim.
@@ -31,5 +33,14 @@ impl ImageMount for FuseMount {
 
     async fn unmount(&self, key: &str, mode: UnmountMode) -> Result<UnmountOutcome, MountError> {
         self.0.unmount(key, mode).await
+    }
+
+    async fn first_reads(
+        &self,
+        key: &str,
+        from: u32,
+        forget: bool,
+    ) -> Result<FirstReads, MountError> {
+        self.0.first_reads(key, from, forget).await
     }
 }

@@ -76,6 +76,7 @@ async fn ensure(site: &Site, n: u8) -> Result<PathBuf, EnsureError<String>> {
         tree: "/tree".into(),
         devices: Vec::new(),
         read_deadline: None,
+        record: None,
     };
     site.mounts.ensure(key(n), async move { Ok(spec) }).await
 }
@@ -214,6 +215,7 @@ async fn what_is_leaving_keeps_its_devices_until_it_has_left() {
         tree: "/tree".into(),
         devices: vec![device],
         read_deadline: None,
+        record: None,
     };
     assert!(!site.mounts.is_adopted());
     site.mounts.adopt(std::slice::from_ref(&spec));

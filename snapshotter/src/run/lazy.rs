@@ -20,6 +20,7 @@ use tokio::task::JoinHandle;
 
 use super::{Parts, bind_private};
 use crate::background::Background;
+use crate::boot::{Boot, BootMetrics};
 use crate::config::Config;
 use crate::control::ControlService;
 use crate::durable;
@@ -114,6 +115,15 @@ impl LazySide {
         let shim = ShimOptions::new(config.run_dir.clone(), shim_program()?);
         let backend = Arc::new(AttachedMount::new(shim, layers.clone()));
         let mounts = Arc::new(Mounts::new(backend.clone(), &config.root.join("mnt")));
+        let boot_metrics = BootMetrics::default();
+        boot_metrics.register(registry);
+        let boot = Boot::new(
+            config.boot,
+            Arc::clone(&layers),
+            Arc::clone(&metadata),
+            backend.clone(),
+            boot_metrics,
+        );
         let attach = tokio::spawn(adopt(backend, Arc::clone(&mounts)));
 
         let containerd = Containerd::new(&config.containerd_address, config.rpc_deadline);
@@ -125,6 +135,7 @@ impl LazySide {
                 metadata,
                 trees,
                 background: Background::new(Arc::clone(&layers), delay),
+                boot,
                 layers,
                 shelf: Arc::clone(&shelf),
                 mounts,

@@ -27,9 +27,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::protocol;
+use super::protocol::{self, ProtocolError};
 use crate::mount::errno::FillErrno;
-use crate::mount::{MountError, MountSpec, MountState, UnmountMode, UnmountOutcome};
+use crate::mount::{FirstReads, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome};
 
 /// How the client finds and starts the shim.
 #[derive(Debug, Clone)]
@@ -121,6 +121,8 @@ pub enum ShimError {
 /// Who is at the other end.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ShimPeer {
+    /// Version of the protocol that both go on with.
+    pub version: u32,
     /// Version of the crate that the worker was built from.
     pub build: String,
     /// The worker.
@@ -303,6 +305,38 @@ impl ShimClient {
         match self.call(Body::Check(check)).await? {
             Body::CheckReply(reply) if reply.serving => Ok(MountState::Serving),
             Body::CheckReply(_) => Ok(MountState::Absent),
+            _ => Err(unexpected(key)),
+        }
+    }
+
+    /// The next first reads of a mount, see [`crate::mount::ImageMount::first_reads`]. A worker of before
+    /// [`super::READS_VERSION`] records nothing.
+    pub async fn first_reads(
+        &self,
+        key: &str,
+        from: u32,
+        forget: bool,
+    ) -> Result<FirstReads, MountError> {
+        if self
+            .peer()
+            .is_some_and(|peer| peer.version < super::READS_VERSION)
+        {
+            return Ok(FirstReads::default());
+        }
+        let reads = wire::Reads {
+            key: key.to_owned(),
+            from,
+            forget,
+        };
+        match self.call(Body::Reads(reads)).await? {
+            Body::ReadsReply(reply) => {
+                reply
+                    .try_into()
+                    .map_err(|error: ProtocolError| MountError::Refused {
+                        key: key.to_owned(),
+                        reason: error.to_string(),
+                    })
+            }
             _ => Err(unexpected(key)),
         }
     }

@@ -61,6 +61,25 @@ impl OpenDevice {
         self.presence.device_bytes()
     }
 
+    /// How many chunks it has.
+    pub fn chunk_count(&self) -> u32 {
+        self.presence.count()
+    }
+
+    /// The chunks that `length` bytes from `start` on touch, ascending.
+    pub fn chunks(&self, start: u64, length: usize) -> impl Iterator<Item = u32> + '_ {
+        let end = start.saturating_add(u64::try_from(length).unwrap_or(u64::MAX));
+        let first = self.presence.chunk_at(start);
+        let touched = move |chunk: &u32| {
+            let extent = self.presence.extent(*chunk);
+            extent.is_some_and(|extent| extent.start() < end)
+        };
+        first
+            .into_iter()
+            .flat_map(|first| first..self.presence.count())
+            .take_while(touched)
+    }
+
     /// Fills the buffer from device byte `start` on, if all of that is present. **Blocks** on the
     /// disk only.
     ///

@@ -26,6 +26,7 @@ use sluice_blockindex::tree::Timestamp;
 use sluice_blockindex::units::BLOCK_BYTES;
 
 use super::device::{DeviceRead, OpenDevice};
+use super::reads::ReadRecorder;
 use super::waiting::{self, PendingRead, WaitingReads};
 use crate::mount::MountSpec;
 use crate::sys::map::MappedTree;
@@ -49,12 +50,15 @@ pub struct TreeFilesystem {
     devices: Vec<Arc<OpenDevice>>,
     waiting: Arc<WaitingReads>,
     read_deadline: Option<Duration>,
+    recorder: Option<Arc<ReadRecorder>>,
     xattrs: XattrUse,
 }
 
 /// Bytes on a device.
 #[derive(Debug)]
 struct Place<'a> {
+    /// The device's place in the mount.
+    number: usize,
     device: &'a Arc<OpenDevice>,
     start: u64,
     length: usize,
@@ -114,8 +118,17 @@ impl TreeFilesystem {
             devices,
             waiting,
             read_deadline,
+            recorder: None,
             xattrs: XattrUse::Some,
         })
+    }
+
+    /// From now on records for so long, from the first read on, which chunks are read.
+    pub fn record(&mut self, window: Duration) -> Arc<ReadRecorder> {
+        let counts = self.devices.iter().map(|device| device.chunk_count());
+        let recorder = Arc::new(ReadRecorder::new(window, counts));
+        self.recorder = Some(recorder.clone());
+        recorder
     }
 
     /// Looks which xattrs the tree has; before a new connection begins.
@@ -228,15 +241,15 @@ impl TreeFilesystem {
         let (Some(run), true) = (run, length > 0) else {
             return Ok(None);
         };
-        let device = usize::from(run.device)
-            .checked_sub(1)
-            .and_then(|i| self.devices.get(i));
+        let number = usize::from(run.device).checked_sub(1);
+        let device = number.and_then(|number| Some((number, self.devices.get(number)?)));
         let start = run
             .start_block
             .checked_mul(BLOCK_BYTES)
             .and_then(|s| s.checked_add(offset));
         match (device, start) {
-            (Some(device), Some(start)) => Ok(Some(Place {
+            (Some((number, device)), Some(start)) => Ok(Some(Place {
+                number,
                 device,
                 start,
                 length,
@@ -390,6 +403,7 @@ impl Filesystem for TreeFilesystem {
         reply: ReplyData,
     ) {
         let Place {
+            number,
             device,
             start,
             length,
@@ -398,6 +412,9 @@ impl Filesystem for TreeFilesystem {
             Ok(None) => return reply.data(&[]),
             Err(errno) => return reply.error(errno),
         };
+        if let Some(recorder) = &self.recorder {
+            recorder.note(number, device, start, length);
+        }
         waiting::with_read(device, start, length, |outcome, bytes| match outcome {
             DeviceRead::Done => reply.data(bytes),
             DeviceRead::Failed(failure) => reply.error(waiting::errno(failure)),

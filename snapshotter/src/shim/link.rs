@@ -178,6 +178,7 @@ impl Link {
                 | Body::Unmount(_)
                 | Body::List(_)
                 | Body::Check(_)
+                | Body::Reads(_)
                 | Body::Shutdown(_)),
             ) => {
                 let operation = Operation {
@@ -196,6 +197,7 @@ impl Link {
                 | Body::UnmountReply(_)
                 | Body::ListReply(_)
                 | Body::CheckReply(_)
+                | Body::ReadsReply(_)
                 | Body::ShutdownReply(_),
             ) => tracing::debug!(id, "ignore a message that is not for us"),
         }
@@ -249,6 +251,10 @@ fn operate(keeper: &Keeper, mounts: &Arc<Mounts>, body: Body) -> (Body, bool) {
                 false
             });
             (Body::CheckReply(wire::CheckReply { serving }), false)
+        }
+        Body::Reads(reads) => {
+            let page = mounts.first_reads(&reads.key, reads.from, reads.forget);
+            (Body::ReadsReply(page.into()), false)
         }
         body => {
             let after = match body {

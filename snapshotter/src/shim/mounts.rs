@@ -19,7 +19,7 @@ use sluice_proto::shim as wire;
 use super::keeper::Keeper;
 use super::record::RecordState;
 use super::session::{self, KIND, Left, Ready, Served, Serving};
-use crate::mount::{MountSpec, UnmountMode, UnmountOutcome};
+use crate::mount::{FirstReads, MountSpec, UnmountMode, UnmountOutcome};
 use crate::sys::mountpoint::{self, MountLine, Unmounted};
 
 /// How long an unmount waits for the connection to end. It ends at once when nothing holds the file
@@ -104,6 +104,19 @@ impl Mounts {
         })
     }
 
+    /// The next first reads of a mount.
+    pub fn first_reads(&self, key: &str, from: u32, forget: bool) -> FirstReads {
+        let served = self.table().serving.get(key).cloned();
+        let recorded = served.and_then(|served| Some((served.recorder.clone()?, served)));
+        let Some((recorder, served)) = recorded else {
+            return FirstReads::default();
+        };
+        FirstReads {
+            recording: served.entry.clone(),
+            ..recorder.page(from, forget)
+        }
+    }
+
     /// Whether nothing is served, not even what is only leaving.
     pub fn is_empty(&self) -> bool {
         let table = self.table();
@@ -115,10 +128,11 @@ impl Mounts {
         spec.mountpoint = resolve(&spec.mountpoint)?;
         let served = self.table().serving.get(&spec.key).cloned();
         if let Some(served) = served {
-            // The read deadline may change with the daemon's configuration; it applies to new
-            // mounts, and is no reason to refuse.
+            // The read deadline and what is recorded may change with the daemon's configuration; they
+            // apply to new mounts, and are no reason to refuse.
             let ours = MountSpec {
                 read_deadline: spec.read_deadline,
+                record: spec.record,
                 ..served.spec.clone()
             };
             if ours != spec {

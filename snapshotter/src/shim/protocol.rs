@@ -9,7 +9,7 @@ use sluice_blockindex::extent::{DeviceSpace, Extent};
 use sluice_proto::shim as wire;
 use thiserror::Error;
 
-use crate::mount::{DeviceSpec, MountSpec};
+use crate::mount::{DeviceSpec, FirstRead, FirstReads, MountSpec};
 
 /// Largest message: a mount of 127 devices with long paths is below 100 KiB.
 pub const MESSAGE_BYTES: usize = 1 << 20;
@@ -136,6 +136,7 @@ impl From<&MountSpec> for wire::Mount {
                 })
                 .collect(),
             read_deadline_ms: deadline_to_wire(spec.read_deadline),
+            record_ms: deadline_to_wire(spec.record),
         }
     }
 }
@@ -162,9 +163,54 @@ impl TryFrom<wire::Mount> for MountSpec {
             tree: mount.tree.into(),
             devices,
             read_deadline: deadline_from_wire(mount.read_deadline_ms),
+            record: deadline_from_wire(mount.record_ms),
         };
         spec.check().map_err(|_| bad("mount"))?;
         Ok(spec)
+    }
+}
+
+impl From<FirstReads> for wire::ReadsReply {
+    fn from(page: FirstReads) -> wire::ReadsReply {
+        let milliseconds = |after: Duration| u32::try_from(after.as_millis()).unwrap_or(u32::MAX);
+        let reads = page.reads.iter();
+        wire::ReadsReply {
+            recorded: page.recorded,
+            complete: page.complete,
+            devices: reads.clone().map(|read| read.device.into()).collect(),
+            chunks: reads.clone().map(|read| read.chunk).collect(),
+            after_ms: reads.map(|read| milliseconds(read.after)).collect(),
+            recording: page.recording,
+        }
+    }
+}
+
+impl TryFrom<wire::ReadsReply> for FirstReads {
+    type Error = ProtocolError;
+
+    fn try_from(reply: wire::ReadsReply) -> Result<FirstReads, ProtocolError> {
+        let bad = |field| ProtocolError::BadField { field };
+        if reply.chunks.len() != reply.devices.len() || reply.after_ms.len() != reply.devices.len()
+        {
+            return Err(bad("reads"));
+        }
+        let lists = reply.devices.into_iter().zip(reply.chunks);
+        let reads = lists
+            .zip(reply.after_ms)
+            .map(|((device, chunk), after)| {
+                Ok(FirstRead {
+                    device: u16::try_from(device).map_err(|_| bad("device"))?,
+                    chunk,
+                    after: Duration::from_millis(after.into()),
+                })
+            })
+            .collect::<Result<_, ProtocolError>>()?;
+        Ok(FirstReads {
+            recorded: reply.recorded,
+            recording: reply.recording,
+            complete: reply.complete,
+            reads,
+        })
     }
 }
 
@@ -238,6 +284,7 @@ mod tests {
                 directory: "/d".into(),
             }],
             read_deadline: Some(Duration::from_micros(10)),
+            record: Some(Duration::from_secs(7)),
         };
         let back = MountSpec::try_from(wire::Mount::from(&spec)).unwrap();
         assert_eq!(back.read_deadline, Some(Duration::from_millis(1)));
@@ -248,6 +295,30 @@ mod tests {
             },
             spec
         );
+        let page = FirstReads {
+            recorded: true,
+            recording: "k#1.2".into(),
+            complete: true,
+            reads: vec![FirstRead {
+                device: 3,
+                chunk: 70_000,
+                after: Duration::from_millis(1200),
+            }],
+        };
+        let reply = wire::ReadsReply::from(page.clone());
+        assert_eq!(FirstReads::try_from(reply.clone()).unwrap(), page);
+        for broken in [
+            wire::ReadsReply {
+                chunks: vec![1, 2],
+                ..reply.clone()
+            },
+            wire::ReadsReply {
+                devices: vec![65_536],
+                ..reply
+            },
+        ] {
+            assert!(FirstReads::try_from(broken).is_err());
+        }
         let mut broken = wire::Mount::from(&spec);
         broken.devices[0].diff_id = "sha256:zz".into();
         assert!(MountSpec::try_from(broken).is_err());

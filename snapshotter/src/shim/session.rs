@@ -19,6 +19,7 @@ use sluice_proto::shim as wire;
 
 use super::device::OpenDevices;
 use super::filesystem::TreeFilesystem;
+use super::reads::ReadRecorder;
 use super::record::{Record, RecordState};
 use super::waiting::WaitingReads;
 use crate::mount::MountSpec;
@@ -57,6 +58,8 @@ pub struct Served {
     pub entry: String,
     /// Minor number of the mount's device.
     pub connection: u32,
+    /// What is read first, if that is recorded.
+    pub recorder: Option<Arc<ReadRecorder>>,
     ended: Arc<Ended>,
 }
 
@@ -176,6 +179,7 @@ pub fn make(
     files
         .look_for_xattrs()
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+    let recorder = spec.record.map(|window| files.record(window));
     let fuse = fusefd::open()?;
     let record = Record::create(&payload(&spec, 0))?;
     keep(&[fuse.as_fd(), record.as_fd()])?;
@@ -200,6 +204,7 @@ pub fn make(
             record,
             entry,
             connection,
+            recorder,
             ended,
         }),
     })
@@ -312,6 +317,7 @@ impl Left {
                 record,
                 entry,
                 connection,
+                recorder: None,
                 ended,
             }),
         })

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Tables whose rows belong to the lazy side: any type that serde can write, by a text key.
 
-use redb::{ReadableDatabase as _, ReadableTable as _, TableDefinition};
+use redb::{
+    ReadableDatabase as _, ReadableTable as _, ReadableTableMetadata as _, TableDefinition,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -14,15 +16,22 @@ pub enum DocumentTable {
     Images,
     /// Why a layer was not made lazy, for `sluice why`.
     Decisions,
+    /// What containers read while they start.
+    BootLists,
 }
 
 impl DocumentTable {
-    pub(super) const ALL: [DocumentTable; 2] = [DocumentTable::Images, DocumentTable::Decisions];
+    pub(super) const ALL: [DocumentTable; 3] = [
+        DocumentTable::Images,
+        DocumentTable::Decisions,
+        DocumentTable::BootLists,
+    ];
 
     pub(super) const fn definition(self) -> TableDefinition<'static, &'static str, &'static [u8]> {
         TableDefinition::new(match self {
             DocumentTable::Images => "images",
             DocumentTable::Decisions => "decisions",
+            DocumentTable::BootLists => "boot_lists",
         })
     }
 }
@@ -99,6 +108,12 @@ impl MetadataStore {
             found.push((key.value().to_owned(), decode(key.value(), bytes.value())?));
         }
         Ok(found)
+    }
+
+    /// How many documents the table has.
+    pub fn count_documents(&self, table: DocumentTable) -> Result<u64, StoreError> {
+        let transaction = self.database.begin_read()?;
+        Ok(transaction.open_table(table.definition())?.len()?)
     }
 
     /// Removes a document; answers whether it was there.

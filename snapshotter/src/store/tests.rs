@@ -4,6 +4,7 @@
 use tempfile::TempDir;
 
 use super::*;
+use crate::boot::BootDocument;
 use crate::snapshots::{
     BlobOrigin, LABEL_SNAPSHOT_REF, Labels, LazyLayerRecord, SnapshotKind, SnapshotRecord, Usage,
 };
@@ -435,4 +436,7 @@ fn the_documented_row_is_what_is_written() {
     let layer = example("## Table `layers`");
     let decoded: LazyLayerRecord = serde_json::from_str(&layer).unwrap();
     assert_eq!(serde_json::to_string(&decoded).unwrap(), layer);
+    let list = example("## Table `boot_lists`");
+    let decoded: BootDocument = serde_json::from_str(&list).unwrap();
+    assert_eq!(serde_json::to_string(&decoded).unwrap(), list);
 }

@@ -181,6 +181,7 @@ impl World {
             tree: self.dir.path().join("trees/tree"),
             devices: self.specs.clone(),
             read_deadline: Some(Duration::from_secs(60)),
+            record: None,
         }
     }
 

@@ -110,6 +110,7 @@ impl Connection {
                 | Body::UnmountReply(_)
                 | Body::ListReply(_)
                 | Body::CheckReply(_)
+                | Body::ReadsReply(_)
                 | Body::ShutdownReply(_)),
             ) => {
                 // A call that gave up has taken its waiter away.
@@ -126,6 +127,7 @@ impl Connection {
                 | Body::Unmount(_)
                 | Body::List(_)
                 | Body::Check(_)
+                | Body::Reads(_)
                 | Body::Shutdown(_),
             ) => tracing::debug!(id, "ignore a message that is not for us"),
         }
@@ -158,6 +160,7 @@ impl Connection {
             }),
         );
         let peer = ShimPeer {
+            version,
             build: hello.build,
             worker_pid: hello.worker_pid,
             holder_pid: hello.holder_pid,

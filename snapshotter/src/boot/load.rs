@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Loading lists: as soon as the indexes of a run are here, and again when it is mounted.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use sluice_blockindex::boot::{BootChunk, BootKey};
+use sluice_fetcher::boot::BootRead;
+use sluice_fetcher::scheduler::LayerHandle;
+use tokio::time::Instant;
+
+use super::document::BootDocument;
+use super::{Boot, LOADS_MAX, Load, OfferError, PEERS_DEADLINE, State, boot_key, indexes};
+use crate::snapshots::LazyLayerRecord;
+
+impl State {
+    /// Whether nobody loads the list at this moment; from now on the caller does.
+    pub(super) fn begin(&mut self, key: BootKey) -> bool {
+        let load = self.loads.entry(key).or_insert_with(|| Load {
+            claimed: BTreeSet::new(),
+            running: false,
+            started: Instant::now(),
+        });
+        let free = !std::mem::replace(&mut load.running, true);
+        if self.loads.len() > LOADS_MAX {
+            let idle = self.loads.iter().filter(|(_, load)| !load.running);
+            let oldest = idle.min_by_key(|(_, load)| load.started);
+            if let Some(oldest) = oldest.map(|(key, _)| *key) {
+                self.loads.remove(&oldest);
+            }
+        }
+        free
+    }
+
+    pub(super) fn claimed(&mut self, key: BootKey, claimed: &[BootRead]) {
+        if let Some(load) = self.loads.get_mut(&key) {
+            // A chunk may come twice, if the layer was evicted in between.
+            load.claimed.extend(claimed.iter().copied());
+        }
+    }
+
+    pub(super) fn end(&mut self, key: BootKey) {
+        if let Some(load) = self.loads.get_mut(&key) {
+            load.running = false;
+            if load.claimed.is_empty() {
+                self.loads.remove(&key);
+            }
+        }
+    }
+}
+
+/// Ends a load, however it ends.
+struct Loading<'a> {
+    boot: &'a Boot,
+    key: BootKey,
+}
+
+impl Drop for Loading<'_> {
+    fn drop(&mut self) {
+        self.boot.state().end(self.key);
+    }
+}
+
+/// Compressed bytes of those chunks that are here.
+fn present_bytes<'a>(
+    handles: &[Arc<LayerHandle>],
+    chunks: impl Iterator<Item = &'a BootRead>,
+) -> (u64, u64) {
+    let (mut count, mut bytes) = (0, 0);
+    for read in chunks {
+        let Some(handle) = handles.get(read.layer) else {
+            continue;
+        };
+        if handle.device().is_present(read.chunk)
+            && let Some(chunk) = handle.chunks().chunk(read.chunk)
+        {
+            count += 1;
+            bytes += chunk.blob.len();
+        }
+    }
+    (count, bytes)
+}
+
+impl Boot {
+    /// Loads the list of a run, if there is one, unless that is under way. Returns at once; the indexes
+    /// of the layers are on disk.
+    pub fn load(self: &Arc<Self>, layers: Vec<LazyLayerRecord>) {
+        let key = boot_key(&layers);
+        if !self.options.enabled || layers.is_empty() || !self.state().begin(key) {
+            return;
+        }
+        let boot = Arc::clone(self);
+        self.spawn(async move {
+            let _loading = Loading { boot: &boot, key };
+            boot.load_now(key, &layers).await;
+        });
+    }
+
+    async fn load_now(&self, key: BootKey, layers: &[LazyLayerRecord]) {
+        let Some(document) = self.wanted(key, layers).await else {
+            return;
+        };
+        if let Some(off) = &document.off {
+            tracing::debug!(%key, reason = off.reason, "the boot list is off");
+            return;
+        }
+        let mut handles: Vec<Arc<LayerHandle>> = Vec::new();
+        for record in layers {
+            match self.layers.open(record).await {
+                Ok(handle) => handles.push(handle),
+                Err(error) => {
+                    tracing::debug!(%key, "do without a boot list: {error}");
+                    return;
+                }
+            }
+        }
+        let chunks = document.chunks();
+        let there = |at: &BootChunk| {
+            let handle = handles.get(usize::from(at.layer));
+            handle.is_some_and(|handle| at.chunk < handle.chunks().count())
+        };
+        if let Some(BootChunk { layer, chunk }) = chunks.iter().find(|at| !there(at)) {
+            tracing::warn!(%key, layer, chunk, "ignore a boot list: there is no such chunk");
+            self.metrics.ignored("no_such_chunk");
+            return;
+        }
+        let reads: Vec<BootRead> = chunks
+            .iter()
+            .map(|at| BootRead {
+                layer: usize::from(at.layer),
+                chunk: at.chunk,
+            })
+            .collect();
+        let began = Instant::now();
+        let burst = self.layers.fetcher().load_boot_list(&handles, &reads);
+        if burst.requests() == 0 {
+            return;
+        }
+        // Before it ends: a start may be over by then.
+        self.state().claimed(key, burst.claimed());
+        let requests = burst.requests();
+        let claimed = burst.join().await;
+        let (count, bytes) = present_bytes(&handles, claimed.iter());
+        self.metrics.loaded(count, bytes);
+        tracing::info!(
+            %key, listed = chunks.len(), missing = claimed.len(), loaded = count, bytes, requests,
+            seconds = began.elapsed().as_secs_f64(), "boot list loaded"
+        );
+    }
+
+    /// The document of a list that could be used. What is attached to the layers is remembered; where
+    /// nothing is known, other nodes are asked.
+    async fn wanted(&self, key: BootKey, layers: &[LazyLayerRecord]) -> Option<BootDocument> {
+        let mut document = self.document(key).await;
+        if let Some(list) = self.attached(layers) {
+            let known = document.as_ref().and_then(|it| it.attached.as_ref());
+            if known.is_none_or(|known| known.0 != list) {
+                let attach = move |document: &mut BootDocument| {
+                    document.attach(list);
+                };
+                match self.change(key, indexes(layers), attach).await {
+                    Ok(changed) => document = Some(changed),
+                    Err(OfferError::Stopping) => return None,
+                    Err(error) => tracing::warn!(%key, "failed to remember a boot list: {error}"),
+                }
+            }
+        }
+        let known = document.as_ref().is_some_and(|it| it.origin().is_some());
+        if !known && let Some(peers) = self.peers.get() {
+            let found = tokio::time::timeout(PEERS_DEADLINE, peers.find(key)).await;
+            if let Ok(Some(bytes)) = found {
+                match self.offer(key, &bytes).await {
+                    Ok(()) => document = self.document(key).await,
+                    Err(error) => {
+                        tracing::info!(%key, "ignore the boot list of another node: {error}");
+                        self.metrics.ignored("malformed");
+                    }
+                }
+            }
+        }
+        document
+    }
+
+    /// What was loaded for a run since its last start: chunks and compressed bytes, and which of them
+    /// `read` has. `None` when nothing was.
+    pub(super) fn take_load(
+        &self,
+        key: BootKey,
+        handles: &[Arc<LayerHandle>],
+        read: impl Fn(&BootRead) -> bool,
+    ) -> Option<LoadedRead> {
+        let claimed = {
+            let mut state = self.state();
+            let load = state.loads.get_mut(&key)?;
+            let claimed = std::mem::take(&mut load.claimed);
+            if !load.running {
+                state.loads.remove(&key);
+            }
+            claimed
+        };
+        let (loaded_chunks, loaded_bytes) = present_bytes(handles, claimed.iter());
+        let were_read = claimed.iter().filter(|it| read(it));
+        let (read_chunks, read_bytes) = present_bytes(handles, were_read);
+        (loaded_chunks > 0).then_some(LoadedRead {
+            loaded_bytes,
+            read_chunks,
+            read_bytes,
+        })
+    }
+}
+
+/// What became of what a list loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct LoadedRead {
+    pub(super) loaded_bytes: u64,
+    pub(super) read_chunks: u64,
+    pub(super) read_bytes: u64,
+}

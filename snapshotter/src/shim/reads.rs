@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Which chunks of a mount were read first: the raw material of boot lists.
+//!
+//! A recording begins with the first read after the mount, because a container's process may start
+//! long after its mount is made, and ends a window later, or when it is full. It takes note of every
+//! chunk that somebody reads, present or not, once, in order; what is fetched without being read
+//! never comes here. On the read path it costs a look at the clock and an atomic bit, and a lock only
+//! where a chunk is touched for the first time; after its end, one load.
+//!
+//! A worker that takes a mount over has no recording of it: it does not know what its predecessor saw.
+//!
+//! **Locks** `log`, for a push or a copy of a page.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::device::OpenDevice;
+use crate::mount::{FirstRead, FirstReads};
+
+/// The most chunks of a recording: four times what a boot list may have, and half a megabyte.
+const RECORDED_CHUNKS: usize = 64 * 1024;
+/// The most reads in one answer: as numbers of at most 5, 3 and 5 bytes far below the limit of a message.
+const PAGE_READS: usize = 16 * 1024;
+/// Bits of a word.
+const WORD_BITS: u32 = 64;
+
+/// The recording of one mount.
+#[derive(Debug)]
+pub struct ReadRecorder {
+    window: Duration,
+    open: AtomicBool,
+    began: OnceLock<Instant>,
+    /// By device: which chunks were touched.
+    touched: Vec<Box<[AtomicU64]>>,
+    /// `None` when nobody wants it any more.
+    log: Mutex<Option<Vec<FirstRead>>>,
+}
+
+impl ReadRecorder {
+    /// A recording of a mount with these numbers of chunks per device.
+    pub fn new(window: Duration, chunk_counts: impl Iterator<Item = u32>) -> ReadRecorder {
+        let words = |count: u32| (0..count.div_ceil(WORD_BITS)).map(|_| AtomicU64::new(0));
+        ReadRecorder {
+            window,
+            open: AtomicBool::new(true),
+            began: OnceLock::new(),
+            touched: chunk_counts.map(|count| words(count).collect()).collect(),
+            log: Mutex::new(Some(Vec::new())),
+        }
+    }
+
+    fn log(&self) -> MutexGuard<'_, Option<Vec<FirstRead>>> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes note of a read of `length` bytes at `start` of device `number`.
+    pub fn note(&self, number: usize, device: &OpenDevice, start: u64, length: usize) {
+        if !self.open.load(Ordering::Relaxed) {
+            return;
+        }
+        self.note_at(Instant::now(), number, device.chunks(start, length));
+    }
+
+    fn note_at(&self, now: Instant, number: usize, chunks: impl Iterator<Item = u32>) {
+        let after = now.saturating_duration_since(*self.began.get_or_init(|| now));
+        if after >= self.window {
+            self.open.store(false, Ordering::Relaxed);
+            return;
+        }
+        let (Some(touched), Ok(device)) = (self.touched.get(number), u16::try_from(number)) else {
+            return;
+        };
+        for chunk in chunks {
+            let mask = 1_u64 << (chunk % WORD_BITS);
+            let word = usize::try_from(chunk / WORD_BITS).ok();
+            let Some(word) = word.and_then(|at| touched.get(at)) else {
+                return;
+            };
+            // Most reads find the bit: a load does not take the line from other threads.
+            if word.load(Ordering::Relaxed) & mask != 0
+                || word.fetch_or(mask, Ordering::Relaxed) & mask != 0
+            {
+                continue;
+            }
+            let mut log = self.log();
+            let Some(log) = log.as_mut() else { return };
+            if log.len() >= RECORDED_CHUNKS {
+                self.open.store(false, Ordering::Relaxed);
+                return;
+            }
+            log.push(FirstRead {
+                device,
+                chunk,
+                after,
+            });
+        }
+    }
+
+    /// The reads from number `from` on, as many as fit into an answer, of a recording that its mount has
+    /// yet to name. `forget`: nobody asks again.
+    pub fn page(&self, from: u32, forget: bool) -> FirstReads {
+        self.page_at(Instant::now(), from, forget)
+    }
+
+    fn page_at(&self, now: Instant, from: u32, forget: bool) -> FirstReads {
+        let over = |began: &Instant| now.saturating_duration_since(*began) >= self.window;
+        if self.began.get().is_some_and(over) {
+            self.open.store(false, Ordering::Relaxed);
+        }
+        let mut log = self.log();
+        if forget {
+            self.open.store(false, Ordering::Relaxed);
+            *log = None;
+        }
+        let Some(log) = log.as_ref() else {
+            return FirstReads::default();
+        };
+        let from = usize::try_from(from).unwrap_or(usize::MAX);
+        let rest = log.get(from..).unwrap_or_default();
+        let page = &rest[..rest.len().min(PAGE_READS)];
+        FirstReads {
+            recorded: true,
+            recording: String::new(),
+            // A read that is being noted at this moment may be left out.
+            complete: !self.open.load(Ordering::Relaxed) && page.len() == rest.len(),
+            reads: page.to_vec(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn chunks(page: &FirstReads) -> Vec<(u16, u32)> {
+        page.reads
+            .iter()
+            .map(|read| (read.device, read.chunk))
+            .collect()
+    }
+
+    #[test]
+    fn each_chunk_counts_once_in_its_order_from_the_first_read_on() {
+        let recorder = ReadRecorder::new(10 * SECOND, [100, 3].into_iter());
+        let mounted = Instant::now();
+        assert!(!recorder.page_at(mounted + 60 * SECOND, 0, false).complete);
+        let began = mounted + 60 * SECOND;
+        recorder.note_at(began, 1, 2..3);
+        recorder.note_at(began + SECOND, 0, 98..100);
+        recorder.note_at(began + 2 * SECOND, 0, 97..100);
+        // Beyond what there is, which a tree that was validated does not name.
+        recorder.note_at(began, 0, 128..129);
+        recorder.note_at(began, 2, 0..1);
+        recorder.note_at(began + 9 * SECOND, 1, 0..3);
+        let page = recorder.page_at(began + 9 * SECOND, 0, false);
+        assert_eq!(
+            chunks(&page),
+            [(1, 2), (0, 98), (0, 99), (0, 97), (1, 0), (1, 1)]
+        );
+        assert_eq!((page.recorded, page.complete), (true, false));
+        assert_eq!(page.reads[1].after, SECOND);
+        let rest = recorder.page_at(began + 9 * SECOND, 4, false);
+        assert_eq!(chunks(&rest), [(1, 0), (1, 1)]);
+        // After the window nothing is added.
+        recorder.note_at(began + 10 * SECOND, 0, 0..1);
+        let page = recorder.page_at(began + 10 * SECOND, 6, false);
+        assert_eq!((page.reads.len(), page.complete), (0, true));
+        assert!(recorder.page_at(began, 7, false).complete);
+        assert!(!recorder.page_at(began, 0, true).recorded);
+        assert_eq!(recorder.page_at(began, 0, false), FirstReads::default());
+    }
+
+    #[test]
+    fn a_recording_is_bounded_and_comes_in_pages() {
+        let recorder = ReadRecorder::new(SECOND, [200_000].into_iter());
+        let began = Instant::now();
+        recorder.note_at(began, 0, 0..200_000);
+        let (mut from, mut pages) = (0, 0);
+        loop {
+            let page = recorder.page_at(began, from, false);
+            from += u32::try_from(page.reads.len()).unwrap();
+            pages += 1;
+            if page.complete {
+                break;
+            }
+        }
+        assert_eq!((from, pages), (65_536, 4));
+    }
+}
