@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What nodes give each other: chunks and layer indexes, named by their digests.
+//! What nodes give each other: chunks, layer indexes and boot lists, named by their digests.
 //!
 //! - [`wire`]: messages as meant; what comes from outside is checked there and nowhere else.
 //! - `route`: whom a transfer asks, in which order: pure.
 //! - [`client`]: [`Peers`], the other nodes as the scheduler sees them.
 //! - [`server`]: what this node gives to others.
+//! - `lists`: boot lists, which are hints and not payload.
 //! - `frames`: frames of the blob that came lately, which are passed on as they are.
 //!
 //! # How a chunk comes
@@ -22,12 +23,14 @@
 pub mod client;
 pub(crate) mod frames;
 mod links;
+mod lists;
 pub(crate) mod route;
 pub mod server;
 pub mod wire;
 
 pub use client::{PeerOptions, Peers};
 pub use links::{Connect, LinkError, endpoint, plain};
+pub use lists::GivenList;
 pub use server::{PeerServer, Refused, Shelf};
 
 /// The newest version of the peer protocol that this program speaks.

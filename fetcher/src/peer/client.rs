@@ -270,7 +270,7 @@ impl Peers {
         lock(&self.hedges).try_hedge()
     }
 
-    fn client(&self, node: &Node) -> Result<PeerClient<Channel>, PeerError> {
+    pub(super) fn client(&self, node: &Node) -> Result<PeerClient<Channel>, PeerError> {
         let most = CHUNK_MAX_BYTES.max(FRAME_MAX_BYTES) + MESSAGE_SLACK_BYTES;
         let most = usize::try_from(most).unwrap_or(usize::MAX);
         Ok(PeerClient::new(self.links.to(node, &self.view())?).max_decoding_message_size(most))

@@ -17,10 +17,12 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::stream::FuturesUnordered;
 use futures::{Stream, StreamExt as _};
+use sluice_blockindex::boot::BootKey;
 use sluice_blockindex::chunkmap::Chunk;
 use sluice_proto::peer::peer_server::{Peer, PeerServer as Service};
 use sluice_proto::peer::{
-    ChunksPart, ChunksRequest, HelloReply, HelloRequest, ObjectPart, ObjectRequest,
+    BootListOffer, BootListReply, BootListRequest, BootListTaken, ChunksPart, ChunksRequest,
+    HelloReply, HelloRequest, ObjectPart, ObjectRequest,
 };
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Semaphore, mpsc};
@@ -31,8 +33,9 @@ use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status};
 
 use super::client::Peers;
+use super::lists::ListDesk;
 use super::wire::{
-    Form, OBJECT_PART_BYTES, Part, WantedChunks, WantedLayer, WantedObject, WireError,
+    Form, OBJECT_PART_BYTES, OfferedList, Part, WantedChunks, WantedLayer, WantedObject, WireError,
 };
 use super::{OLDEST_PROTOCOL, PROTOCOL};
 use crate::clock;
@@ -85,7 +88,7 @@ impl Refused {
     }
 }
 
-fn status_of(refused: &Refused) -> Status {
+pub(super) fn status_of(refused: &Refused) -> Status {
     match refused {
         Refused::NotHere => Status::not_found("not here"),
         Refused::NotAllowed(why) => Status::permission_denied(why.clone()),
@@ -110,6 +113,22 @@ pub trait Shelf: Send + Sync + std::fmt::Debug {
     ///
     /// **Errors** [`Refused`]. Bounded by its own deadlines.
     async fn object(&self, wanted: &WantedObject) -> Result<Bytes, Refused>;
+
+    /// The boot list with this key that is known here. A shelf without lists has none.
+    ///
+    /// **Errors** [`Refused`].
+    async fn boot_list(&self, key: BootKey) -> Result<Bytes, Refused> {
+        let _unknown = key;
+        Err(Refused::NotHere)
+    }
+
+    /// Takes a boot list that another node has learnt, and checks it.
+    ///
+    /// **Errors** [`Refused`]: it is not what it says, or not wanted.
+    async fn take_boot_list(&self, offered: OfferedList) -> Result<(), Refused> {
+        let _unwanted = offered;
+        Err(Refused::NotHere)
+    }
 }
 
 /// The server of the peer API.
@@ -123,6 +142,7 @@ struct Shared {
     fetcher: Fetcher,
     peers: Arc<Peers>,
     shelf: Arc<dyn Shelf>,
+    lists: ListDesk,
     compressions: Semaphore,
     tasks: TaskTracker,
     stop: CancellationToken,
@@ -166,6 +186,7 @@ impl PeerServer {
             fetcher,
             peers,
             shelf,
+            lists: ListDesk::new(),
             compressions: Semaphore::new((processors / 2).max(1)),
             tasks: TaskTracker::new(),
             stop,
@@ -211,11 +232,19 @@ impl PeerServer {
 
 type Parts<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-fn refused(error: &WireError) -> Status {
+pub(super) fn refused(error: &WireError) -> Status {
     Status::invalid_argument(error.to_string())
 }
 
 impl Shared {
+    /// What a daemon that stops has is not asked any more: its metadata is being closed.
+    fn running(&self) -> Result<&Self, Status> {
+        match self.stop.is_cancelled() {
+            true => Err(Status::unavailable("stopping")),
+            false => Ok(self),
+        }
+    }
+
     /// Begins an upload of a piece, or says whom to ask instead.
     fn admit(
         &self,
@@ -558,6 +587,28 @@ impl Peer for PeerServer {
         })?;
         let parts = in_parts(bytes, upload);
         Ok(Response::new(Box::pin(parts)))
+    }
+
+    async fn boot_list(
+        &self,
+        request: Request<BootListRequest>,
+    ) -> Result<Response<BootListReply>, Status> {
+        let shared = self.shared.running()?;
+        let (peers, shelf) = (&shared.peers, &shared.shelf);
+        let reply = shared.lists.find(peers, shelf, request.into_inner());
+        let reply = reply.await?;
+        Ok(Response::new(reply))
+    }
+
+    async fn offer_boot_list(
+        &self,
+        request: Request<BootListOffer>,
+    ) -> Result<Response<BootListTaken>, Status> {
+        let shared = self.shared.running()?;
+        let (peers, shelf) = (&shared.peers, &shared.shelf);
+        let taken = shared.lists.take(peers, shelf, request.into_inner());
+        let taken = taken.await?;
+        Ok(Response::new(taken))
     }
 }
 

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use sluice_blockindex::boot::BootKey;
 use sluice_blockindex::extent::{DeviceSpace, Extent};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -19,7 +20,7 @@ use tokio::task::JoinHandle;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 
-use super::wire::{WantedLayer, WantedObject};
+use super::wire::{OfferedList, WantedLayer, WantedObject};
 use super::*;
 use crate::cluster::home::{HomeLimit, PieceKey, homes};
 use crate::cluster::node::{Node, NodeId, Role, View};
@@ -37,7 +38,11 @@ const MILLISECOND: Duration = Duration::from_millis(1);
 #[derive(Debug, Default)]
 struct TestShelf {
     layers: Mutex<HashMap<[u8; 32], Arc<LayerHandle>>>,
+    lists: TestLists,
 }
+
+/// Boot lists that a node has.
+type TestLists = Arc<Mutex<HashMap<BootKey, OfferedList>>>;
 
 #[async_trait]
 impl Shelf for TestShelf {
@@ -57,6 +62,17 @@ impl Shelf for TestShelf {
     async fn object(&self, _: &WantedObject) -> Result<Bytes, Refused> {
         Err(Refused::NotHere)
     }
+
+    async fn boot_list(&self, key: BootKey) -> Result<Bytes, Refused> {
+        let lists = lock(&self.lists);
+        let known = lists.get(&key).map(|it| it.list.clone());
+        known.ok_or(Refused::NotHere)
+    }
+
+    async fn take_boot_list(&self, offered: OfferedList) -> Result<(), Refused> {
+        lock(&self.lists).insert(offered.key, offered);
+        Ok(())
+    }
 }
 
 struct TestNode {
@@ -65,6 +81,7 @@ struct TestNode {
     peers: Arc<Peers>,
     line: Line,
     layer: Arc<LayerHandle>,
+    lists: TestLists,
     view: watch::Sender<Arc<View>>,
     server: JoinHandle<()>,
     stop: CancellationToken,
@@ -187,6 +204,7 @@ async fn zone_with(
         let handle = fetcher.add_layer(layer.spec(vec![source])).await.unwrap();
         let shelf = TestShelf::default();
         lock(&shelf.layers).insert(*layer.key.index.as_bytes(), Arc::clone(&handle));
+        let lists = Arc::clone(&shelf.lists);
         let stop = CancellationToken::new();
         let server = PeerServer::new(
             fetcher.clone(),
@@ -207,6 +225,7 @@ async fn zone_with(
             peers,
             line,
             layer: handle,
+            lists,
             view,
             server,
             stop,

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Messages of the peer API as meant, and the checks of what comes from outside.
 
+mod lists;
+
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
@@ -14,6 +16,9 @@ use crate::cluster::node::{InvalidName, Node, NodeId, Role, check_name};
 use crate::registry::Repository;
 use crate::source::{OriginSet, Priority};
 use crate::store::DeviceKey;
+
+pub(crate) use lists::list_of;
+pub use lists::{LIST_MAX_BYTES, OfferedList, WantedList};
 
 /// The most chunks in one request: 8 MiB of the smallest that a converter makes.
 pub const CHUNKS_MAX: usize = 4096;

@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use futures::{Stream, StreamExt as _};
+use sluice_blockindex::boot::BootKey;
 use sluice_proto::peer as proto;
 use sluice_proto::peer::peer_server::{Peer, PeerServer as Service};
 use tonic::{Request, Response, Status};
@@ -114,6 +115,29 @@ impl Peer for Hostile {
     ) -> Result<Response<Self::ObjectStream>, Status> {
         Err(Status::not_found("object"))
     }
+
+    async fn boot_list(
+        &self,
+        _: Request<proto::BootListRequest>,
+    ) -> Result<Response<proto::BootListReply>, Status> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        let list = match self.vice {
+            Vice::Silence => std::future::pending().await,
+            Vice::Flood => vec![1; 64 << 20],
+            Vice::AlwaysBusy => return Err(Status::resource_exhausted("busy")),
+            // As a node of before there were lists.
+            _ => return Err(Status::unimplemented("boot_list")),
+        };
+        let list = Bytes::from(list);
+        Ok(Response::new(proto::BootListReply { list }))
+    }
+
+    async fn offer_boot_list(
+        &self,
+        _: Request<proto::BootListOffer>,
+    ) -> Result<Response<proto::BootListTaken>, Status> {
+        Err(Status::unimplemented("offer_boot_list"))
+    }
 }
 
 /// A node whose only home is hostile.
@@ -140,6 +164,33 @@ async fn beside(vice: Vice, layer: &TestLayer) -> (TestNode, Arc<AtomicUsize>, J
     };
     good.view.send_replace(Arc::new(view));
     (good, asked, server)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hostile_home_of_a_boot_list_is_none() {
+    let layer = six_pieces();
+    let key = BootKey::from_bytes([3; 32]);
+    // Whether it leaves the asker waiting, whose deadline it is then.
+    let cases = [
+        (Vice::Flood, false),
+        (Vice::Lacks, false),
+        (Vice::Silence, true),
+        (Vice::AlwaysBusy, true),
+    ];
+    for (vice, waits) in cases {
+        let (good, asked, server) = beside(vice, &layer).await;
+        let deadline = if waits { SECOND } else { READ_BOUND };
+        let found = tokio::time::timeout(deadline, good.peers.boot_list(key)).await;
+        assert_eq!(found.is_err(), waits, "{vice:?}");
+        assert_eq!(found.ok().flatten(), None, "{vice:?}");
+        let times = asked.load(Ordering::SeqCst);
+        // One that is busy is asked again, and not all the time.
+        let most = if vice == Vice::AlwaysBusy { 21 } else { 1 };
+        assert!((1..=most).contains(&times), "{vice:?}: {times}");
+        let taken = good.peers.offer_boot_list(key, Bytes::from_static(b"list"));
+        assert_eq!(taken.await, 0, "{vice:?}");
+        server.abort();
+    }
 }
 
 /// How long a read may take beside any of them: their patience is seconds, a slow machine takes the rest.
