@@ -147,6 +147,55 @@ fn four_daemons_share_what_one_fetches() -> Result<()> {
     cluster.end()
 }
 
+/// What one node has learnt from a start, nodes that never started the image load in one burst.
+#[test]
+fn a_boot_list_goes_round_the_zone() -> Result<()> {
+    let delay = Duration::from_secs(150);
+    let options = Options {
+        config: "\n[boot]\nwindow = \"5s\"\n".to_owned(),
+        ..Options::cluster(delay)
+    };
+    let mut cluster = Cluster::start(4, Shape::ZONE, &options)?;
+    let image = Image::build(cluster.root().path(), "app", 1)?;
+    let image = cluster.publish(&image)?;
+    cluster.start_on(&[0], &image, &[])?;
+    let value = |cluster: &Cluster, node: usize, name: &str, labels: &[&str]| {
+        cluster.node(node)?.metric(name, labels)
+    };
+    let wait = |cluster: &Cluster, node: usize, name: &str| -> Result<()> {
+        let begun = Instant::now();
+        while value(cluster, node, name, &[])? < 1.0 {
+            let node = cluster.node(node)?;
+            ensure!(
+                begun.elapsed() < Duration::from_secs(90),
+                "{name} is 0 still: {}",
+                node.describe()
+            );
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        Ok(())
+    };
+    wait(&cluster, 0, "sluice_boot_lists_told_total")?;
+    ensure!(value(&cluster, 0, "sluice_boot_bursts_total", &[])? == 0.0);
+    let run = cluster.start_on(&[1, 2, 3], &image, &[])?;
+    let mut asked = 0.0;
+    for node in 1..4 {
+        wait(&cluster, node, "sluice_boot_bursts_total")?;
+        let given = value(&cluster, node, "sluice_boot_list_asks_total", &["given"])?;
+        let taken = value(&cluster, node, "sluice_boot_lists_taken_total", &[])?;
+        ensure!(
+            given + taken >= 1.0,
+            "node {node}: {given} given, {taken} taken"
+        );
+        ensure!(value(&cluster, node, "sluice_boot_loaded_chunks_total", &[])? >= 10.0);
+        asked += given;
+    }
+    // Two of four nodes are its homes, and have it unasked.
+    ensure!(asked >= 1.0);
+    run.print(&run);
+    cluster.end()
+}
+
 /// Holds the measuring itself to what is known: nodes that do not help each other cost N times as much.
 #[test]
 #[ignore = "takes minutes: make soak"]

@@ -3,9 +3,9 @@
 //! asks for it.
 //!
 //! ```text
-//!   mount made ──> worker records first reads ──> collect ──> document (merge of the last starts)
-//!        │                                                        │ also: attached to the image,
-//!        │                                                        v received from another node
+//!   mount made ──> worker records first reads ──> collect ──> document (merge of the last starts) ──> the
+//!        │                                                        │ also: attached to the image,      zone
+//!        │                                                        v received from other nodes  <───────┘
 //!   pull planned, or mount made ──────────────────────────────> load (one burst at boot priority)
 //!                                                                 │
 //!              which of the loaded chunks were read? <── collect <┘  too few: off
@@ -21,6 +21,7 @@
 //!
 //! **Locks** `state` is locked for map operations only. **Crash** loses recordings under way.
 
+mod ask;
 mod collect;
 mod document;
 mod load;
@@ -31,7 +32,6 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use async_trait::async_trait;
 use sluice_blockindex::annotations::LayerAnnotations;
 use sluice_blockindex::boot::{BootKey, BootList, BootListError, BootPart};
 use sluice_blockindex::digest::IndexDigest;
@@ -45,6 +45,7 @@ use crate::mount::ImageMount;
 use crate::snapshots::LazyLayerRecord;
 use crate::store::{DocumentTable, MetadataStore, StoreError};
 
+pub use ask::{BootPeers, Given};
 pub use document::{BootDocument, Off, Origin};
 pub use metrics::BootMetrics;
 
@@ -55,10 +56,6 @@ const DOCUMENTS_MAX: u64 = 512;
 const LOADS_MAX: usize = 64;
 /// Layers whose part of an attached list is held until their run is known; each is some 10 kB at most.
 const PARTS_MAX: usize = 1024;
-/// How long another node may take to answer with a list. Longer than a round trip to another zone; a
-/// start does not wait for it.
-const PEERS_DEADLINE: Duration = Duration::from_secs(2);
-
 /// What the configuration says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BootOptions {
@@ -66,14 +63,6 @@ pub struct BootOptions {
     pub enabled: bool,
     /// How long first reads are recorded, from the first on.
     pub window: Duration,
-}
-
-/// Other nodes that may have lists. Set once by the cluster's part, see [`Boot::set_peers`].
-#[async_trait]
-pub trait BootPeers: Send + Sync + std::fmt::Debug {
-    /// The list that another node has learnt, in the form of [`BootList::encode`]; nothing of it is
-    /// believed. `None` when nobody has one. **Cancel** safe; the caller waits for a bounded time.
-    async fn find(&self, key: BootKey) -> Option<Vec<u8>>;
 }
 
 /// Why a list of another node is not taken.
@@ -151,6 +140,7 @@ pub struct Boot {
 struct State {
     loads: HashMap<BootKey, Load>,
     parts: HashMap<IndexDigest, BootPart>,
+    asks: HashMap<BootKey, ask::Asking>,
 }
 
 /// A list that was loaded, until a start shows what it was good for.
@@ -328,40 +318,6 @@ impl Boot {
             .ok_or(OfferError::Stopping)
     }
 
-    /// The list of a run for other nodes: what was learnt here, else what was received; in the form of
-    /// [`BootList::encode`]. `None` when there is none, or it is off: it did not help here.
-    pub async fn encoded(&self, key: BootKey) -> Option<Vec<u8>> {
-        let document = self.document(key).await?;
-        document.shared().map(|list| list.encode())
-    }
-
-    /// Takes a list that another node has learnt. It counts for little beside this node's own starts,
-    /// and for all there is where there are none.
-    ///
-    /// **Errors**: it is not well-formed, of other layers, or not wanted.
-    pub async fn offer(&self, key: BootKey, bytes: &[u8]) -> Result<(), OfferError> {
-        if !self.options.enabled {
-            return Err(OfferError::Unwanted("[boot] enabled is false".to_owned()));
-        }
-        let list = BootList::decode(bytes)?;
-        if list.chunks().is_empty() {
-            return Err(OfferError::Empty);
-        }
-        let actual = list.key();
-        if actual != key {
-            let expected = key;
-            return Err(OfferError::Key { expected, actual });
-        }
-        let indexes = list.layers().to_vec();
-        let document = self
-            .change(key, indexes, move |document| document.receive(list))
-            .await?;
-        match document.off {
-            Some(off) => Err(OfferError::Unwanted(off.reason)),
-            None => Ok(()),
-        }
-    }
-
     /// What there is to say about the list of a run.
     pub async fn summary(&self, layers: &[LazyLayerRecord]) -> BootSummary {
         let document = self.document(boot_key(layers)).await;
@@ -385,9 +341,25 @@ impl Boot {
 
     /// Forgets lists that were not used for longest, if there are too many. Blocks.
     pub(crate) fn sweep(metadata: &MetadataStore) -> Result<(), StoreError> {
+        Self::keep(metadata, DOCUMENTS_MAX)
+    }
+
+    /// Makes room for a list that is not among those of this node, if there is none. Blocks.
+    fn make_room_for(metadata: &MetadataStore, key: BootKey) -> Result<(), StoreError> {
+        let table = DocumentTable::BootLists;
+        let known = metadata.document::<BootDocument>(table, &key.to_string());
+        match known {
+            Ok(None) => Self::keep(metadata, DOCUMENTS_MAX - 1),
+            // One that cannot be read is replaced where it stands.
+            Ok(Some(_)) | Err(StoreError::Corrupt { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn keep(metadata: &MetadataStore, most: u64) -> Result<(), StoreError> {
         let table = DocumentTable::BootLists;
         let count = metadata.count_documents(table)?;
-        let Ok(surplus) = usize::try_from(count.saturating_sub(DOCUMENTS_MAX)) else {
+        let Ok(surplus) = usize::try_from(count.saturating_sub(most)) else {
             return Ok(());
         };
         if surplus == 0 {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What this node has for other nodes: layers, opened on their behalf where need be, and layer indexes.
+//! What this node has for other nodes: layers, opened on their behalf where need be, layer indexes, and
+//! boot lists.
 //!
 //! A layer that no snapshot of this node has is a *foster*: the node is its home, or a supernode. Its
 //! index comes from the node that asks, its chunks from the repositories that the asker names, as far as
@@ -21,16 +22,18 @@ use bytes::Bytes;
 use futures::FutureExt as _;
 use futures::future::{BoxFuture, Shared};
 use lru::LruCache;
+use sluice_blockindex::boot::BootKey;
 use sluice_blockindex::digest::IndexDigest;
 use sluice_blockindex::extent::Extent;
 use sluice_fetcher::cluster::node::NodeId;
-use sluice_fetcher::peer::wire::{OBJECT_MAX_BYTES, WantedLayer, WantedObject};
+use sluice_fetcher::peer::wire::{OBJECT_MAX_BYTES, OfferedList, WantedLayer, WantedObject};
 use sluice_fetcher::peer::{Peers, Refused, Shelf};
 use sluice_fetcher::scheduler::LayerHandle;
 use sluice_fetcher::source::{OriginSet, Priority, ReadContext};
 use sluice_fetcher::store::DeviceKey;
 use tokio::time::Instant;
 
+use crate::boot::Boot;
 use crate::indexes::{IndexPin, LayerIndex, check_digest};
 use crate::layers::Layers;
 use crate::snapshots::BlobOrigin;
@@ -61,6 +64,7 @@ pub struct NodeShelf {
     trust: Trust,
     /// Set once, when the cluster side has started.
     peers: OnceLock<Arc<Peers>>,
+    boot: OnceLock<Arc<Boot>>,
     payloads: Mutex<Payloads>,
     flights: Mutex<HashMap<IndexDigest, Flight>>,
     fosters: Mutex<HashMap<DeviceKey, Instant>>,
@@ -93,6 +97,7 @@ impl NodeShelf {
             layers,
             trust,
             peers: OnceLock::new(),
+            boot: OnceLock::new(),
             payloads: Mutex::new(payloads),
             flights: Mutex::default(),
             fosters: Mutex::default(),
@@ -102,6 +107,11 @@ impl NodeShelf {
     /// From now on other nodes are asked; once.
     pub fn attach(&self, peers: Arc<Peers>) {
         let _ = self.peers.set(peers);
+    }
+
+    /// From now on it has boot lists, too; once.
+    pub fn attach_boot(&self, boot: Arc<Boot>) {
+        let _ = self.boot.set(boot);
     }
 
     /// The other nodes, where there are any.
@@ -295,5 +305,16 @@ impl Shelf for NodeShelf {
         let payload = self.flight(wanted, &places).await?;
         self.keep(wanted.digest, &payload);
         Ok(payload)
+    }
+    async fn boot_list(&self, key: BootKey) -> Result<Bytes, Refused> {
+        let boot = self.boot.get().ok_or(Refused::NotHere)?;
+        boot.given(key).await.ok_or(Refused::NotHere)
+    }
+
+    async fn take_boot_list(&self, offered: OfferedList) -> Result<(), Refused> {
+        let boot = self.boot.get().ok_or(Refused::NotHere)?;
+        let OfferedList { node, key, list } = offered;
+        let taken = boot.take(key, node.as_str(), &list).await;
+        taken.map_err(|error| Refused::NotAllowed(error.to_string()))
     }
 }

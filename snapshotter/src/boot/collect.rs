@@ -136,7 +136,7 @@ impl Boot {
 
     /// Remembers what a start read, and judges the list that was loaded for it.
     async fn learn(
-        &self,
+        self: &Arc<Self>,
         layers: &[LazyLayerRecord],
         handles: &[Arc<LayerHandle>],
         reads: &[FirstRead],
@@ -156,7 +156,10 @@ impl Boot {
             document.record(list, start);
         });
         match recorded.await {
-            Ok(document) => self.say(key, &document, reads.len(), start),
+            Ok(document) => {
+                self.say(key, &document, reads.len(), start);
+                self.tell(key, &document);
+            }
             Err(error) => tracing::warn!(%key, "failed to remember a start: {error}"),
         }
     }

@@ -19,6 +19,8 @@ use super::merge::merge;
 
 /// Starts whose reads are remembered: enough for a majority, few enough to follow a change of use.
 const STARTS: usize = 5;
+/// Other nodes whose lists are remembered: as many voices as starts here have.
+const RECEIVED: usize = 5;
 /// Uses, and starts without a list, by which it is judged; and starts after which one that is off is
 /// tried again.
 const JUDGED: usize = 3;
@@ -48,6 +50,16 @@ impl<'de> Deserialize<'de> for StoredList {
         let list = BootList::decode(&bytes).map_err(serde::de::Error::custom)?;
         Ok(Self(list))
     }
+}
+
+/// A list that another node sent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Received {
+    /// Which node, by its own word.
+    pub node: String,
+    /// What it sent last.
+    pub list: StoredList,
 }
 
 /// What one start did with the list that was loaded for it.
@@ -116,8 +128,8 @@ pub struct BootDocument {
     pub recordings: Vec<StoredList>,
     /// What the image's annotations say.
     pub attached: Option<StoredList>,
-    /// What another node sent last.
-    pub received: Option<StoredList>,
+    /// What other nodes sent; the latest last.
+    pub received: Vec<Received>,
     /// The last uses; the latest last.
     pub uses: Vec<Use>,
     /// Spans of the last cold starts without a list.
@@ -142,7 +154,7 @@ impl BootDocument {
             layers: indexes.iter().map(ToString::to_string).collect(),
             recordings: Vec::new(),
             attached: None,
-            received: None,
+            received: Vec::new(),
             uses: Vec::new(),
             cold_ms: Vec::new(),
             off: None,
@@ -162,8 +174,22 @@ impl BootDocument {
         let attached = self.attached.iter();
         let of_weight = self.recordings.iter().chain(attached);
         let mut lists: Vec<(u32, &BootList)> = of_weight.map(|it| (WEIGHT, &it.0)).collect();
-        lists.extend(self.received.iter().map(|it| (WEIGHT_RECEIVED, &it.0)));
+        let received = self.merged(None);
+        lists.extend(received.iter().map(|list| (WEIGHT_RECEIVED, list)));
         merge(&lists)
+    }
+
+    /// What others sent, and `own`, made one; `None` when nothing is in it.
+    fn merged(&self, own: Option<&BootList>) -> Option<BootList> {
+        let received = self.received.iter().map(|it| &it.list.0);
+        let lists: Vec<(u32, &BootList)> = own
+            .into_iter()
+            .chain(received)
+            .map(|list| (1, list))
+            .collect();
+        let layers = lists.first()?.1.layers().to_vec();
+        let merged = BootList::new(layers, merge(&lists)).ok();
+        merged.filter(|list| !list.chunks().is_empty())
     }
 
     /// Where the list is from, by what weighs most in it.
@@ -174,7 +200,7 @@ impl BootDocument {
         } else if self.attached.is_some() {
             Some(Origin::Attached)
         } else {
-            self.received.as_ref().map(|_| Origin::Received)
+            self.received.first().map(|_| Origin::Received)
         }
     }
 
@@ -187,14 +213,13 @@ impl BootDocument {
         BootList::new(first.0.layers().to_vec(), merge(&lists)).ok()
     }
 
-    /// What other nodes may have of it.
+    /// What other nodes may have of it: what this one learnt and what others sent, each with one voice.
     #[must_use]
     pub fn shared(&self) -> Option<BootList> {
         if self.off.is_some() {
             return None;
         }
-        self.learned()
-            .or_else(|| self.received.as_ref().map(|it| it.0.clone()))
+        self.merged(self.learned().as_ref())
     }
 
     /// For `sluice status` and `sluice why`.
@@ -224,10 +249,13 @@ impl BootDocument {
         true
     }
 
-    /// Takes a list of another node, unless lists of this run are off here.
-    pub fn receive(&mut self, list: BootList) {
+    /// Takes a list of another node, in the place of what that node sent before, unless lists of this run
+    /// are off here.
+    pub fn receive(&mut self, node: String, list: BootList) {
         if self.off.is_none() {
-            self.received = Some(StoredList(list));
+            self.received.retain(|it| it.node != node);
+            let list = StoredList(list);
+            push(&mut self.received, Received { node, list }, RECEIVED);
             self.at = clock::unix_seconds();
         }
     }
@@ -256,7 +284,7 @@ impl BootDocument {
         });
         // What it was made of was wrong; it is made anew of what comes.
         self.recordings.clear();
-        self.received = None;
+        self.received.clear();
         self.uses.clear();
         true
     }
@@ -318,7 +346,7 @@ mod tests {
     fn a_list_is_of_the_last_starts_and_of_what_others_say() {
         let mut document = document();
         assert_eq!((document.origin(), document.shared()), (None, None));
-        document.receive(list(&[9, 1]));
+        document.receive("n".into(), list(&[9, 1]));
         assert_eq!(document.origin(), Some(Origin::Received));
         assert_eq!(document.shared(), Some(list(&[9, 1])));
         assert_eq!(document.learned(), None);
@@ -347,7 +375,7 @@ mod tests {
     #[test]
     fn a_list_that_is_not_read_is_turned_off_until_it_is_learnt_anew() {
         let mut document = document();
-        document.receive(list(&[1, 2]));
+        document.receive("n".into(), list(&[1, 2]));
         assert!(!document.record(list(&[7]), loaded(100, 10, 50)));
         assert!(!document.record(list(&[7]), loaded(100, 60, 50)));
         assert!(document.record(list(&[7]), loaded(100, 60, 50)));
@@ -355,14 +383,46 @@ mod tests {
         assert!(reason.contains("130 of the 300 bytes"), "{reason}");
         assert_eq!((document.starts(), document.shared()), (0, None));
         // Others are not asked, and nothing helps but starts.
-        document.receive(list(&[1, 2]));
-        assert_eq!(document.received, None);
+        document.receive("n".into(), list(&[1, 2]));
+        assert_eq!(document.received, []);
         document.record(list(&[7, 8]), Start::Warm);
         document.record(list(&[7, 8]), Start::Cold(900));
         assert!(document.off.is_some());
         document.record(list(&[7, 8]), Start::Warm);
         assert_eq!((document.off.as_ref(), document.starts()), (None, 3));
         assert_eq!(document.shared(), Some(list(&[7, 8])));
+    }
+
+    #[test]
+    fn lists_of_other_nodes_are_merged_and_bounded() {
+        let mut document = document();
+        let mut receive = |node: usize, chunks: &[u32]| {
+            document.receive(format!("n{node}"), list(chunks));
+            document.shared().map(|list| ordinals(list.chunks()))
+        };
+        assert_eq!(receive(0, &[1, 2]), Some(vec![1, 2]));
+        // The same node again does not count twice.
+        assert_eq!(receive(0, &[1, 3]), Some(vec![1, 3]));
+        receive(1, &[1, 3]);
+        // One that lies is outvoted.
+        assert_eq!(receive(2, &[70, 80, 90]), Some(vec![1, 3]));
+        for node in 3..9 {
+            receive(node, &[5, 6]);
+        }
+        assert_eq!(receive(9, &[5, 6]), Some(vec![5, 6]));
+        assert_eq!(document.received.len(), RECEIVED);
+        assert_eq!(ordinals(&document.chunks()), [5, 6]);
+        // Of what was learnt here all five together weigh half a start; to others each is one voice.
+        document.record(list(&[8]), Start::Warm);
+        assert_eq!(ordinals(&document.chunks()), [8]);
+        assert_eq!(document.shared(), Some(list(&[5, 6])));
+        assert_eq!(document.learned(), Some(list(&[8])));
+        // Where nodes do not agree on anything, there is nothing to say.
+        let mut document = BootDocument::new(&[IndexDigest::of(b"i")]);
+        for node in 0..3 {
+            document.receive(format!("n{node}"), list(&[node]));
+        }
+        assert_eq!(document.shared(), None);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use sluice_fetcher::scheduler::LayerHandle;
 use tokio::time::Instant;
 
 use super::document::BootDocument;
-use super::{Boot, LOADS_MAX, Load, OfferError, PEERS_DEADLINE, State, boot_key, indexes};
+use super::{Boot, LOADS_MAX, Load, OfferError, State, boot_key, indexes};
 use crate::snapshots::LazyLayerRecord;
 
 impl State {
@@ -96,13 +96,18 @@ impl Boot {
         });
     }
 
-    async fn load_now(&self, key: BootKey, layers: &[LazyLayerRecord]) {
+    /// Loads it, and waits until what came of it has come; says how many chunks it set out to bring.
+    pub(super) async fn load_now(
+        self: &Arc<Self>,
+        key: BootKey,
+        layers: &[LazyLayerRecord],
+    ) -> usize {
         let Some(document) = self.wanted(key, layers).await else {
-            return;
+            return 0;
         };
         if let Some(off) = &document.off {
             tracing::debug!(%key, reason = off.reason, "the boot list is off");
-            return;
+            return 0;
         }
         let mut handles: Vec<Arc<LayerHandle>> = Vec::new();
         for record in layers {
@@ -110,19 +115,22 @@ impl Boot {
                 Ok(handle) => handles.push(handle),
                 Err(error) => {
                     tracing::debug!(%key, "do without a boot list: {error}");
-                    return;
+                    return 0;
                 }
             }
         }
-        let chunks = document.chunks();
+        let mut chunks = document.chunks();
+        let listed = chunks.len();
         let there = |at: &BootChunk| {
             let handle = handles.get(usize::from(at.layer));
             handle.is_some_and(|handle| at.chunk < handle.chunks().count())
         };
-        if let Some(BootChunk { layer, chunk }) = chunks.iter().find(|at| !there(at)) {
-            tracing::warn!(%key, layer, chunk, "ignore a boot list: there is no such chunk");
+        chunks.retain(there);
+        if chunks.len() < listed {
+            // Somebody told nonsense; what others said besides is as good as ever.
+            let unknown = listed - chunks.len();
+            tracing::warn!(%key, listed, unknown, "a boot list names chunks that there are not");
             self.metrics.ignored("no_such_chunk");
-            return;
         }
         let reads: Vec<BootRead> = chunks
             .iter()
@@ -134,7 +142,7 @@ impl Boot {
         let began = Instant::now();
         let burst = self.layers.fetcher().load_boot_list(&handles, &reads);
         if burst.requests() == 0 {
-            return;
+            return 0;
         }
         // Before it ends: a start may be over by then.
         self.state().claimed(key, burst.claimed());
@@ -146,11 +154,16 @@ impl Boot {
             %key, listed = chunks.len(), missing = claimed.len(), loaded = count, bytes, requests,
             seconds = began.elapsed().as_secs_f64(), "boot list loaded"
         );
+        claimed.len()
     }
 
     /// The document of a list that could be used. What is attached to the layers is remembered; where
     /// nothing is known, other nodes are asked.
-    async fn wanted(&self, key: BootKey, layers: &[LazyLayerRecord]) -> Option<BootDocument> {
+    async fn wanted(
+        self: &Arc<Self>,
+        key: BootKey,
+        layers: &[LazyLayerRecord],
+    ) -> Option<BootDocument> {
         let mut document = self.document(key).await;
         if let Some(list) = self.attached(layers) {
             let known = document.as_ref().and_then(|it| it.attached.as_ref());
@@ -166,17 +179,10 @@ impl Boot {
             }
         }
         let known = document.as_ref().is_some_and(|it| it.origin().is_some());
-        if !known && let Some(peers) = self.peers.get() {
-            let found = tokio::time::timeout(PEERS_DEADLINE, peers.find(key)).await;
-            if let Ok(Some(bytes)) = found {
-                match self.offer(key, &bytes).await {
-                    Ok(()) => document = self.document(key).await,
-                    Err(error) => {
-                        tracing::info!(%key, "ignore the boot list of another node: {error}");
-                        self.metrics.ignored("malformed");
-                    }
-                }
-            }
+        let is_off = document.as_ref().is_some_and(|it| it.off.is_some());
+        if !known && !is_off && self.peers.get().is_some() {
+            self.ask(key).await;
+            document = self.document(key).await;
         }
         document
     }

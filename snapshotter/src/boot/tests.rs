@@ -3,6 +3,8 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use async_trait::async_trait;
+use bytes::Bytes;
 use sluice_blockindex::boot::BootChunk;
 use sluice_blockindex::digest::ChainId;
 use sluice_fetcher::metrics::Metrics;
@@ -97,7 +99,11 @@ fn site_with(enabled: bool) -> Site {
     let metadata = Arc::new(MetadataStore::open(&at("metadata.redb")).unwrap());
     let indexes = Arc::new(IndexFiles::open(&at("indexes")).unwrap());
     let (payload, annotations) = sample::layer();
-    drop(indexes.put(&payload, &IndexPin::from(&annotations)).unwrap());
+    drop(
+        indexes
+            .put(&payload, &IndexPin::from(&annotations))
+            .unwrap(),
+    );
     let retry = RetryPolicy::default();
     let layers = Layers::new(fetcher, client, retry, indexes, Arc::clone(&metadata));
     let script = Arc::new(Script::default());
@@ -176,6 +182,13 @@ impl Site {
         }
         panic!("still loading");
     }
+
+    /// Waits until all that runs has ended by itself.
+    async fn ended(&self) {
+        self.boot.tasks.close();
+        let ended = tokio::time::timeout(Duration::from_secs(30), self.boot.tasks.wait());
+        ended.await.expect("it ends by itself");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -194,7 +207,7 @@ async fn a_start_is_learnt_from() {
         (learned.list, learned.starts),
         (Some(site.list(&[1, 0])), 1)
     );
-    let encoded = site.boot.encoded(site.key()).await.unwrap();
+    let encoded = site.boot.given(site.key()).await.unwrap();
     assert_eq!(BootList::decode(&encoded).unwrap(), site.list(&[1, 0]));
     site.boot.stop().await;
 }
@@ -244,21 +257,35 @@ async fn what_is_attached_to_a_layer_is_taken_if_it_is_of_that_layer() {
     let summary = site.until(|summary| summary.chunks == 1).await;
     assert_eq!(summary.origin, Some(Origin::Attached));
     // It is attached everywhere already.
-    assert_eq!(site.boot.encoded(site.key()).await, None);
+    assert_eq!(site.boot.given(site.key()).await, None);
     site.boot.stop().await;
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Peers {
-    list: Vec<u8>,
+    /// What they have.
+    list: Option<Vec<u8>>,
+    /// They never answer.
+    silent: bool,
     asked: AtomicUsize,
+    told: Mutex<Vec<(BootKey, Bytes)>>,
 }
 
 #[async_trait]
 impl BootPeers for Peers {
-    async fn find(&self, _: BootKey) -> Option<Vec<u8>> {
+    async fn find(&self, _: BootKey) -> Option<Given> {
         self.asked.fetch_add(1, Ordering::SeqCst);
-        Some(self.list.clone())
+        if self.silent {
+            std::future::pending::<()>().await;
+        }
+        let list = self.list.clone()?.into();
+        let node = "other".to_owned();
+        Some(Given { node, list })
+    }
+
+    async fn tell(&self, key: BootKey, list: Bytes) -> usize {
+        self.told.lock().unwrap().push((key, list));
+        2
     }
 }
 
@@ -268,20 +295,20 @@ async fn lists_of_other_nodes_are_asked_for_checked_and_outvoted() {
     let key = site.key();
     let other = BootKey::from_bytes([7; 32]);
     let list = site.list(&[1, 0]).encode();
-    let refused = site.boot.offer(other, &list).await;
+    let refused = site.boot.offer(other, "a", &list).await;
     assert!(
         matches!(refused, Err(OfferError::Key { .. })),
         "{refused:?}"
     );
-    let refused = site.boot.offer(key, &list[1..]).await;
+    let refused = site.boot.offer(key, "a", &list[1..]).await;
     assert!(matches!(refused, Err(OfferError::List(_))), "{refused:?}");
-    let refused = site.boot.offer(key, &site.list(&[]).encode()).await;
+    let refused = site.boot.offer(key, "a", &site.list(&[]).encode()).await;
     assert!(matches!(refused, Err(OfferError::Empty)), "{refused:?}");
-    assert_eq!(site.boot.encoded(key).await, None);
+    assert_eq!(site.boot.given(key).await, None);
 
     let peers = Arc::new(Peers {
-        list: list.clone(),
-        asked: AtomicUsize::new(0),
+        list: Some(list.clone()),
+        ..Peers::default()
     });
     site.boot.set_peers(peers.clone());
     for _ in 0..3 {
@@ -291,22 +318,82 @@ async fn lists_of_other_nodes_are_asked_for_checked_and_outvoted() {
     let summary = site.until(|summary| summary.chunks == 2).await;
     assert_eq!(summary.origin, Some(Origin::Received));
     assert_eq!(peers.asked.load(Ordering::SeqCst), 1);
-    assert_eq!(site.boot.encoded(key).await, Some(list));
+    assert_eq!(site.boot.given(key).await, Some(list.into()));
     site.script.say(&[1], true, true);
     site.mount().await;
     let summary = site.until(|summary| summary.starts == 1).await;
     assert_eq!(summary.chunks, 1);
-    site.boot.stop().await;
+    site.ended().await;
+    // What this node has read, not what it was told.
+    let told = peers.told.lock().unwrap().clone();
+    assert_eq!(told, [(key, site.list(&[1]).encode().into())]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_list_that_names_what_there_is_not_is_ignored() {
+async fn other_nodes_are_asked_once_while_the_indexes_load() {
     let site = site();
-    let list = site.list(&[0, 1_000_000]);
-    site.boot.offer(site.key(), &list.encode()).await.unwrap();
+    let peers = Arc::new(Peers::default());
+    site.boot.set_peers(peers.clone());
+    for _ in 0..3 {
+        site.boot.seek(&[site.record.index_digest]);
+        site.boot.load(site.layers());
+    }
+    site.ended().await;
+    assert_eq!(peers.asked.load(Ordering::SeqCst), 1);
+    assert_eq!(site.summary().await.origin, None);
+    // For another run another time; for none at all never.
+    let other = self::site();
+    other.boot.set_peers(peers.clone());
+    other.boot.seek(&[]);
+    other.boot.seek(&[IndexDigest::of(b"another")]);
+    other.ended().await;
+    assert_eq!(peers.asked.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_known_is_not_asked_for_and_nodes_that_are_silent_hold_nothing_up() {
+    let known = site();
+    let peers = Arc::new(Peers {
+        silent: true,
+        ..Peers::default()
+    });
+    known.boot.set_peers(peers.clone());
+    let list = known.list(&[0]).encode();
+    known.boot.take(known.key(), "a", &list).await.unwrap();
+    known.boot.seek(&[known.record.index_digest]);
+    known.ended().await;
+    assert_eq!(peers.asked.load(Ordering::SeqCst), 0);
+
+    let site = site();
+    site.boot.set_peers(peers.clone());
+    site.boot.seek(&[site.record.index_digest]);
     site.boot.load(site.layers());
     site.loaded().await;
-    assert!(site.boot.state().loads.is_empty());
+    let asks: Vec<_> = site
+        .boot
+        .state()
+        .asks
+        .values()
+        .map(ask::Asking::is_over)
+        .collect();
+    assert_eq!(asks, [false], "the load waited for the answer");
+    // And the asking ends by itself.
+    site.ended().await;
+    assert_eq!(peers.asked.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_a_list_that_names_what_there_is_not_the_rest_is_loaded() {
+    let site = site();
+    let key = site.key();
+    let list = site.list(&[0, 1_000_000]);
+    site.boot.offer(key, "a", &list.encode()).await.unwrap();
+    let layers = site.layers();
+    // Nobody has the blob, so the rest does not come; but it was asked for.
+    assert_eq!(site.boot.load_now(key, &layers).await, 1);
+    let list = site.list(&[1_000_000]);
+    site.boot.offer(key, "a", &list.encode()).await.unwrap();
+    assert_eq!(site.boot.load_now(key, &layers).await, 0);
     site.boot.stop().await;
 }
 
@@ -324,7 +411,7 @@ async fn the_number_of_lists_is_bounded_and_what_was_learnt_stays() {
         if number < learnt {
             document.record(list, document::Start::Warm);
         } else {
-            document.receive(list);
+            document.receive("a".to_owned(), list);
         }
         document.at = number;
         let key = BootKey::of_layers(&[index]).to_string();
@@ -339,6 +426,15 @@ async fn the_number_of_lists_is_bounded_and_what_was_learnt_stays() {
         of.map(|(_, it)| it.at).min()
     };
     assert_eq!((oldest(true), oldest(false)), (Some(0), Some(learnt + 5)));
+    // What others tell between two sweeps takes the place of what others told.
+    for _ in 0..2 {
+        let list = site.list(&[0]).encode();
+        site.boot.take(site.key(), "b", &list).await.unwrap();
+    }
+    let left = metadata.documents::<BootDocument>(table).unwrap();
+    assert_eq!(left.len() as u64, DOCUMENTS_MAX);
+    let learned = left.iter().filter(|(_, it)| it.starts() > 0).count();
+    assert_eq!(learned as u64, learnt);
     site.boot.stop().await;
 }
 
@@ -347,7 +443,7 @@ async fn nothing_is_learnt_or_loaded_where_it_is_turned_off() {
     let site = site_with(false);
     assert_eq!(site.boot.recorded(), None);
     let list = site.list(&[0]).encode();
-    let refused = site.boot.offer(site.key(), &list).await;
+    let refused = site.boot.offer(site.key(), "a", &list).await;
     assert!(
         matches!(refused, Err(OfferError::Unwanted(_))),
         "{refused:?}"
@@ -404,7 +500,7 @@ async fn a_row_that_cannot_be_read_is_replaced() {
         .unwrap();
     assert_eq!(site.summary().await, BootSummary::none());
     let list = site.list(&[0]).encode();
-    site.boot.offer(site.key(), &list).await.unwrap();
+    site.boot.offer(site.key(), "a", &list).await.unwrap();
     assert_eq!(site.summary().await.chunks, 1);
     site.boot.stop().await;
 }

@@ -247,6 +247,11 @@ impl Inner {
         let layout = layout.map(|layout| Arc::new(self.located(layout, hint)));
         state.send_modify(|state| state.layout = Some(layout.clone()));
         let Ok(layout) = layout else { return };
+        // A layer that is known by its labels alone may have others below and above it.
+        let whole = matches!(key, PlanKey::Image(..)) && layout.is_whole();
+        if whole {
+            self.seek_boot_lists(&layout);
+        }
         let slots = Arc::new(tokio::sync::Semaphore::new(PARALLEL_INDEXES));
         let mut work: FuturesUnordered<_> = layout
             .layers
@@ -268,9 +273,25 @@ impl Inner {
                 state.outcomes.insert(chain_id, outcome);
             });
         }
-        // A layer that is known by its labels alone may have others below and above it.
-        if matches!(key, PlanKey::Image(..)) && layout.is_whole() {
+        if whole {
             self.load_boot_lists(&layout, &state.borrow().outcomes);
+        }
+    }
+
+    /// While the indexes load other nodes are asked for the lists of the runs that there will be, where the
+    /// image has none itself.
+    fn seek_boot_lists(&self, layout: &Layout) {
+        let annotations = |layer: &LayoutLayer| match &layer.mark {
+            Ok(LayerMark::Lazy(annotations)) => Some(annotations.clone()),
+            Ok(LayerMark::NotLazy(_) | LayerMark::Unmarked) | Err(_) => None,
+        };
+        let layers: Vec<_> = layout.layers.iter().map(annotations).collect();
+        for run in layers.split(Option::is_none) {
+            let run = || run.iter().flatten();
+            if run().all(|annotations| annotations.boot.is_none()) {
+                let indexes: Vec<_> = run().map(|it| it.index_digest).collect();
+                self.parts.boot.seek(&indexes);
+            }
         }
     }
 

@@ -106,6 +106,7 @@ impl LazySide {
 
         let trust = Trust::new(config.trusted_lazy.clone());
         let shelf = Arc::new(NodeShelf::new(Arc::clone(&layers), trust.clone()));
+        let zone = peers.clone();
         if let Some(peers) = peers {
             // Before anything is fetched: the first reads go to the zone, too.
             fetcher.attach_peers(Arc::clone(&peers));
@@ -124,6 +125,10 @@ impl LazySide {
             backend.clone(),
             boot_metrics,
         );
+        shelf.attach_boot(Arc::clone(&boot));
+        if let Some(zone) = zone {
+            boot.set_peers(zone);
+        }
         let attach = tokio::spawn(adopt(backend, Arc::clone(&mounts)));
 
         let containerd = Containerd::new(&config.containerd_address, config.rpc_deadline);
