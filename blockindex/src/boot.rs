@@ -347,7 +347,7 @@ impl BootPart {
             position = position.saturating_add(skip);
             let run = take_chunks(&mut reader, &mut expected, total - chunks.len())?;
             for chunk in run {
-                position += 1;
+                position = position.saturating_add(1);
                 let last = bound("places", position, BOOT_CHUNKS_MAX)?;
                 let position = u32::try_from(last - 1).map_err(|_| BootListError::Number)?;
                 chunks.push(PlacedChunk { position, chunk });

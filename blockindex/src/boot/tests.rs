@@ -99,6 +99,20 @@ fn keys_name_layers_and_their_order() {
 }
 
 #[test]
+fn regression_places_beyond_all_numbers_are_refused() {
+    let mut bytes = vec![VERSION, FORM_PART];
+    bytes.extend_from_slice(index("low").as_bytes());
+    // One chunk, after the most that a number says.
+    for number in [1, u64::MAX, 1, 0] {
+        put_varint(&mut bytes, number);
+    }
+    let refused = BootPart::decode(&bytes).unwrap_err();
+    let what = "places";
+    let (count, max) = (u64::MAX, BOOT_CHUNKS_MAX);
+    assert_eq!(refused, BootListError::TooMany { what, count, max });
+}
+
+#[test]
 fn broken_lists_are_refused() {
     use BootListError as E;
     let whole = |tail: &[u8]| {
