@@ -304,11 +304,7 @@ mod tests {
         assert_eq!(free(&slots_of_three), 1);
         held.clear();
         assert_eq!(free(&slots), 3);
-        assert_eq!(
-            slots.pools[0].free.available_permits(),
-            3,
-            "in thirds"
-        );
+        assert_eq!(slots.pools[0].free.available_permits(), 3, "in thirds");
         let slots = origins.at_most("r/a", Some(100));
         for pool in &slots.pools {
             assert_eq!(pool.free.available_permits(), 4, "never more than usual");
