@@ -4,6 +4,7 @@
 //! - [`source`]: the trait `BlobSource` and its implementations.
 //! - [`registry`]: the client of OCI registries.
 //! - [`store`]: the chunk store, the node's cache of layer devices.
+//! - [`blob_cache`]: blobs as registries store them, for ordinary pulls.
 //! - [`scheduler`]: brings missing chunks into the store, the most urgent first.
 //! - [`boot`]: loads what a container reads while it starts, in one burst.
 //! - [`peer`]: what nodes give each other.
@@ -13,6 +14,7 @@
 //! - [`cluster`]: many nodes, each byte once.
 //! - [`clock`]: time, in one place.
 
+pub mod blob_cache;
 pub mod block_source;
 pub mod boot;
 pub mod clock;

@@ -33,6 +33,7 @@ pub mod fake;
 mod manifests;
 mod media;
 mod options;
+mod passing;
 mod reference;
 mod remembered;
 mod transport;
@@ -49,6 +50,7 @@ pub use error::RegistryError;
 pub use manifests::{FetchedManifest, ManifestBody, Resolved};
 pub use media::{MANIFEST_TYPES, is_image_index, is_image_manifest};
 pub use options::{HostOptions, RegistryOptions};
+pub use passing::{Passed, PassedAnswer, PassedBlob, Shown};
 pub use reference::{
     DOCKER_HUB, ImageReference, ReferenceError, Repository, api_host, host_name,
     is_plain_http_default, port_of,

@@ -213,7 +213,7 @@ impl RegistryClient {
 /// What the head of an answer says that comes, if that can be right.
 ///
 /// **Errors** [`SourceError::WrongExtent`].
-fn judge_extent(
+pub(super) fn judge_extent(
     answer: &Answer,
     asked: Extent<BlobSpace>,
     size_bytes: u64,

@@ -1,0 +1,377 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Bringing missing pieces: runs of them from the origin, single ones from other nodes; and the judgement
+//! on a blob that is complete.
+//!
+//! A task owns the piece that it fills, and ends it in every case: written, or given up by a guard. It goes
+//! on with the next piece while somebody reads the blob and nobody else has that piece.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::StreamExt as _;
+use futures::stream::BoxStream;
+use sluice_blockindex::extent::Extent;
+
+use super::live::{Giver, Live};
+use super::metrics::From;
+use super::table::Seat;
+use super::{GivenPiece, Piece, Shared, Supply, pieces};
+use crate::cluster::node::NodeId;
+use crate::source::{Priority, ReadContext, SourceError};
+use crate::store::lock;
+
+/// Pieces that are asked of other nodes at once for one blob: while one home waits for the origin, others
+/// send. More would only make the order of arrival worse for who reads from the front.
+pub(super) const AHEAD: u32 = 4;
+/// Nodes that are tried for a piece before the origin.
+const NODES_TRIED: usize = 3;
+/// Pieces of a body that are written in one go, as far as they have arrived.
+const WRITE_TOGETHER: usize = 32;
+
+/// Why a piece did not land.
+enum Miss {
+    Source(SourceError),
+    /// This node cannot write.
+    Disk,
+}
+
+/// A claimed piece. Dropped, it is missing again.
+struct Claim {
+    live: Arc<Live>,
+    number: u32,
+    failure: Option<SourceError>,
+    landed: bool,
+}
+
+impl Claim {
+    fn new(live: &Arc<Live>, number: u32, giver: Giver) -> Option<Self> {
+        live.claim(number, giver).then(|| Claim {
+            live: Arc::clone(live),
+            number,
+            failure: None,
+            landed: false,
+        })
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if !self.landed {
+            self.live.missed(self.number, self.failure.take());
+        }
+    }
+}
+
+impl Shared {
+    /// Begins to fetch from piece `number` on, for a reader that wants bytes up to `until`. Says whether
+    /// anything was begun; otherwise somebody else was quicker.
+    pub(super) fn launch(
+        self: &Arc<Self>,
+        seat: &Arc<Seat>,
+        live: &Arc<Live>,
+        number: u32,
+        until: u64,
+        supply: &Supply,
+    ) -> bool {
+        let giver = Giver::Origin(supply.origin.label().into());
+        if let Some(givers) = &supply.nodes {
+            live.may_come_from(givers);
+        }
+        let nodes = supply.nodes.is_some();
+        let ahead = if nodes { AHEAD } else { 1 };
+        let mut begun = false;
+        for number in number..number.saturating_add(ahead) {
+            let wanted = pieces::extent(live.size_bytes, number);
+            if wanted.is_empty() || wanted.start() >= until {
+                break;
+            }
+            let Some(claim) = Claim::new(live, number, giver.clone()) else {
+                continue;
+            };
+            begun = true;
+            let (shared, seat, supply) = (Arc::clone(self), Arc::clone(seat), supply.clone());
+            let until = if nodes { wanted.end() } else { until };
+            self.tasks.spawn(async move {
+                let stop = shared.stop.clone();
+                let fetch = shared.fetch(&seat, claim, until, &supply);
+                stop.run_until_cancelled(fetch).await;
+            });
+        }
+        begun
+    }
+
+    async fn fetch(self: &Arc<Self>, seat: &Arc<Seat>, claim: Claim, until: u64, supply: &Supply) {
+        // Never closed.
+        let Ok(_permit) = self.fetches.acquire().await else {
+            return;
+        };
+        let mut claim = claim;
+        if let Some(nodes) = &supply.nodes {
+            match self.from_nodes(seat, &mut claim, nodes.as_ref()).await {
+                Ok(true) => return,
+                Ok(false) => {}
+                Err(()) => return self.broke(&claim.live),
+            }
+        }
+        let live = Arc::clone(&claim.live);
+        if let Err(Miss::Disk) = self.from_origin(seat, claim, until, supply).await {
+            self.broke(&live);
+        }
+    }
+
+    /// Fills the piece from the nodes that the route names. `Ok(false)`: the origin's turn.
+    async fn from_nodes(
+        self: &Arc<Self>,
+        seat: &Arc<Seat>,
+        claim: &mut Claim,
+        nodes: &dyn super::PieceGivers,
+    ) -> Result<bool, ()> {
+        let live = Arc::clone(&claim.live);
+        let mut skip: Vec<NodeId> = Vec::new();
+        let Some(piece) = Piece::new(live.blob, live.size_bytes, claim.number) else {
+            return Ok(false);
+        };
+        while skip.len() < NODES_TRIED {
+            let Some(GivenPiece { node, mut body }) = nodes.open(&piece, &skip).await else {
+                return Ok(false);
+            };
+            let giver = Giver::Node(node.clone());
+            match self.fill(claim, &mut body, &giver, From::Node).await {
+                Ok(()) => {
+                    self.verify(seat, &live);
+                    return Ok(true);
+                }
+                Err(Miss::Disk) => return Err(()),
+                Err(Miss::Source(error)) => {
+                    tracing::debug!(blob = %live.blob, piece = claim.number, %node, "no piece of a node: {error}");
+                    skip.push(node);
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// Fills the piece, and those after it as long as they are wanted, by one request to the origin.
+    async fn from_origin(
+        self: &Arc<Self>,
+        seat: &Arc<Seat>,
+        mut claim: Claim,
+        until: u64,
+        supply: &Supply,
+    ) -> Result<(), Miss> {
+        let live = Arc::clone(&claim.live);
+        let start = pieces::extent(live.size_bytes, claim.number).start();
+        let end = live.run_end(claim.number, until);
+        let giver = Giver::Origin(supply.origin.label().into());
+        // Nobody's priority is lower: a client waits for it.
+        let context = ReadContext::new(Priority::Foreground).with_cancel(self.stop.clone());
+        let wanted = Extent::new(start, end).unwrap_or_else(Extent::empty);
+        let opened = supply.origin.open(&context, wanted).await;
+        let stream = opened.and_then(|stream| stream.narrow(wanted));
+        let mut body = match stream {
+            Ok(stream) => stream.body,
+            Err(error) => {
+                claim.failure = Some(error.clone());
+                return Err(Miss::Source(error));
+            }
+        };
+        let mut left: Option<Bytes> = None;
+        loop {
+            let mut rest = match left.take() {
+                Some(bytes) => futures::stream::iter([Ok(bytes)]).chain(body).boxed(),
+                None => body,
+            };
+            let number = claim.number;
+            left = match self
+                .fill_from(&mut claim, &mut rest, &giver, From::Origin)
+                .await
+            {
+                Ok(left) => left,
+                Err(Miss::Source(error)) => {
+                    claim.failure = Some(error.clone());
+                    return Err(Miss::Source(error));
+                }
+                Err(Miss::Disk) => return Err(Miss::Disk),
+            };
+            drop(claim);
+            self.verify(seat, &live);
+            body = rest;
+            let next = number.saturating_add(1);
+            let extent = pieces::extent(live.size_bytes, next);
+            if extent.is_empty() || extent.end() > end || !live.is_wanted() {
+                return Ok(());
+            }
+            claim = match Claim::new(&live, next, giver.clone()) {
+                Some(claim) => claim,
+                None => return Ok(()),
+            };
+        }
+    }
+
+    async fn fill(
+        &self,
+        claim: &mut Claim,
+        body: &mut BoxStream<'static, Result<Bytes, SourceError>>,
+        giver: &Giver,
+        from: From,
+    ) -> Result<(), Miss> {
+        // Bytes beyond the end are nobody's: the digest judges those within.
+        self.fill_from(claim, body, giver, from).await.map(drop)
+    }
+
+    /// Fills the claimed piece; gives back what the body had beyond its end.
+    async fn fill_from(
+        &self,
+        claim: &mut Claim,
+        body: &mut BoxStream<'static, Result<Bytes, SourceError>>,
+        giver: &Giver,
+        from: From,
+    ) -> Result<Option<Bytes>, Miss> {
+        let live = Arc::clone(&claim.live);
+        let number = claim.number;
+        let extent = pieces::extent(live.size_bytes, number);
+        let (mut at, mut crc) = (extent.start(), crc32fast::Hasher::new());
+        let mut left = None;
+        live.progress(number, 0, giver);
+        let mut arriving = body.ready_chunks(WRITE_TOGETHER);
+        while at < extent.end() {
+            let Some(arrived) = arriving.next().await else {
+                return Err(Miss::Source(SourceError::ShortBody {
+                    offset: at,
+                    expected_end: extent.end(),
+                }));
+            };
+            let mut writes: Vec<Bytes> = Vec::new();
+            let (mut upto, mut failure) = (at, None);
+            for bytes in arrived {
+                match bytes {
+                    Ok(mut bytes) => {
+                        self.metrics.came(from, bytes.len() as u64);
+                        let room = usize::try_from(extent.end() - upto).unwrap_or(usize::MAX);
+                        let beyond = bytes.split_off(room.min(bytes.len()));
+                        upto += bytes.len() as u64;
+                        if !bytes.is_empty() {
+                            crc.update(&bytes);
+                            writes.push(bytes);
+                        }
+                        if !beyond.is_empty() {
+                            left = Some(match left.take() {
+                                None => beyond,
+                                Some(more) => [more, beyond].concat().into(),
+                            });
+                        }
+                    }
+                    Err(error) => failure = Some(error),
+                }
+            }
+            let (target, from_here) = (Arc::clone(&live), at);
+            let written = tokio::task::spawn_blocking(move || {
+                let mut offset = from_here;
+                for bytes in &writes {
+                    target.write_at(offset, bytes)?;
+                    offset += bytes.len() as u64;
+                }
+                std::io::Result::Ok(())
+            });
+            self.on_disk(&live, written.await)?;
+            at = upto;
+            live.progress(number, at - extent.start(), giver);
+            // An error after the last byte of the piece is the next one's.
+            if let Some(error) = failure
+                && at < extent.end()
+            {
+                return Err(Miss::Source(error));
+            }
+        }
+        let (target, crc) = (Arc::clone(&live), crc.finalize());
+        let recorded = tokio::task::spawn_blocking(move || target.record(number, crc));
+        self.on_disk(&live, recorded.await)?;
+        live.landed(number, giver.clone());
+        claim.landed = true;
+        Ok(left)
+    }
+
+    fn on_disk(
+        &self,
+        live: &Live,
+        done: Result<std::io::Result<()>, tokio::task::JoinError>,
+    ) -> Result<(), Miss> {
+        let error = match done {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) => error.to_string(),
+            Err(error) => error.to_string(),
+        };
+        tracing::warn!(blob = %live.blob, "failed to keep a blob, its readers go past the cache: {error}");
+        Err(Miss::Disk)
+    }
+
+    /// The blob cannot be kept: it goes, its readers are served past the cache.
+    pub(super) fn broke(self: &Arc<Self>, live: &Arc<Live>) {
+        live.broke();
+        self.drop_blob(live);
+    }
+
+    fn drop_blob(self: &Arc<Self>, live: &Arc<Live>) {
+        let (shared, blob) = (Arc::clone(self), live.blob);
+        lock(&self.table).go(blob);
+        self.tasks.spawn_blocking(move || {
+            if let Err(error) = shared.files.remove(blob) {
+                tracing::warn!(%blob, "failed to remove a blob: {error}");
+            }
+            lock(&shared.table).evicted(blob);
+            shared.note_held();
+        });
+    }
+
+    /// Goes on with the hash as far as pieces are here; at the end of the blob, judges it. The seat keeps
+    /// the blob where it is meanwhile.
+    pub(super) fn verify(self: &Arc<Self>, seat: &Arc<Seat>, live: &Arc<Live>) {
+        let Some(mut verifying) = live.take_hashing() else {
+            return;
+        };
+        let (shared, seat, live) = (Arc::clone(self), Arc::clone(seat), Arc::clone(live));
+        self.tasks.spawn_blocking(move || {
+            let _seat = seat;
+            loop {
+                match verifying.advance(&live) {
+                    Ok(Some(actual)) => return shared.judge(&live, actual),
+                    Ok(None) => live.put_hashing(verifying),
+                    Err(error) => {
+                        tracing::warn!(blob = %live.blob, "failed to read a kept blob: {error}");
+                        return shared.broke(&live);
+                    }
+                }
+                match live.take_hashing() {
+                    Some(next) => verifying = next,
+                    None => return,
+                }
+            }
+        });
+    }
+
+    /// **Blocks**.
+    fn judge(self: &Arc<Self>, live: &Arc<Live>, actual: sluice_blockindex::digest::BlobDigest) {
+        // Before readers hear of it: who comes again must find it marked.
+        if actual != live.blob {
+            tracing::warn!(blob = %live.blob, %actual, "a blob has another digest, dropped");
+            self.metrics.bad();
+            let mut table = lock(&self.table);
+            table.note_bad(live.blob);
+            table.go(live.blob);
+            drop(table);
+            live.tell_on_nodes();
+            live.judged(actual);
+            self.drop_blob(live);
+            return;
+        }
+        // Before the last bytes go out: a client that has all may ask again at once.
+        match live.seal(&self.files) {
+            Ok(()) => lock(&self.table).sealed(live.blob),
+            Err(error) => {
+                // It is whole for those who have it open, and is looked at again by the next.
+                tracing::warn!(blob = %live.blob, "failed to keep a whole blob: {error}");
+            }
+        }
+        live.judged(actual);
+    }
+}
