@@ -4,6 +4,7 @@
 //! an unknown key is an error. `docs/configuration.md` lists every key.
 
 mod cluster;
+mod mirror;
 mod units;
 mod written;
 
@@ -17,6 +18,7 @@ use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 pub use cluster::{ClusterConfig, ClusterTlsConfig};
+pub use mirror::MirrorConfig;
 pub use written::Written;
 
 use crate::boot::BootOptions;
@@ -143,6 +145,8 @@ pub struct Config {
     pub mount_grace: Duration,
     /// The cluster that this node is in; `None`: it is by itself.
     pub cluster: Option<ClusterConfig>,
+    /// The mirror for ordinary pulls; `None`: there is none.
+    pub mirror: Option<MirrorConfig>,
 }
 
 /// What the command line sets over the file.
@@ -217,6 +221,7 @@ impl Written {
             log,
             mount,
             cluster,
+            mirror,
         } = self;
         let check = Check { path };
         let read_deadline = check.duration("fetch.read_deadline", &fetch.read_deadline)?;
@@ -287,6 +292,7 @@ impl Written {
                 _ => Err("want \"auto\" or \"fuse\"".to_owned()),
             })?,
             cluster: cluster.validate(&check)?,
+            mirror: mirror.validate(&check)?,
         })
     }
 }

@@ -201,6 +201,21 @@ fn errors_name_the_file_and_the_key() {
             &["cluster.tls.cert", "absolute"],
         ),
         ("[cluster]\nenable = true", &["enable", "line 2"]),
+        ("[mirror]\nlisten = \"5000\"", &["mirror.listen", "5000"]),
+        (
+            "[mirror]\nlisten = \"127.0.0.1:0\"",
+            &["mirror.listen", "port"],
+        ),
+        (
+            "[mirror]\nlisten = \"0.0.0.0:5000\"",
+            &["mirror.listen", "loopback", "mirror.open"],
+        ),
+        ("[mirror]\nupstream = \"a/b\"", &["mirror.upstream", "a/b"]),
+        ("[mirror]\nregistries = [\"\"]", &["mirror.registries"]),
+        ("[mirror]\nbudget = \"0\"", &["mirror.budget", "zero"]),
+        ("[mirror]\nfresh = \"soon\"", &["mirror.fresh", "soon"]),
+        ("[mirror]\naccess = \"1\"", &["mirror.access"]),
+        ("[mirror]\nstale = \"1d\"", &["mirror.stale"]),
     ] {
         let error = parse(text).unwrap_err().to_string();
         for part in parts.iter().chain(&["/etc/sluice/config.toml"]) {
@@ -310,6 +325,41 @@ fn a_cluster_means_what_it_says() {
                 key: "/k".into(),
                 ca: "/a".into()
             }),
+        }
+    );
+}
+
+#[test]
+fn a_mirror_means_what_it_says() {
+    assert_eq!(parse("").unwrap().mirror, None);
+    let least = parse("[mirror]\nlisten = \"127.0.0.1:9642\"").unwrap();
+    assert_eq!(
+        least.mirror.unwrap(),
+        MirrorConfig {
+            listen: "127.0.0.1:9642".parse().unwrap(),
+            upstream: None,
+            registries: vec!["*".into()],
+            budget_bytes: 10 << 30,
+            fresh: Duration::from_secs(30),
+            access: Duration::from_secs(300),
+            stale: Duration::from_secs(86_400),
+        }
+    );
+    let full = parse(
+        "[mirror]\nlisten = \"10.0.0.1:5000\"\nopen = true\nupstream = \"docker.io\"\n\
+         registries = [\"docker.io\", \"a.example/team/*\"]\nbudget = \"1MB\"\n\
+         fresh = \"0s\"\naccess = \"1m\"\nstale = \"2h\"\n",
+    );
+    assert_eq!(
+        full.unwrap().mirror.unwrap(),
+        MirrorConfig {
+            listen: "10.0.0.1:5000".parse().unwrap(),
+            upstream: Some("docker.io".into()),
+            registries: vec!["docker.io".into(), "a.example/team/*".into()],
+            budget_bytes: 1_000_000,
+            fresh: Duration::ZERO,
+            access: Duration::from_secs(60),
+            stale: Duration::from_secs(7_200),
         }
     );
 }

@@ -25,6 +25,7 @@ pub struct Written {
     pub log: Log,
     pub mount: Mount,
     pub cluster: Cluster,
+    pub mirror: Mirror,
 }
 
 /// Declares a section: its keys, their types and their defaults in one place.
@@ -148,6 +149,20 @@ section! {
         tls: ClusterTls = ClusterTls::default(),
     }
 }
+section! {
+    /// `[mirror]`
+    Mirror {
+        listen: String = String::new(),
+        open: bool = false,
+        upstream: String = String::new(),
+        registries: Vec<String> = vec!["*".into()],
+        budget: String = "10GiB".into(),
+        fresh: String = "30s".into(),
+        access: String = "5m".into(),
+        stale: String = "24h".into(),
+    }
+}
+
 section! {
     /// `[cluster.tls]`
     ClusterTls {
