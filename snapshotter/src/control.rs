@@ -32,6 +32,7 @@ use tonic::{Request, Response, Status};
 
 use crate::lazy::Lazy;
 use crate::resolve::{Containerd, ContentError, ContentReader, ResolveError};
+use crate::run::MirrorSide;
 use crate::store::StoreError;
 
 /// Why a request of the command line fails.
@@ -96,17 +97,19 @@ pub struct ControlService {
     containerd: Containerd,
     content: Arc<dyn ContentReader>,
     cluster: Option<watch::Receiver<Arc<View>>>,
+    mirror: Option<MirrorSide>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
 
 impl ControlService {
-    /// Answers for these lazy layers, and for the cluster that the node is in.
+    /// Answers for these lazy layers, for the cluster that the node is in, and for its mirror.
     #[must_use]
     pub fn new(
         lazy: Lazy,
         containerd: Containerd,
         cluster: Option<watch::Receiver<Arc<View>>>,
+        mirror: Option<MirrorSide>,
         stop: CancellationToken,
     ) -> Self {
         let content = Arc::clone(&lazy.parts().content);
@@ -115,6 +118,7 @@ impl ControlService {
             containerd,
             content,
             cluster,
+            mirror,
             tasks: TaskTracker::new(),
             stop,
         }

@@ -85,10 +85,8 @@ pub type Nodes = Arc<dyn Fn(&Repository) -> Option<Arc<dyn PieceGivers>> + Send 
 
 /// What the mirror stands on.
 pub struct MirrorParts {
-    /// Asks registries with what clients showed.
+    /// Asks registries with what clients showed, and has no credentials of its own.
     pub client: RegistryClient,
-    /// Asks registries without any credential.
-    pub anonymous: RegistryClient,
     /// Keeps blobs.
     pub blobs: BlobCache,
     /// Other nodes.
@@ -120,7 +118,6 @@ struct Shared {
     fresh: Duration,
     stale: Duration,
     client: RegistryClient,
-    anonymous: RegistryClient,
     blobs: BlobCache,
     nodes: Nodes,
     access: Access,
@@ -169,7 +166,6 @@ impl Mirror {
     pub fn new(config: &MirrorConfig, parts: MirrorParts) -> Self {
         let MirrorParts {
             client,
-            anonymous,
             blobs,
             nodes,
             metrics,
@@ -183,7 +179,6 @@ impl Mirror {
             fresh: config.fresh,
             stale: config.stale,
             client,
-            anonymous,
             blobs,
             nodes,
             access: Access::new(key, config.access, config.stale),
@@ -367,12 +362,12 @@ impl Shared {
                     }
                 };
                 match reference {
-                    Some(reference) => self.anonymous.resolve(&context, &reference).await.is_ok(),
+                    Some(reference) => self.client.resolve(&context, &reference).await.is_ok(),
                     None => false,
                 }
             }
             manifest::Named::Blob(digest) => {
-                let size = self.anonymous.blob_size(&context, place, *digest).await;
+                let size = self.client.blob_size(&context, place, *digest).await;
                 matches!(size, Ok(Some(_)))
             }
         }

@@ -9,6 +9,7 @@
 mod cluster;
 mod lazy;
 mod lock;
+mod mirror;
 mod notify;
 mod peers;
 mod remembered;
@@ -31,10 +32,12 @@ use tokio_util::sync::CancellationToken;
 
 pub use cluster::ClusterError;
 pub use lock::{LockError, RootLock};
+pub use mirror::MirrorSide;
 pub use sockets::{SocketError, bind_private};
 
 use self::cluster::ClusterSide;
 use crate::config::Config;
+use crate::mirror::Nodes;
 use crate::service;
 use crate::snapshots::{
     OverlayOptions, SnapshotDirectories, SnapshotError, SnapshotOptions, Snapshots,
@@ -110,6 +113,8 @@ pub struct Parts<'a> {
     pub cluster: Option<watch::Receiver<Arc<View>>>,
     /// The other nodes; `None`: the node is in no cluster.
     pub peers: Option<Arc<Peers>>,
+    /// The mirror for ordinary pulls; `None`: none is configured.
+    pub mirror: Option<MirrorSide>,
     /// Cancelled when the daemon stops.
     pub stop: CancellationToken,
 }
@@ -161,6 +166,9 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Ru
         let side = ClusterSide::start(membership, &config.root, &mut registry, &stop).await;
         cluster = Some(side.map_err(RunError::Cluster)?);
     }
+    let nodes: Nodes = Arc::new(|_| None);
+    let mirror = MirrorSide::start(&config, &mut registry, nodes, &stop).await;
+
     let lazy = lazy::LazySide::start(Parts {
         config: &config,
         store: Arc::clone(&store),
@@ -168,6 +176,7 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Ru
         registry: &mut registry,
         cluster: cluster.as_ref().map(ClusterSide::view),
         peers: cluster.as_ref().map(|side| Arc::clone(side.peers())),
+        mirror: mirror.clone(),
         stop: stop.clone(),
     })
     .await
@@ -199,6 +208,7 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Ru
 
     let server = service::serve(snapshots.clone(), listener, metrics, stop.clone());
     let mut server = tokio::spawn(server);
+    let pulls = mirror.as_ref().and_then(MirrorSide::serve);
     health.set(true);
     notify::systemd("READY=1");
     tracing::info!(
@@ -236,6 +246,13 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Ru
     if let Some(cluster) = cluster {
         // It began to leave with the stop, and has done so by now.
         cluster.stop().await;
+    }
+    if let Some(pulls) = pulls
+        && tokio::time::timeout(left(REQUESTS_DEADLINE), pulls)
+            .await
+            .is_err()
+    {
+        tracing::warn!("pulls are still under way at the deadline");
     }
     snapshots.stop(left(REQUESTS_DEADLINE)).await;
     lazy.stop(left(STOP_DEADLINE - TELEMETRY_DEADLINE)).await;

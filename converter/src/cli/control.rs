@@ -10,7 +10,8 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use sluice_proto::control::control_client::ControlClient;
 use sluice_proto::control::{
-    BootList, CompleteContentRequest, Image, StatusRequest, StatusResponse, WhyRequest, WhyResponse,
+    BootList, CompleteContentRequest, Image, Mirror, StatusRequest, StatusResponse, WhyRequest,
+    WhyResponse,
 };
 use tonic::transport::Channel;
 
@@ -198,6 +199,26 @@ fn name(image: &Image) -> String {
     }
 }
 
+/// The mirror in one line.
+fn mirror_line(mirror: &Mirror) -> String {
+    let state = match mirror.listening {
+        true => "serving pulls".to_owned(),
+        false => format!("not serving: {}", mirror.problem),
+    };
+    format!(
+        "mirror {}: {state}; holds {} of {}; given from cache {}, nodes {}, registries {}; \
+         {} stale answers, {} denied",
+        mirror.address,
+        bytes(mirror.held_bytes),
+        bytes(mirror.budget_bytes),
+        bytes(mirror.cache_bytes),
+        bytes(mirror.peer_bytes),
+        bytes(mirror.origin_bytes),
+        mirror.stale_served,
+        mirror.access_denied,
+    )
+}
+
 fn write_status(out: &mut impl Write, status: &StatusResponse, verbose: bool) -> io::Result<()> {
     writeln!(
         out,
@@ -205,6 +226,9 @@ fn write_status(out: &mut impl Write, status: &StatusResponse, verbose: bool) ->
         status.version, status.backend, status.root
     )?;
     writeln!(out, "store: {}", bytes(status.store_present_bytes))?;
+    if let Some(mirror) = &status.mirror {
+        writeln!(out, "{}", mirror_line(mirror))?;
+    }
     let mut images = Table::new(&["NAMESPACE", "IMAGE", "LAYERS", "PRESENT", "BOOT LIST"]);
     for image in &status.images {
         images.row([
@@ -297,6 +321,18 @@ fn status_json(status: &StatusResponse) -> Value {
             "layers": mount.layers,
             "users": mount.users,
         })).collect::<Vec<_>>(),
+        "mirror": status.mirror.as_ref().map(|mirror| json!({
+            "address": mirror.address,
+            "listening": mirror.listening,
+            "problem": mirror.problem,
+            "held_bytes": mirror.held_bytes,
+            "budget_bytes": mirror.budget_bytes,
+            "cache_bytes": mirror.cache_bytes,
+            "peer_bytes": mirror.peer_bytes,
+            "origin_bytes": mirror.origin_bytes,
+            "stale_served": mirror.stale_served,
+            "access_denied": mirror.access_denied,
+        })),
     })
 }
 
@@ -459,6 +495,14 @@ mod tests {
                 bytes: 7,
             }],
             mounts: Vec::new(),
+            mirror: Some(Mirror {
+                address: "127.0.0.1:9642".into(),
+                problem: "the port is taken".into(),
+                held_bytes: 1024,
+                budget_bytes: 2048,
+                stale_served: 3,
+                ..Mirror::default()
+            }),
         };
         let mut out = Vec::new();
         write_status(&mut out, &status, true).unwrap();
@@ -469,6 +513,8 @@ mod tests {
             "212 chunks, learned from 3 starts, 75 % of what it loaded was read",
             "origin  foreground  7 B",
             "0123456789ab",
+            "mirror 127.0.0.1:9642: not serving: the port is taken; holds 1.00 KiB of 2.00 KiB",
+            "3 stale answers, 0 denied",
         ] {
             assert!(text.contains(expected), "{expected}\n{text}");
         }

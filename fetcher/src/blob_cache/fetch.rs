@@ -176,32 +176,30 @@ impl Shared {
             }
         };
         let mut left: Option<Bytes> = None;
+        // Each round fills one piece.
         loop {
             let mut rest = match left.take() {
                 Some(bytes) => futures::stream::iter([Ok(bytes)]).chain(body).boxed(),
                 None => body,
             };
-            let number = claim.number;
-            left = match self
-                .fill_from(&mut claim, &mut rest, &giver, From::Origin)
-                .await
-            {
-                Ok(left) => left,
+            let next = claim.number.saturating_add(1);
+            let extent = pieces::extent(live.size_bytes, next);
+            let next = (!extent.is_empty() && extent.end() <= end).then_some(next);
+            let filled = self.fill_from(&mut claim, &mut rest, &giver, From::Origin, next);
+            let going_on = match filled.await {
+                Ok((bytes, going_on)) => {
+                    left = bytes;
+                    going_on
+                }
                 Err(Miss::Source(error)) => {
                     claim.failure = Some(error.clone());
                     return Err(Miss::Source(error));
                 }
                 Err(Miss::Disk) => return Err(Miss::Disk),
             };
-            drop(claim);
             self.verify(seat, &live);
             body = rest;
-            let next = number.saturating_add(1);
-            let extent = pieces::extent(live.size_bytes, next);
-            if extent.is_empty() || extent.end() > end || !live.is_wanted() {
-                return Ok(());
-            }
-            claim = match Claim::new(&live, next, giver.clone()) {
+            claim = match going_on {
                 Some(claim) => claim,
                 None => return Ok(()),
             };
@@ -216,17 +214,21 @@ impl Shared {
         from: From,
     ) -> Result<(), Miss> {
         // Bytes beyond the end are nobody's: the digest judges those within.
-        self.fill_from(claim, body, giver, from).await.map(drop)
+        self.fill_from(claim, body, giver, from, None)
+            .await
+            .map(drop)
     }
 
-    /// Fills the claimed piece; gives back what the body had beyond its end.
+    /// Fills the claimed piece; gives back what the body had beyond its end, and the claim to the next one
+    /// where that is named, missing, and somebody still reads.
     async fn fill_from(
         &self,
         claim: &mut Claim,
         body: &mut BoxStream<'static, Result<Bytes, SourceError>>,
         giver: &Giver,
         from: From,
-    ) -> Result<Option<Bytes>, Miss> {
+        next: Option<u32>,
+    ) -> Result<(Option<Bytes>, Option<Claim>), Miss> {
         let live = Arc::clone(&claim.live);
         let number = claim.number;
         let extent = pieces::extent(live.size_bytes, number);
@@ -246,10 +248,10 @@ impl Shared {
             for bytes in arrived {
                 match bytes {
                     Ok(mut bytes) => {
-                        self.metrics.came(from, bytes.len() as u64);
                         let room = usize::try_from(extent.end() - upto).unwrap_or(usize::MAX);
                         let beyond = bytes.split_off(room.min(bytes.len()));
                         upto += bytes.len() as u64;
+                        self.metrics.came(from, bytes.len() as u64);
                         if !bytes.is_empty() {
                             crc.update(&bytes);
                             writes.push(bytes);
@@ -275,7 +277,9 @@ impl Shared {
             });
             self.on_disk(&live, written.await)?;
             at = upto;
-            live.progress(number, at - extent.start(), giver);
+            if at < extent.end() {
+                live.progress(number, at - extent.start(), giver);
+            }
             // An error after the last byte of the piece is the next one's.
             if let Some(error) = failure
                 && at < extent.end()
@@ -286,9 +290,16 @@ impl Shared {
         let (target, crc) = (Arc::clone(&live), crc.finalize());
         let recorded = tokio::task::spawn_blocking(move || target.record(number, crc));
         self.on_disk(&live, recorded.await)?;
-        live.landed(number, giver.clone());
+        let next = next.filter(|_| live.is_wanted());
+        let claimed = live.landed(number, giver.clone(), next);
         claim.landed = true;
-        Ok(left)
+        let next = next.filter(|_| claimed).map(|number| Claim {
+            live,
+            number,
+            failure: None,
+            landed: false,
+        });
+        Ok((left, next))
     }
 
     fn on_disk(

@@ -313,8 +313,28 @@ impl Live {
     }
 
     /// The owner has written all of a piece; its record is written by him, too.
-    pub(super) fn landed(&self, number: u32, giver: Giver) {
-        self.with_piece(number, |piece| *piece = Piece::Present(giver));
+    ///
+    /// With `next` he goes on with that piece in the same moment, if it is missing: no reader finds it so and
+    /// has it fetched by a request of its own. Says whether he does.
+    pub(super) fn landed(&self, number: u32, giver: Giver, next: Option<u32>) -> bool {
+        let mut state = lock(&self.state);
+        let mut claimed = false;
+        if let Some(next) = next.and_then(|next| state.pieces.get_mut(skipped_to(next)))
+            && matches!(next, Piece::Missing(_))
+        {
+            let giver = giver.clone();
+            *next = Piece::Filling {
+                have_bytes: 0,
+                giver,
+            };
+            claimed = true;
+        }
+        if let Some(piece) = state.pieces.get_mut(skipped_to(number)) {
+            *piece = Piece::Present(giver);
+        }
+        drop(state);
+        self.tell();
+        claimed
     }
 
     /// The owner gives a piece up.

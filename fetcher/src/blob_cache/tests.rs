@@ -189,7 +189,8 @@ async fn readers_share_what_arrives() {
     let origin = Origin::new("origin", slow);
     let supply = from(&origin);
     join_all((0..8).map(|_| site.ok(&blob, 0..blob.len(), &supply))).await;
-    let asked: u64 = origin.asked().iter().map(|(start, end)| end - start).sum();
+    let asked = origin.asked();
+    let asked: u64 = asked.iter().map(|(start, end)| end - start).sum();
     assert_eq!(asked, blob.len() as u64);
 }
 

@@ -6,11 +6,12 @@ use std::sync::Arc;
 
 use sluice_fetcher::source::{Priority, SourceKind};
 use sluice_fetcher::store::DeviceKey;
-use sluice_proto::control::{Image, Layer, Mount, SourceBytes, StatusResponse};
+use sluice_proto::control::{Image, Layer, Mirror, Mount, SourceBytes, StatusResponse};
 
 use super::{ControlError, ControlService};
 use crate::layers::device_key;
 use crate::lazy::ImageDocument;
+use crate::run::MirrorSide;
 use crate::snapshots::{LazyLayerRecord, SnapshotRecord};
 use crate::store::DocumentTable;
 
@@ -71,6 +72,7 @@ impl ControlService {
             layers: layers.into_values().collect(),
             bytes_by_source: self.bytes_by_source(),
             mounts: mounts.collect(),
+            mirror: self.mirror.as_ref().map(mirror_of),
         })
     }
 
@@ -193,4 +195,26 @@ impl ControlService {
             })
             .collect()
     }
+}
+
+/// The mirror, and what it did since the daemon started.
+fn mirror_of(side: &MirrorSide) -> Mirror {
+    let state = side.state();
+    let mut mirror = Mirror {
+        address: side.address().to_string(),
+        listening: state.listening,
+        problem: state.problem,
+        budget_bytes: side.budget_bytes(),
+        ..Default::default()
+    };
+    if let Some(running) = side.mirror() {
+        let blobs = running.blobs().metrics();
+        mirror.held_bytes = running.blobs().held_bytes();
+        mirror.cache_bytes = blobs.bytes_from("cache");
+        mirror.peer_bytes = blobs.bytes_from("peer");
+        mirror.origin_bytes = blobs.bytes_from("origin");
+        mirror.stale_served = running.metrics().stale_served();
+        mirror.access_denied = running.metrics().access_denied();
+    }
+    mirror
 }

@@ -71,6 +71,7 @@ impl LazySide {
             registry,
             cluster,
             peers,
+            mirror,
             stop,
             ..
         } = parts;
@@ -158,7 +159,7 @@ impl LazySide {
         );
         reclaimer.attach(&lazy);
 
-        let service = ControlService::new(lazy.clone(), containerd, cluster, stop);
+        let service = ControlService::new(lazy.clone(), containerd, cluster, mirror, stop);
         let control = tokio::spawn(async move {
             if let Err(error) = service.serve(listener).await {
                 tracing::error!("control service ended: {error}");
@@ -261,7 +262,7 @@ fn open_files(root: PathBuf, reclaim: Reclaim) -> Result<Files, Failure> {
     })
 }
 
-fn registry_options(config: &Config) -> RegistryOptions {
+pub(super) fn registry_options(config: &Config) -> RegistryOptions {
     let mut options = RegistryOptions::default();
     for (host, written) in &config.registry_hosts {
         let known: &mut HostOptions = options.host_mut(host);
