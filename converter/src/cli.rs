@@ -19,6 +19,7 @@ mod optimize;
 mod pace;
 mod pull;
 mod setup;
+mod setup_mirror;
 mod show;
 
 /// Sluice: containers start before their images are here.

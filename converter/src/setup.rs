@@ -14,6 +14,7 @@
 
 use toml_edit::{Array, ArrayOfTables, DocumentMut, InlineTable, Item, Table, Value};
 
+pub mod hosts;
 #[cfg(test)]
 mod tests;
 

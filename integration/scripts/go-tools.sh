@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # Builds the Go programs that tests need from their modules into DIR (kept there between runs):
 #   nerdctl 1.7.7 (for containerd 1.6), nerdctl 2.1.2 and containerd 2.x with its shim and ctr,
-#   and containerd's snapshotter test suite (integration/gosuite).
-# Usage: go-tools.sh DIR [TOOL ...]; TOOL: nerdctl1 nerdctl2 containerd2 suite (default: all).
+#   containerd's snapshotter test suite (integration/gosuite), and the conformance tests of the
+#   distribution specification.
+# Usage: go-tools.sh DIR [TOOL ...]; TOOL: nerdctl1 nerdctl2 containerd2 suite conformance (default: all).
 set -euo pipefail
 dir=${1:?usage: go-tools.sh DIR [TOOL ...]}
 shift
 dir=$(mkdir -p "$dir" && cd "$dir" && pwd)
-[ $# -gt 0 ] || set -- nerdctl1 nerdctl2 containerd2 suite
+[ $# -gt 0 ] || set -- nerdctl1 nerdctl2 containerd2 suite conformance
 command -v go >/dev/null || { echo "go-tools: Go is missing (https://go.dev, or Debian's golang); nerdctl tests need it" >&2; exit 1; }
 
 # build MODULE VERSION OUT=PACKAGE ...
@@ -21,16 +22,17 @@ build() {
   echo "   go: $module@$version"
   ( cd "$tmp" && go mod init sluice.invalid/tools >/dev/null 2>&1 && go get "$module@$version" >"$tmp/log" 2>&1 || { tail -20 "$tmp/log" >&2; exit 1; }
     for pair in "$@"; do
-      CGO_ENABLED=0 go build -mod=mod -trimpath -ldflags '-s -w' -o "$dir/${pair%%=*}" "$module/${pair#*=}" >"$tmp/log" 2>&1 || { tail -20 "$tmp/log" >&2; exit 1; }
+      CGO_ENABLED=0 go build -mod=mod -trimpath -ldflags '-s -w' -o "$dir/${pair%%=*}" "$module${pair#*=}" >"$tmp/log" 2>&1 || { tail -20 "$tmp/log" >&2; exit 1; }
     done ) || { rm -rf "$tmp"; return 1; }
   rm -rf "$tmp"
   touch "$stamp"
 }
 for tool in "$@"; do
   case $tool in
-  nerdctl1) build github.com/containerd/nerdctl v1.7.7 nerdctl1=cmd/nerdctl ;;
-  nerdctl2) build github.com/containerd/nerdctl/v2 v2.1.2 nerdctl2=cmd/nerdctl ;;
-  containerd2) build github.com/containerd/containerd/v2 v2.3.7 containerd2=cmd/containerd ctr2=cmd/ctr containerd-shim-runc-v2=cmd/containerd-shim-runc-v2 ;;
+  nerdctl1) build github.com/containerd/nerdctl v1.7.7 nerdctl1=/cmd/nerdctl ;;
+  nerdctl2) build github.com/containerd/nerdctl/v2 v2.1.2 nerdctl2=/cmd/nerdctl ;;
+  containerd2) build github.com/containerd/containerd/v2 v2.3.7 containerd2=/cmd/containerd ctr2=/cmd/ctr containerd-shim-runc-v2=/cmd/containerd-shim-runc-v2 ;;
+  conformance) build github.com/opencontainers/distribution-spec/conformance v0.0.0-20260831232431-97274622c111 oci-conformance= ;;
   suite)
     suite=$(dirname "$(readlink -f "$0")")/../gosuite
     if [ ! -e "$dir/snapshotter-suite" ] || [ -n "$(find "$suite" -newer "$dir/snapshotter-suite" -type f)" ]; then

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `sluice setup containerd`: the files around the pure edits of [`crate::setup`].
+//! `sluice setup`: for containerd's configuration, the files around the pure edits of [`crate::setup`].
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 
+use super::setup_mirror::{self, Mirror};
 use crate::setup::{Wanted, apply, containerd_root, exported_root, is_edited, undo};
 
 /// What can be prepared.
@@ -17,6 +18,8 @@ use crate::setup::{Wanted, apply, containerd_root, exported_root, is_edited, und
 pub(super) enum Setup {
     /// Add Sluice to containerd's config.toml, or take it away again.
     Containerd(Containerd),
+    /// Send containerd's pulls of some registries to the mirror of this node first (hosts.toml).
+    Mirror(Mirror),
 }
 
 /// Arguments of `setup containerd`.
@@ -49,8 +52,10 @@ pub(super) struct Containerd {
 }
 
 pub(super) fn run(setup: &Setup) -> anyhow::Result<()> {
-    let Setup::Containerd(arguments) = setup;
-    containerd(arguments)
+    match setup {
+        Setup::Containerd(arguments) => containerd(arguments),
+        Setup::Mirror(arguments) => setup_mirror::run(arguments),
+    }
 }
 
 fn containerd(arguments: &Containerd) -> anyhow::Result<()> {
@@ -159,13 +164,13 @@ fn write_config(path: &Path, before: &str, after: &str) -> io::Result<()> {
     File::open(directory)?.sync_all()
 }
 
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+pub(super) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = OsString::from(path);
     name.push(suffix);
     name.into()
 }
 
-fn replace(path: &Path, text: &str, like: Option<&fs::Metadata>) -> io::Result<()> {
+pub(super) fn replace(path: &Path, text: &str, like: Option<&fs::Metadata>) -> io::Result<()> {
     let directory = path.parent().unwrap_or(Path::new("/"));
     let mut file = tempfile::NamedTempFile::new_in(directory)?;
     file.write_all(text.as_bytes())?;
