@@ -14,6 +14,7 @@ use sluice_blockindex::extent::Extent;
 
 use super::live::{Giver, Live};
 use super::metrics::From;
+use super::record::origin_name;
 use super::table::Seat;
 use super::{GivenPiece, Piece, Shared, Supply, pieces};
 use crate::cluster::node::NodeId;
@@ -73,7 +74,7 @@ impl Shared {
         until: u64,
         supply: &Supply,
     ) -> bool {
-        let giver = Giver::Origin(supply.origin.label().into());
+        let giver = Giver::Origin(origin_name(supply.origin.label()));
         if let Some(givers) = &supply.nodes {
             live.may_come_from(givers);
         }
@@ -162,7 +163,7 @@ impl Shared {
         let live = Arc::clone(&claim.live);
         let start = pieces::extent(live.size_bytes, claim.number).start();
         let end = live.run_end(claim.number, until);
-        let giver = Giver::Origin(supply.origin.label().into());
+        let giver = Giver::Origin(origin_name(supply.origin.label()));
         // Nobody's priority is lower: a client waits for it.
         let context = ReadContext::new(Priority::Foreground).with_cancel(self.stop.clone());
         let wanted = Extent::new(start, end).unwrap_or_else(Extent::empty);
@@ -287,8 +288,8 @@ impl Shared {
                 return Err(Miss::Source(error));
             }
         }
-        let (target, crc) = (Arc::clone(&live), crc.finalize());
-        let recorded = tokio::task::spawn_blocking(move || target.record(number, crc));
+        let (target, crc, by) = (Arc::clone(&live), crc.finalize(), giver.clone());
+        let recorded = tokio::task::spawn_blocking(move || target.record(number, crc, &by));
         self.on_disk(&live, recorded.await)?;
         let next = next.filter(|_| live.is_wanted());
         let claimed = live.landed(number, giver.clone(), next);

@@ -24,7 +24,7 @@ use super::{pieces, record};
 const DATA: &str = "data";
 const PIECES: &str = "pieces";
 /// The largest record that is read.
-const RECORD_MAX_BYTES: u64 = 16 << 20;
+const RECORD_MAX_BYTES: u64 = 33 << 20;
 
 /// A blob that was there at the start.
 #[derive(Clone, Debug)]
@@ -40,8 +40,8 @@ pub(super) struct Found {
 pub(super) struct PartialFiles {
     pub(super) data: File,
     pub(super) record: File,
-    /// Pieces that are here and fit their checksums.
-    pub(super) present: Vec<bool>,
+    /// Pieces that are here and fit their checksums, by whose they are.
+    pub(super) present: Vec<Option<record::OriginName>>,
 }
 
 #[derive(Debug)]
@@ -164,7 +164,7 @@ impl Files {
                 data.set_len(size_bytes)?;
                 record.set_len(0)?;
                 record.write_all_at(&record::empty(size_bytes), 0)?;
-                vec![false; usize::try_from(pieces::count(size_bytes)).unwrap_or(0)]
+                vec![None; usize::try_from(pieces::count(size_bytes)).unwrap_or(0)]
             }
         };
         Ok(PartialFiles {
@@ -214,18 +214,18 @@ fn read_record(file: &File) -> Option<record::Record> {
 }
 
 /// Which recorded pieces are what the record says.
-fn checked(data: &File, known: &record::Record) -> io::Result<Vec<bool>> {
+fn checked(data: &File, known: &record::Record) -> io::Result<Vec<Option<record::OriginName>>> {
     let mut buffer = vec![0; usize::try_from(pieces::PIECE_BYTES).unwrap_or(0)];
     let mut present = Vec::with_capacity(known.pieces.len());
-    for (number, crc) in (0_u32..).zip(&known.pieces) {
+    for (number, here) in (0_u32..).zip(&known.pieces) {
         let extent = pieces::extent(known.size_bytes, number);
         let length = usize::try_from(extent.len()).unwrap_or(0);
-        let fits = match crc {
-            Some(crc) => {
+        let fits = match here {
+            Some(here) => {
                 data.read_exact_at(&mut buffer[..length], extent.start())?;
-                crc32fast::hash(&buffer[..length]) == *crc
+                (crc32fast::hash(&buffer[..length]) == here.crc).then_some(here.origin)
             }
-            None => false,
+            None => None,
         };
         present.push(fits);
     }

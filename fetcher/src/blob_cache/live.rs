@@ -24,7 +24,7 @@ use tokio::sync::watch;
 use super::PieceGivers;
 use super::files::{Files, PartialFiles};
 use super::pieces::{self, HELD_BACK_BYTES};
-use super::record;
+use super::record::{self, Here, NO_ORIGIN, OriginName};
 use super::table::Seat;
 use crate::cluster::node::NodeId;
 use crate::source::SourceError;
@@ -33,11 +33,11 @@ use crate::store::lock;
 /// Who gave a piece.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Giver {
-    /// A registry, by the label of its source.
-    Origin(Arc<str>),
+    /// A registry, by the name of its source.
+    Origin(OriginName),
     /// Another node.
     Node(NodeId),
-    /// Somebody, before a restart.
+    /// Some node, before the blob was opened.
     Former,
 }
 
@@ -47,7 +47,7 @@ pub(super) enum Reading {
     /// All of it: the end of it comes when it is verified.
     Whole,
     /// A part: only what this origin gave.
-    Part(Arc<str>),
+    Part(OriginName),
 }
 
 impl Reading {
@@ -132,9 +132,10 @@ impl Live {
             } = files.open_partial(blob, size_bytes)?;
             (data, Some(record), present, Phase::Filling)
         };
-        let piece = |present: bool| match present {
-            true => Piece::Present(Giver::Former),
-            false => Piece::Missing(None),
+        let piece = |origin: Option<OriginName>| match origin {
+            Some(NO_ORIGIN) => Piece::Present(Giver::Former),
+            Some(origin) => Piece::Present(Giver::Origin(origin)),
+            None => Piece::Missing(None),
         };
         let state = State {
             phase,
@@ -206,7 +207,7 @@ impl Live {
 
     /// How this range is read. One that ends with the blob is a read of all of it if what comes before is
     /// here or coming: somebody resumes.
-    pub(super) fn reading(&self, start: u64, end: u64, origin: &str) -> Reading {
+    pub(super) fn reading(&self, start: u64, end: u64, origin: OriginName) -> Reading {
         let state = lock(&self.state);
         let before = usize::try_from(start.div_ceil(pieces::PIECE_BYTES)).unwrap_or(usize::MAX);
         let mut before = state.pieces.iter().take(before);
@@ -214,7 +215,7 @@ impl Live {
         if end == self.size_bytes && (start == 0 || complete) {
             Reading::Whole
         } else {
-            Reading::Part(origin.into())
+            Reading::Part(origin)
         }
     }
 
@@ -354,8 +355,12 @@ impl Live {
     }
 
     /// Writes the record of a piece. **Blocks**.
-    pub(super) fn record(&self, number: u32, crc: u32) -> io::Result<()> {
-        let (at, entry) = record::entry(number, crc);
+    pub(super) fn record(&self, number: u32, crc: u32, giver: &Giver) -> io::Result<()> {
+        let origin = match giver {
+            Giver::Origin(origin) => *origin,
+            Giver::Node(_) | Giver::Former => NO_ORIGIN,
+        };
+        let (at, entry) = record::entry(number, &Here { crc, origin });
         match &self.record {
             Some(record) => record.write_all_at(&entry, at),
             None => Ok(()),

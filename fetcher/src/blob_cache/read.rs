@@ -14,6 +14,7 @@ use tokio::sync::watch;
 
 use super::live::{Live, Look, Reading};
 use super::metrics::From;
+use super::record::origin_name;
 use super::table::{Place, Seat};
 use super::{BlobError, Shared, Supply};
 use crate::source::{BlobStream, Class, ReadContext, SourceError};
@@ -81,7 +82,11 @@ pub(super) async fn open(
         }
     };
     let mut supply = supply;
-    let reading = live.reading(extent.start(), extent.end(), supply.origin.label());
+    let reading = live.reading(
+        extent.start(),
+        extent.end(),
+        origin_name(supply.origin.label()),
+    );
     if reading != Reading::Whole || lock(&shared.table).was_bad(blob) {
         supply.nodes = None;
     }

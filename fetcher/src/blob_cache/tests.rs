@@ -326,6 +326,12 @@ async fn a_part_shows_only_what_its_own_origin_gave() {
     site.ok(&blob, 10..20, &from(&good)).await;
     assert_eq!(site.cache.metrics().uncached_reads(), 1);
     assert_eq!(good.asked(), [(10, 20)]);
+    // Whose a piece is stays known.
+    let site = site.again().await;
+    let (got, _) = site.read(&blob, 10..20, &from(&evil)).await;
+    assert_eq!((got, evil.asked().len()), (vec![7; 10], 1));
+    site.ok(&blob, 10..20, &from(&good)).await;
+    assert_eq!(good.asked(), [(10, 20)]);
 }
 
 #[tokio::test]
