@@ -16,8 +16,8 @@ setup: ## install Debian packages and check the toolchains
 	@echo "== setup: packages and toolchains"
 	@integration/scripts/setup.sh
 
-tools: setup ## build nerdctl and containerd 2.x from their Go modules into target/tools
-	@echo "== tools: nerdctl and containerd 2.x (kept in target/tools)"
+tools: setup ## build nerdctl, containerd 2.x and test programs from their Go modules into target/tools
+	@echo "== tools: nerdctl, containerd 2.x, conformance tests (kept in target/tools)"
 	@integration/scripts/go-tools.sh target/tools
 
 images: setup ## make the test image (Debian + Python) into target/images

@@ -215,10 +215,20 @@ impl BlobCache {
         if extent.end() > size_bytes {
             return Err(SourceError::BeyondEnd { asked: extent }.into());
         }
-        read::open(&self.shared, context, blob, size_bytes, extent, supply).await
+        read::open(
+            &self.shared,
+            context,
+            blob,
+            size_bytes,
+            extent,
+            supply,
+            false,
+        )
+        .await
     }
 
-    /// Reads a piece for another node: of the whole blob, or as the origin gives it.
+    /// Reads a piece for another node, which verifies the whole blob: whatever is here of it, unverified, or
+    /// as the origin gives it.
     ///
     /// **Errors** [`BlobError`]. **Cancel** safe.
     pub async fn read_piece(
@@ -239,6 +249,7 @@ impl BlobCache {
             size_bytes,
             piece.extent(),
             supply,
+            true,
         )
         .await
     }

@@ -6,6 +6,7 @@
 //! - [`client`]: [`Peers`], the other nodes as the scheduler sees them.
 //! - [`server`]: what this node gives to others.
 //! - `lists`: boot lists, which are hints and not payload.
+//! - [`blobs`]: pieces of raw blobs, for pulls that are not lazy.
 //! - `frames`: frames of the blob that came lately, which are passed on as they are.
 //!
 //! # How a chunk comes
@@ -20,6 +21,7 @@
 //! - A request that came from a peer is never passed on to another peer: it is answered from the
 //!   store, from what is on its way, or from the origin.
 
+pub mod blobs;
 pub mod client;
 pub(crate) mod frames;
 mod links;
@@ -28,6 +30,7 @@ pub(crate) mod route;
 pub mod server;
 pub mod wire;
 
+pub use blobs::{BlobNodes, WantedPiece};
 pub use client::{PeerOptions, Peers};
 pub use links::{Connect, LinkError, endpoint, plain};
 pub use lists::GivenList;

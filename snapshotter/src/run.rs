@@ -23,8 +23,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus_client::registry::Registry;
+use sluice_fetcher::blob_cache::PieceGivers;
 use sluice_fetcher::cluster::node::View;
-use sluice_fetcher::peer::Peers;
+use sluice_fetcher::peer::{BlobNodes, Peers};
+use sluice_fetcher::registry::Repository;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -166,7 +168,11 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Ru
         let side = ClusterSide::start(membership, &config.root, &mut registry, &stop).await;
         cluster = Some(side.map_err(RunError::Cluster)?);
     }
-    let nodes: Nodes = Arc::new(|_| None);
+    let peers = cluster.as_ref().map(|side| Arc::clone(side.peers()));
+    let nodes: Nodes = Arc::new(move |place: &Repository| {
+        let peers = Arc::clone(peers.as_ref()?);
+        Some(Arc::new(BlobNodes::new(peers, place.clone())) as Arc<dyn PieceGivers>)
+    });
     let mirror = MirrorSide::start(&config, &mut registry, nodes, &stop).await;
 
     let lazy = lazy::LazySide::start(Parts {
@@ -181,6 +187,9 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Ru
     })
     .await
     .map_err(RunError::Lazy)?;
+    if let Some(mirror) = mirror.as_ref().and_then(MirrorSide::mirror) {
+        lazy.shelf().attach_blobs(mirror.blobs().clone());
+    }
     if let (Some(side), Some(config)) = (&cluster, &config.cluster) {
         side.serve(config, lazy.fetcher(), lazy.shelf());
     }

@@ -25,11 +25,12 @@ use lru::LruCache;
 use sluice_blockindex::boot::BootKey;
 use sluice_blockindex::digest::IndexDigest;
 use sluice_blockindex::extent::Extent;
+use sluice_fetcher::blob_cache::BlobCache;
 use sluice_fetcher::cluster::node::NodeId;
 use sluice_fetcher::peer::wire::{OBJECT_MAX_BYTES, OfferedList, WantedLayer, WantedObject};
-use sluice_fetcher::peer::{Peers, Refused, Shelf};
+use sluice_fetcher::peer::{Peers, Refused, Shelf, WantedPiece};
 use sluice_fetcher::scheduler::LayerHandle;
-use sluice_fetcher::source::{OriginSet, Priority, ReadContext};
+use sluice_fetcher::source::{BlobStream, OriginSet, Priority, ReadContext};
 use sluice_fetcher::store::DeviceKey;
 use tokio::time::Instant;
 
@@ -43,6 +44,8 @@ use crate::trust::Trust;
 const PAYLOADS_BYTES: usize = 64 << 20;
 /// How long a home tries to get an index from the origin: as long as a Prepare waits by default.
 const ORIGIN_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a piece of a raw blob may take.
+const PIECE_DEADLINE: Duration = Duration::from_secs(120);
 /// How long another node may take to give an index that it has.
 const NODE_DEADLINE: Duration = Duration::from_secs(2);
 /// A foster is kept for so long after somebody asked for it. Longer than a roll-out over a zone takes
@@ -65,6 +68,8 @@ pub struct NodeShelf {
     /// Set once, when the cluster side has started.
     peers: OnceLock<Arc<Peers>>,
     boot: OnceLock<Arc<Boot>>,
+    /// Raw blobs; set once, where there is a mirror.
+    blobs: OnceLock<BlobCache>,
     payloads: Mutex<Payloads>,
     flights: Mutex<HashMap<IndexDigest, Flight>>,
     fosters: Mutex<HashMap<DeviceKey, Instant>>,
@@ -98,6 +103,7 @@ impl NodeShelf {
             trust,
             peers: OnceLock::new(),
             boot: OnceLock::new(),
+            blobs: OnceLock::new(),
             payloads: Mutex::new(payloads),
             flights: Mutex::default(),
             fosters: Mutex::default(),
@@ -112,6 +118,11 @@ impl NodeShelf {
     /// From now on it has boot lists, too; once.
     pub fn attach_boot(&self, boot: Arc<Boot>) {
         let _ = self.boot.set(boot);
+    }
+
+    /// From now on raw blobs are given from this cache; once.
+    pub fn attach_blobs(&self, blobs: BlobCache) {
+        let _ = self.blobs.set(blobs);
     }
 
     /// The other nodes, where there are any.
@@ -306,6 +317,7 @@ impl Shelf for NodeShelf {
         self.keep(wanted.digest, &payload);
         Ok(payload)
     }
+
     async fn boot_list(&self, key: BootKey) -> Result<Bytes, Refused> {
         let boot = self.boot.get().ok_or(Refused::NotHere)?;
         boot.given(key).await.ok_or(Refused::NotHere)
@@ -316,5 +328,27 @@ impl Shelf for NodeShelf {
         let OfferedList { node, key, list } = offered;
         let taken = boot.take(key, node.as_str(), &list).await;
         taken.map_err(|error| Refused::NotAllowed(error.to_string()))
+    }
+
+    async fn blob(&self, wanted: &WantedPiece) -> Result<BlobStream, Refused> {
+        let blobs = self.blobs.get().ok_or(Refused::NotHere)?;
+        let piece = &wanted.piece;
+        let here = blobs.has_piece(piece);
+        let places = match wanted.present_only {
+            // Whose place nobody is can give nothing more than is here.
+            true => Vec::new(),
+            false => self.allowed(&wanted.places),
+        };
+        if places.is_empty() && wanted.present_only && !here {
+            return Err(Refused::NotHere);
+        }
+        if places.is_empty() && !wanted.present_only && !here {
+            let why = "[trust] lazy allows none of the blob's repositories";
+            return Err(Refused::NotAllowed(why.to_owned()));
+        }
+        let source = self.layers.source(piece.blob, piece.blob_bytes, &places);
+        let context = ReadContext::new(Priority::Foreground).with_timeout(PIECE_DEADLINE);
+        let read = blobs.read_piece(&context, piece, source).await;
+        read.map_err(failed)
     }
 }

@@ -46,6 +46,8 @@ pub(super) enum Giver {
 pub(super) enum Reading {
     /// All of it: the end of it comes when it is verified.
     Whole,
+    /// A piece for another node, which verifies the whole: whatever is here.
+    Any,
     /// A part: only what this origin gave.
     Part(OriginName),
 }
@@ -53,7 +55,7 @@ pub(super) enum Reading {
 impl Reading {
     fn shows(&self, giver: &Giver) -> bool {
         match (self, giver) {
-            (Reading::Whole, _) => true,
+            (Reading::Whole | Reading::Any, _) => true,
             (Reading::Part(mine), Giver::Origin(origin)) => mine == origin,
             (Reading::Part(_), _) => false,
         }

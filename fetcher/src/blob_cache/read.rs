@@ -37,6 +37,7 @@ pub(super) async fn open(
     size_bytes: u64,
     extent: Extent<BlobSpace>,
     supply: Supply,
+    for_node: bool,
 ) -> Result<BlobStream, BlobError> {
     if extent.is_empty() {
         return Ok(BlobStream::empty(extent));
@@ -82,17 +83,23 @@ pub(super) async fn open(
         }
     };
     let mut supply = supply;
-    let reading = live.reading(
+    let mut reading = live.reading(
         extent.start(),
         extent.end(),
         origin_name(supply.origin.label()),
     );
+    if for_node {
+        reading = Reading::Any;
+    }
     if reading != Reading::Whole || lock(&shared.table).was_bad(blob) {
         supply.nodes = None;
     }
-    shared
-        .metrics
-        .came(From::Cache, live.here(extent.start(), extent.end()));
+    // What nodes are given is counted where it is given.
+    if !for_node {
+        shared
+            .metrics
+            .came(From::Cache, live.here(extent.start(), extent.end()));
+    }
     // A blob whose last piece came before a restart was never judged.
     shared.verify(&seat, &live);
     live.enter();

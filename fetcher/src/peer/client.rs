@@ -151,7 +151,7 @@ pub struct Peers {
     pub(super) uploads: Mutex<Uploads<PieceKey>>,
     pub(super) buckets: Buckets,
     pub(crate) frames: Frames,
-    home_limit: HomeLimit,
+    pub(super) home_limit: HomeLimit,
 }
 
 impl Peers {

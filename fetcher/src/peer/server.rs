@@ -21,8 +21,8 @@ use sluice_blockindex::boot::BootKey;
 use sluice_blockindex::chunkmap::Chunk;
 use sluice_proto::peer::peer_server::{Peer, PeerServer as Service};
 use sluice_proto::peer::{
-    BootListOffer, BootListReply, BootListRequest, BootListTaken, ChunksPart, ChunksRequest,
-    HelloReply, HelloRequest, ObjectPart, ObjectRequest,
+    BlobPart, BlobRequest, BootListOffer, BootListReply, BootListRequest, BootListTaken,
+    ChunksPart, ChunksRequest, HelloReply, HelloRequest, ObjectPart, ObjectRequest,
 };
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Semaphore, mpsc};
@@ -32,6 +32,7 @@ use tokio_util::task::TaskTracker;
 use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status};
 
+use super::blobs::{self, WantedPiece};
 use super::client::Peers;
 use super::lists::ListDesk;
 use super::wire::{
@@ -43,16 +44,16 @@ use crate::cluster::home::PieceKey;
 use crate::cluster::node::{NodeId, Role};
 use crate::cluster::uploads::{Admission, Asker};
 use crate::scheduler::{Fetcher, FillError, LayerHandle};
-use crate::source::Priority;
+use crate::source::{BlobStream, Priority};
 use crate::store::lock;
 
 /// The longest that one request may run: a home gives up an origin that is silent long before.
-const REQUEST_DEADLINE: Duration = Duration::from_secs(120);
+pub(super) const REQUEST_DEADLINE: Duration = Duration::from_secs(120);
 /// Parts of one answer that wait to be sent.
-const PARTS_QUEUED: usize = 4;
+pub(super) const PARTS_QUEUED: usize = 4;
 /// While nothing comes from the origin the asker hears this often that the node is alive. Shorter than
 /// the patience of an asker, long enough to cost nothing.
-const WORKING_EVERY: Duration = Duration::from_millis(250);
+pub(super) const WORKING_EVERY: Duration = Duration::from_millis(250);
 /// How long an asker is kept while this node is not being fed itself, before it hears that the node lacks
 /// what it wants. A home sends askers on to those that asked just before them, and these need a round trip
 /// or two; two nodes that wait for each other lose no more than this.
@@ -79,7 +80,7 @@ pub enum Refused {
 
 impl Refused {
     /// The word for it in metrics.
-    const fn word(&self) -> &'static str {
+    pub(super) const fn word(&self) -> &'static str {
         match self {
             Refused::NotHere => "not_here",
             Refused::NotAllowed(_) => "not_allowed",
@@ -129,6 +130,14 @@ pub trait Shelf: Send + Sync + std::fmt::Debug {
         let _unwanted = offered;
         Err(Refused::NotHere)
     }
+
+    /// A piece of a raw blob as it arrives, fetched from the origin unless `present_only`. Unverified: the
+    /// asker verifies the whole blob.
+    ///
+    /// **Errors** [`Refused`]. Bounded by its own deadlines.
+    async fn blob(&self, wanted: &WantedPiece) -> Result<BlobStream, Refused> {
+        blobs::none(wanted)
+    }
 }
 
 /// The server of the peer API.
@@ -138,20 +147,20 @@ pub struct PeerServer {
 }
 
 #[derive(Debug)]
-struct Shared {
-    fetcher: Fetcher,
-    peers: Arc<Peers>,
-    shelf: Arc<dyn Shelf>,
+pub(super) struct Shared {
+    pub(super) fetcher: Fetcher,
+    pub(super) peers: Arc<Peers>,
+    pub(super) shelf: Arc<dyn Shelf>,
     lists: ListDesk,
     compressions: Semaphore,
-    tasks: TaskTracker,
-    stop: CancellationToken,
+    pub(super) tasks: TaskTracker,
+    pub(super) stop: CancellationToken,
     version: String,
 }
 
 /// An upload that was admitted. Dropped, it is over.
 #[derive(Debug)]
-struct Upload {
+pub(super) struct Upload {
     peers: Arc<Peers>,
     key: PieceKey,
     node: NodeId,
@@ -160,7 +169,7 @@ struct Upload {
 
 impl Upload {
     /// It is over; the asker holds the piece if it was `complete`.
-    fn end(mut self, complete: bool) {
+    pub(super) fn end(mut self, complete: bool) {
         self.complete = complete;
     }
 }
@@ -230,7 +239,7 @@ impl PeerServer {
     }
 }
 
-type Parts<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+pub(super) type Parts<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 pub(super) fn refused(error: &WireError) -> Status {
     Status::invalid_argument(error.to_string())
@@ -246,7 +255,7 @@ impl Shared {
     }
 
     /// Begins an upload of a piece, or says whom to ask instead.
-    fn admit(
+    pub(super) fn admit(
         &self,
         key: PieceKey,
         node: &NodeId,
@@ -511,6 +520,7 @@ async fn give(parts: &mpsc::Sender<Result<ChunksPart, Status>>, part: Part) -> R
 impl Peer for PeerServer {
     type ChunksStream = Parts<ChunksPart>;
     type ObjectStream = Parts<ObjectPart>;
+    type BlobStream = Parts<BlobPart>;
 
     async fn hello(&self, _: Request<HelloRequest>) -> Result<Response<HelloReply>, Status> {
         let view = self.shared.peers.view();
@@ -524,7 +534,7 @@ impl Peer for PeerServer {
             version: self.shared.version.clone(),
             protocol: PROTOCOL,
             oldest_protocol: OLDEST_PROTOCOL,
-            capabilities: Vec::new(),
+            capabilities: vec!["blobs".to_owned()],
             load: load.into(),
             free_slots: free_slots.into(),
         }))
@@ -564,6 +574,13 @@ impl Peer for PeerServer {
             upload.end(matches!(served, Some(Ok(Ok(true)))));
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(answer))))
+    }
+
+    async fn blob(
+        &self,
+        request: Request<BlobRequest>,
+    ) -> Result<Response<Self::BlobStream>, Status> {
+        blobs::serve(&self.shared, request.into_inner()).await
     }
 
     async fn object(

@@ -2,6 +2,7 @@
 //! Several nodes in one process, over loopback: who fetches what from the origin, and who survives what.
 
 mod boot;
+mod blobs;
 mod hostile;
 
 use std::collections::HashMap;

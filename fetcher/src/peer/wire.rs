@@ -64,7 +64,7 @@ fn digest(bytes: &[u8], field: &'static str) -> Result<[u8; DIGEST_BYTES], WireE
     bytes.try_into().map_err(|_| malformed(field))
 }
 
-fn places(written: &[proto::Place]) -> OriginSet {
+pub(super) fn places(written: &[proto::Place]) -> OriginSet {
     let known = written.iter().take(PLACES_MAX);
     // What is no valid name is left out: the others may do.
     OriginSet::new(known.filter_map(|it| Repository::new(&it.host, &it.repository).ok()))

@@ -45,6 +45,15 @@ type Parts<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 impl Peer for Hostile {
     type ChunksStream = Parts<proto::ChunksPart>;
     type ObjectStream = Parts<proto::ObjectPart>;
+    type BlobStream = Parts<proto::BlobPart>;
+
+    async fn blob(
+        &self,
+        _: Request<proto::BlobRequest>,
+    ) -> Result<Response<Self::BlobStream>, Status> {
+        // As a node of an older version.
+        Err(Status::unimplemented("blob"))
+    }
 
     async fn hello(
         &self,
