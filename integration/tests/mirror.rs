@@ -8,7 +8,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -403,5 +403,70 @@ fn a_docker_style_client_resumes_also_without_the_registry() -> Result<()> {
         pulls.get(&path, "").ok()
     });
     ensure!(answered.context("the mirror is back")?.status == 502);
+    Ok(())
+}
+
+#[test]
+fn two_nodes_pull_a_blob_once() -> Result<()> {
+    let root = Root::new("mirrors")?;
+    let registry = Registry::start(&root, Line::OPEN)?;
+    let host = registry.host();
+    let peers = [free_address()?, free_address()?];
+    let mirrors = [free_address()?, free_address()?];
+    let mut daemons = Vec::new();
+    for at in 0..2 {
+        let part = root.part(&format!("node-{at}"))?;
+        let config = format!(
+            "\n[mirror]\nlisten = \"{}\"\nupstream = \"{host}\"\n\n[cluster]\nenabled = true\n\
+             name = \"node-{at}\"\nlisten = \"{}\"\nseeds = [\"{}\"]\n",
+            mirrors[at],
+            peers[at],
+            peers[1 - at]
+        );
+        let daemon = Daemon::start(&part, &part.join("c/c.sock")?, &config)?;
+        daemons.push((daemon, part));
+    }
+    let mut base = Layer::new();
+    // Sixteen pieces: with one home for all of them the test would say nothing.
+    base.file("data", Attributes::root(0o644), &noise(32 << 20))?;
+    let directory = tempfile::tempdir()?;
+    let layout = layout::write(directory.path(), &mut [base], &["/x"])?;
+    images::push_layout(&layout, &format!("{}/app:1", registry.direct()))?;
+    let sees = |daemon: &Daemon| -> Result<bool> {
+        let nodes = daemon.sluice_ok(&["nodes"])?.stdout;
+        Ok(nodes.contains("node-0") && nodes.contains("node-1"))
+    };
+    let begun = Instant::now();
+    while !(sees(&daemons[0].0)? && sees(&daemons[1].0)?) {
+        ensure!(
+            begun.elapsed() < Duration::from_secs(60),
+            "the nodes do not find each other"
+        );
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    let accept = format!("Accept: {DOCKER_ACCEPT}\r\n");
+    let before = registry.line.bytes();
+    let mut blob_bytes = 0;
+    for mirror in mirrors {
+        let manifest = exchange(mirror, "/v2/app/manifests/1", &accept)?;
+        let manifest: Value = serde_json::from_slice(&manifest.body)?;
+        let layer = digests(&manifest).pop().context("a layer")?;
+        let blob = exchange(mirror, &format!("/v2/app/blobs/{layer}"), "")?;
+        ensure!(blob.digest() == layer);
+        blob_bytes = blob.body.len() as u64;
+    }
+    let sent = registry.line.bytes() - before;
+    let from_nodes = |daemon: &Daemon| daemon.metric("sluice_mirror_bytes_total", &["peer"]);
+    let given = from_nodes(&daemons[0].0)? + from_nodes(&daemons[1].0)?;
+    println!(
+        "a blob of {blob_bytes} bytes, pulled at two nodes: the registry sent {sent}, nodes gave {given}"
+    );
+    // Heads, manifests, and nothing of the blob twice.
+    ensure!(
+        sent < blob_bytes + (1 << 20),
+        "{sent} of {blob_bytes}\n{}",
+        daemons[1].0.log_tail()
+    );
+    ensure!(given > 0.0);
     Ok(())
 }

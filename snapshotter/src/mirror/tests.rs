@@ -147,7 +147,9 @@ impl Site {
 }
 
 fn bytes(length: usize) -> Bytes {
-    (0..length).map(|at| (at % 251) as u8).collect()
+    (0..length)
+        .map(|at| u8::try_from(at % 251).unwrap())
+        .collect()
 }
 
 fn basic(credential: &str) -> String {
@@ -485,4 +487,49 @@ async fn other_requests_are_passed_or_refused() {
     }
     let long = format!("X: {}\r\n", "y".repeat(64 << 10));
     assert_eq!(site.ask_plainly("GET", "/v2/", &long).await.status, 431);
+}
+
+#[tokio::test]
+async fn a_port_that_is_taken_is_tried_again_and_said() {
+    let site = Site::new("").await;
+    let taken = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let shared = &site.mirror.shared;
+    let config = MirrorConfig {
+        listen: taken.local_addr().unwrap(),
+        upstream: None,
+        registries: Vec::new(),
+        budget_bytes: 1,
+        fresh: Duration::ZERO,
+        access: Duration::ZERO,
+        stale: Duration::ZERO,
+    };
+    let parts = MirrorParts {
+        client: shared.client.clone(),
+        blobs: shared.blobs.clone(),
+        nodes: Arc::new(|_| None),
+        metrics: MirrorMetrics::default(),
+        key: [7; 32],
+        stop: site.stop.clone(),
+    };
+    let mirror = Mirror::new(&config, parts);
+    let serving = tokio::spawn(serve_at(mirror.clone()));
+    let until = |wanted: fn(&MirrorState) -> bool| {
+        let mirror = mirror.clone();
+        async move {
+            while !wanted(&mirror.state()) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        }
+    };
+    let patience = Duration::from_secs(60);
+    let problem = until(|state| !state.listening && state.problem.contains("listen at"));
+    tokio::time::timeout(patience, problem).await.unwrap();
+    drop(taken);
+    let listening = until(|state| state.listening && state.problem.is_empty());
+    tokio::time::timeout(patience, listening).await.unwrap();
+    site.stop.cancel();
+    tokio::time::timeout(patience, serving)
+        .await
+        .unwrap()
+        .unwrap();
 }
