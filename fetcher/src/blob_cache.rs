@@ -45,6 +45,7 @@ use crate::store::lock;
 
 mod fetch;
 mod files;
+mod judge;
 mod live;
 mod metrics;
 mod pieces;

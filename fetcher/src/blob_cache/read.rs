@@ -57,7 +57,8 @@ pub(super) async fn open(
         }
         Place::Uncached => {
             shared.metrics.uncached();
-            let body = past(shared, context, &supply, blob, size_bytes, extent).await?;
+            let hasher = (extent.len() == size_bytes).then(Sha256::new);
+            let body = past(shared, context, &supply, blob, extent, hasher).await?;
             return Ok(BlobStream::new(extent, body));
         }
     };
@@ -78,7 +79,8 @@ pub(super) async fn open(
         Err(error) => {
             tracing::warn!(%blob, "failed to open a kept blob, reading past the cache: {error}");
             shared.metrics.uncached();
-            let body = past(shared, context, &supply, blob, size_bytes, extent).await?;
+            let hasher = (extent.len() == size_bytes).then(Sha256::new);
+            let body = past(shared, context, &supply, blob, extent, hasher).await?;
             return Ok(BlobStream::new(extent, body));
         }
     };
@@ -198,8 +200,15 @@ impl Reader {
                 Look::Past => {
                     self.shared.metrics.uncached();
                     let rest = Extent::new(self.at, self.end).unwrap_or_else(Extent::empty);
-                    let (blob, size) = (self.live.blob, self.live.size_bytes);
-                    let past = past(&self.shared, &self.context, &self.supply, blob, size, rest);
+                    let (blob, hasher) = (self.live.blob, self.hasher.take());
+                    let past = past(
+                        &self.shared,
+                        &self.context,
+                        &self.supply,
+                        blob,
+                        rest,
+                        hasher,
+                    );
                     self.past = Some(past.await?);
                 }
             }
@@ -283,14 +292,15 @@ impl Reader {
     }
 }
 
-/// Straight from the origin. Who reads all of the blob gets its end when it was verified here, too.
+/// Straight from the origin. With the hash over what a reader of all of the blob has already, he gets the end
+/// of it when it was verified here, too.
 async fn past(
     shared: &Arc<Shared>,
     context: &ReadContext,
     supply: &Supply,
     blob: BlobDigest,
-    size_bytes: u64,
     extent: Extent<BlobSpace>,
+    hasher: Option<Sha256>,
 ) -> Result<Body, SourceError> {
     let stream = supply.origin.open(context, extent).await?.narrow(extent)?;
     let metrics = shared.metrics.clone();
@@ -299,17 +309,19 @@ async fn past(
             metrics.came(From::Origin, bytes.len() as u64);
         }
     });
-    let whole = extent.start() == 0 && extent.end() == size_bytes;
-    Ok(if whole {
-        verified(blob, counted.boxed()).boxed()
-    } else {
-        counted.boxed()
+    Ok(match hasher {
+        Some(hasher) => verified(blob, hasher, counted.boxed()).boxed(),
+        None => counted.boxed(),
     })
 }
 
 /// Passes a blob on, its last bytes only if all of it has the digest.
-fn verified(blob: BlobDigest, body: Body) -> impl Stream<Item = Result<Bytes, SourceError>> + Send {
-    let state = (body, Sha256::new(), None::<Bytes>);
+fn verified(
+    blob: BlobDigest,
+    hasher: Sha256,
+    body: Body,
+) -> impl Stream<Item = Result<Bytes, SourceError>> + Send {
+    let state = (body, hasher, None::<Bytes>);
     stream::try_unfold(state, move |(mut body, mut hasher, mut held)| async move {
         loop {
             match body.next().await.transpose()? {

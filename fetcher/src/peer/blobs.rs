@@ -19,22 +19,22 @@ use futures::StreamExt as _;
 use futures::stream::{self, BoxStream};
 use sluice_blockindex::digest::BlobDigest;
 use sluice_blockindex::extent::Extent;
-use sluice_proto::peer::{self as proto, BlobPart, BlobRequest, blob_part};
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
+use sluice_proto::peer::{BlobPart, BlobRequest, blob_part};
+use tonic::Request;
 
 use super::client::{PeerError, Peers};
-use super::server::{PARTS_QUEUED, Parts, REQUEST_DEADLINE, Refused, Shared, WORKING_EVERY};
 use super::wire::{WireError, places_to_proto};
 use crate::blob_cache::{GivenPiece, Piece, PieceGivers};
 use crate::clock;
 use crate::cluster::choice::Outcome;
 use crate::cluster::home::homes;
-use crate::cluster::node::{Node, NodeId, Role};
-use crate::registry::{RegistryError, Repository};
-use crate::source::{BlobStream, OriginSet, SourceError};
-use crate::store::lock;
+use crate::cluster::node::{Node, NodeId};
+use crate::registry::Repository;
+use crate::source::{OriginSet, SourceError};
+
+mod serve;
+
+pub(super) use serve::{none, serve};
 
 /// Homes of a piece that are asked before the origin, as of pieces of layers.
 const HOMES: usize = 2;
@@ -46,8 +46,6 @@ const BUSY_PATIENCE: Duration = Duration::from_secs(5);
 const BUSY_PAUSE: Duration = Duration::from_millis(100);
 /// Longest time without a byte of a piece, whatever signs of life come: what a home waits for its origin.
 const STALL: Duration = Duration::from_secs(30);
-/// Bytes of one message.
-const PART_BYTES: usize = 256 << 10;
 
 /// A piece that a node asks for.
 #[derive(Clone, Debug)]
@@ -99,119 +97,6 @@ impl WantedPiece {
             end: extent.end(),
             places: places_to_proto(&self.places),
             present_only: self.present_only,
-        }
-    }
-}
-
-fn part(part: blob_part::Part) -> BlobPart {
-    BlobPart { part: Some(part) }
-}
-
-/// Answers a request for a piece.
-pub(super) async fn serve(
-    shared: &Arc<Shared>,
-    request: BlobRequest,
-) -> Result<Response<Parts<BlobPart>>, Status> {
-    let wanted = WantedPiece::try_from(request)
-        .map_err(|error| Status::invalid_argument(error.to_string()))?;
-    if shared.peers.view().me.role == Role::Leech {
-        return Err(Status::permission_denied("this node gives nothing"));
-    }
-    let upload = match shared.admit(
-        wanted.piece.key(),
-        &wanted.node,
-        false,
-        !wanted.present_only,
-    ) {
-        Ok(upload) => upload,
-        Err(named) => {
-            let nodes = named.iter().map(ToString::to_string).collect();
-            let busy = proto::Busy { nodes, retry_ms: 0 };
-            let busy = Ok(part(blob_part::Part::Busy(busy)));
-            return Ok(Response::new(Box::pin(stream::iter([busy]))));
-        }
-    };
-    let (parts, answer) = mpsc::channel(PARTS_QUEUED);
-    let (serving, stop) = (Arc::clone(shared), shared.stop.clone());
-    shared.tasks.spawn(async move {
-        let sent = send(&serving, &wanted, &parts);
-        let bounded = tokio::time::timeout(REQUEST_DEADLINE, sent);
-        let served = stop.run_until_cancelled(bounded).await;
-        upload.end(matches!(served, Some(Ok(true))));
-    });
-    Ok(Response::new(Box::pin(ReceiverStream::new(answer))))
-}
-
-/// Sends a piece as it arrives; says whether that was all of it.
-async fn send(
-    shared: &Shared,
-    wanted: &WantedPiece,
-    parts: &mpsc::Sender<Result<BlobPart, Status>>,
-) -> bool {
-    let mut beat = tokio::time::interval(WORKING_EVERY);
-    let working = || Ok(part(blob_part::Part::Working(proto::Working {})));
-    let mut opening = shared.shelf.blob(wanted);
-    let opened = loop {
-        tokio::select! {
-            biased;
-            opened = &mut opening => break opened,
-            () = parts.closed() => return false,
-            _ = beat.tick() => if parts.send(working()).await.is_err() { return false },
-        }
-    };
-    let mut body = match opened {
-        Ok(stream) => stream.body,
-        Err(refused) => {
-            shared.fetcher.metrics().refused(refused.word());
-            let _ = parts.send(Err(super::server::status_of(&refused))).await;
-            return false;
-        }
-    };
-    loop {
-        let piece = tokio::select! {
-            biased;
-            () = parts.closed() => return false,
-            piece = body.next() => piece,
-            _ = beat.tick() => {
-                if parts.send(working()).await.is_err() {
-                    return false;
-                }
-                continue;
-            }
-        };
-        match piece {
-            None => return true,
-            Some(Ok(mut bytes)) => {
-                while !bytes.is_empty() {
-                    let data = bytes.split_to(bytes.len().min(PART_BYTES));
-                    let length = data.len() as u64;
-                    shared.fetcher.metrics().served("blob", length);
-                    let wait = lock(&shared.peers.buckets.upload).take(length, clock::now());
-                    if !wait.is_zero() {
-                        tokio::time::sleep(wait).await;
-                    }
-                    if parts
-                        .send(Ok(part(blob_part::Part::Data(data))))
-                        .await
-                        .is_err()
-                    {
-                        return false;
-                    }
-                }
-                beat.reset();
-            }
-            Some(Err(error)) => {
-                let status = match &error {
-                    SourceError::NoSource { .. }
-                    | SourceError::Registry(
-                        RegistryError::Denied { .. } | RegistryError::NotFound { .. },
-                    ) => Status::permission_denied("this node cannot fetch it"),
-                    other => Status::unavailable(other.to_string()),
-                };
-                shared.fetcher.metrics().refused("failed");
-                let _ = parts.send(Err(status)).await;
-                return false;
-            }
         }
     }
 }
@@ -468,9 +353,4 @@ fn boxed(
     body: impl futures::Stream<Item = Result<Bytes, SourceError>> + Send + 'static,
 ) -> BoxStream<'static, Result<Bytes, SourceError>> {
     Box::pin(body)
-}
-
-/// A shelf without blobs.
-pub(super) fn none(_: &WantedPiece) -> Result<BlobStream, Refused> {
-    Err(Refused::NotHere)
 }

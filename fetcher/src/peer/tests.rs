@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Several nodes in one process, over loopback: who fetches what from the origin, and who survives what.
 
-mod boot;
 mod blobs;
+mod boot;
 mod hostile;
 
 use std::collections::HashMap;
