@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::wire::{OfferedList, WantedLayer, WantedObject};
 use super::*;
+use crate::cluster::choice::Outcome;
 use crate::cluster::home::{HomeLimit, PieceKey, homes};
 use crate::cluster::node::{Node, NodeId, Role, View};
 use crate::fixture::TestLayer;
@@ -363,6 +364,24 @@ async fn the_second_home_takes_over_when_the_first_dies() {
         .map(|it| layer.chunks.chunk(it).unwrap().blob.len())
         .sum();
     assert!((nodes[second].line.sent_bytes() as u64) < of_piece);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_was_silent_is_asked_again_once_a_probe_reached_it() {
+    let layer = six_pieces();
+    let nodes = zone(2, &layer, &patient()).await;
+    let (peers, other) = (&nodes[0].peers, &nodes[1].node);
+    assert!(peers.doubted().is_empty());
+    peers.observe(&other.id, Outcome::Late);
+    assert_eq!(peers.doubted(), [other.clone()]);
+    assert!(peers.giver(&other.id).is_none(), "nobody is sent to it");
+    peers.probe(other, 30 * SECOND).await.unwrap();
+    assert!(peers.doubted().is_empty() && peers.giver(&other.id).is_some());
+    // One that is not there stays in doubt.
+    nodes[1].crash().await;
+    peers.observe(&other.id, Outcome::Late);
+    assert!(peers.probe(other, 30 * SECOND).await.is_err());
+    assert_eq!(peers.doubted(), [other.clone()]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
