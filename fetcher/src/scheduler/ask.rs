@@ -27,7 +27,7 @@ use crate::cluster::home::PieceKey;
 use crate::cluster::node::{Node, NodeId};
 use crate::peer::Peers;
 use crate::peer::client::PeerError;
-use crate::peer::route::{Route, Step};
+use crate::peer::route::{Route, Step, patience};
 use crate::peer::wire::{Form, Part, WantedChunk, WantedChunks, WantedLayer, WireError};
 use crate::source::{Class, Priority, SourceKind};
 use crate::store::{Committed, lock};
@@ -258,7 +258,10 @@ impl Asking<'_> {
             let hedge_after = self.peers.hedge_after(&self.asks[0].node);
             let hedge_at = last_sign + hedge_after.max(options.hedge_floor);
             let may_hedge = !hedged && !signs && urgency.effective() == Priority::Foreground;
-            let silent_at = (last_sign + options.silence).min(last_chunk + run.core.options.stall);
+            // A home that works may have the request wait behind others, on a slow line for long. What nobody
+            // waits for is not worth a second fetch.
+            let promises = patience(urgency.effective()).max(run.core.options.stall);
+            let silent_at = (last_sign + options.silence).min(last_chunk + promises);
             tokio::select! {
                 biased;
                 () = &mut called_off => return Err(FetchFailure::Cancelled),
@@ -306,7 +309,7 @@ impl Asking<'_> {
                     }
                 }
                 () = tokio::time::sleep_until(silent_at), if reading => {
-                    if clock::now() < last_chunk + run.core.options.stall
+                    if clock::now() < last_chunk + promises
                         && let Some(heard) = self.heard_since(last_sign)
                     {
                         last_sign = heard;
