@@ -47,6 +47,7 @@ use crate::store::{DocumentTable, MetadataStore, StoreError};
 
 pub use ask::{BootPeers, Given};
 pub use document::{BootDocument, Off, Origin};
+pub use load::Listed;
 pub use metrics::BootMetrics;
 
 /// The most lists of this node. A list is some kilobytes, and an image that was not started for so many

@@ -22,6 +22,7 @@ pub use mirror::MirrorConfig;
 pub use written::Written;
 
 use crate::boot::BootOptions;
+use crate::prewarm::PrewarmOptions;
 
 /// Where the configuration is looked for if the command line does not say.
 pub const DEFAULT_PATH: &str = "/etc/sluice/config.toml";
@@ -127,6 +128,8 @@ pub struct Config {
     pub prefetch_delay: Duration,
     /// Learning and loading what containers read while they start.
     pub boot: BootOptions,
+    /// Bringing images before they are asked for.
+    pub prewarm: PrewarmOptions,
     /// Docker's `config.json` with credentials; `None`: where docker itself looks.
     pub docker_config: Option<PathBuf>,
     /// By `host[:port]`.
@@ -215,6 +218,7 @@ impl Written {
             store,
             prefetch,
             boot,
+            prewarm,
             registry,
             trust,
             telemetry,
@@ -269,6 +273,10 @@ impl Written {
             boot: BootOptions {
                 enabled: boot.enabled,
                 window: check.nonzero("boot.window", &boot.window)?,
+            },
+            prewarm: PrewarmOptions {
+                grace: check.nonzero("prewarm.grace", &prewarm.grace)?,
+                deadline: check.nonzero("prewarm.deadline", &prewarm.deadline)?,
             },
             mount_grace: check.duration("mount.grace", &mount.grace)?,
             docker_config,

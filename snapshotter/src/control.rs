@@ -9,6 +9,7 @@ mod content;
 mod images;
 pub mod ingest;
 mod nodes;
+mod prewarm;
 mod status;
 mod why;
 
@@ -20,8 +21,8 @@ use sluice_fetcher::cluster::node::View;
 use sluice_proto::control::control_server::{Control, ControlServer};
 use sluice_proto::control::{
     CompleteContentProgress, CompleteContentRequest, LearnedBootListsRequest,
-    LearnedBootListsResponse, NodesRequest, NodesResponse, StatusRequest, StatusResponse,
-    WhyRequest, WhyResponse,
+    LearnedBootListsResponse, NodesRequest, NodesResponse, PrewarmRequest, StatusRequest,
+    StatusResponse, WhyRequest, WhyResponse,
 };
 use tokio::net::UnixListener;
 use tokio::sync::watch;
@@ -31,6 +32,7 @@ use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status};
 
 use crate::lazy::Lazy;
+use crate::prewarm::Prewarms;
 use crate::resolve::{Containerd, ContentError, ContentReader, ResolveError};
 use crate::run::MirrorSide;
 use crate::store::StoreError;
@@ -63,6 +65,20 @@ pub enum ControlError {
     /// A digest in a manifest is malformed.
     #[error("manifest names a layer {0:?}, which is no sha256 digest")]
     Digest(String),
+    /// An image to prewarm is no reference.
+    #[error("{image:?} is no image reference: {problem}")]
+    Reference {
+        /// As it came.
+        image: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// What to prewarm of an image is not known.
+    #[error("scope {0:?}: want \"full\" or \"boot\"")]
+    Scope(String),
+    /// Too much is under way.
+    #[error("{0}")]
+    Busy(String),
     /// The daemon stops.
     #[error("the daemon stops")]
     Stopping,
@@ -82,7 +98,10 @@ fn status_of(error: &ControlError) -> Status {
         ControlError::Containerd(_) | ControlError::Resolve(ResolveError::Content(_)) => {
             Status::data_loss(message)
         }
-        ControlError::Request(_) => Status::invalid_argument(message),
+        ControlError::Request(_) | ControlError::Reference { .. } | ControlError::Scope(_) => {
+            Status::invalid_argument(message)
+        }
+        ControlError::Busy(_) => Status::resource_exhausted(message),
         ControlError::Resolve(_) | ControlError::NoSource(_) | ControlError::Digest(_) => {
             Status::failed_precondition(message)
         }
@@ -98,6 +117,7 @@ pub struct ControlService {
     content: Arc<dyn ContentReader>,
     cluster: Option<watch::Receiver<Arc<View>>>,
     mirror: Option<MirrorSide>,
+    prewarms: Prewarms,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -110,6 +130,7 @@ impl ControlService {
         containerd: Containerd,
         cluster: Option<watch::Receiver<Arc<View>>>,
         mirror: Option<MirrorSide>,
+        prewarms: Prewarms,
         stop: CancellationToken,
     ) -> Self {
         let content = Arc::clone(&lazy.parts().content);
@@ -119,6 +140,7 @@ impl ControlService {
             content,
             cluster,
             mirror,
+            prewarms,
             tasks: TaskTracker::new(),
             stop,
         }
@@ -179,6 +201,16 @@ impl Control for ControlService {
     ) -> Result<Response<LearnedBootListsResponse>, Status> {
         let answer = self.learned_boot_lists(&request.into_inner()).await;
         answer.map(Response::new).map_err(|error| status_of(&error))
+    }
+
+    type PrewarmStream = prewarm::PrewarmStream;
+
+    async fn prewarm(
+        &self,
+        request: Request<PrewarmRequest>,
+    ) -> Result<Response<prewarm::PrewarmStream>, Status> {
+        let begun = self.prewarm(&request.into_inner());
+        begun.map(Response::new).map_err(|error| status_of(&error))
     }
 
     type CompleteContentStream = ProgressStream;

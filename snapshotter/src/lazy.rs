@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -34,12 +35,12 @@ use crate::boot::Boot;
 use crate::chain::RunKey;
 use crate::layers::{Layers, device_key};
 use crate::mounts::Mounts;
-use crate::plan::Plans;
+use crate::plan::{LayoutLayer, Outcome, Plans};
 use crate::resolve::ContentReader;
 use crate::shelf::NodeShelf;
 use crate::snapshots::{
-    LABEL_SNAPSHOT_REF, LazyDecision, LazyLayerRecord, LazyLayers, MountError, PrepareRequest,
-    SnapshotKind, SnapshotRecord, Usage,
+    BlobOrigin, LABEL_SNAPSHOT_REF, LazyDecision, LazyLayerRecord, LazyLayers, MountError,
+    PrepareRequest, SnapshotKind, SnapshotRecord, Usage,
 };
 use crate::store::{MetadataStore, StoreError};
 use crate::trees::TreeFiles;
@@ -157,6 +158,16 @@ impl Lazy {
     #[must_use]
     pub fn registry_hosts(&self) -> &[String] {
         &self.0.options.registry_hosts
+    }
+
+    /// What becomes of a layer that no Prepare asks for yet: its index is on disk then.
+    pub async fn plan_layer(
+        &self,
+        layer: &LayoutLayer,
+        origins: &[BlobOrigin],
+        deadline: Instant,
+    ) -> Outcome {
+        self.0.outcome(layer, origins, deadline).await
     }
 
     /// How many active snapshots and views stand on each run.
@@ -289,4 +300,4 @@ impl LazyLayers for Lazy {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

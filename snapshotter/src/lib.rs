@@ -18,6 +18,7 @@ pub mod mirror;
 pub mod mount;
 pub mod mounts;
 pub mod plan;
+pub mod prewarm;
 pub mod resolve;
 pub mod run;
 pub mod service;

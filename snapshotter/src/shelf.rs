@@ -5,7 +5,8 @@
 //! A layer that no snapshot of this node has is a *foster*: the node is its home, or a supernode. Its
 //! index comes from the node that asks, its chunks from the repositories that the asker names, as far as
 //! `[trust] lazy` allows these here, with this node's own credentials. The sweep leaves fosters alone
-//! until nobody has asked for them for a while.
+//! until nobody has asked for them for a while. Prewarmed layers are fosters as well, kept by
+//! [`NodeShelf::hold`] for as long as the configuration says.
 //!
 //! An index is fetched from the origin by its home, once, however many ask at the same time.
 //!
@@ -72,6 +73,7 @@ pub struct NodeShelf {
     blobs: OnceLock<BlobCache>,
     payloads: Mutex<Payloads>,
     flights: Mutex<HashMap<IndexDigest, Flight>>,
+    /// Until when each is kept.
     fosters: Mutex<HashMap<DeviceKey, Instant>>,
 }
 
@@ -131,12 +133,21 @@ impl NodeShelf {
         self.peers.get()
     }
 
-    /// Layers that are kept for other nodes.
+    /// Layers that are kept for other nodes, or for a start that is to come.
     #[must_use]
     pub fn fosters(&self) -> BTreeSet<DeviceKey> {
-        let mut fosters = lock(&self.fosters);
-        fosters.retain(|_, asked| asked.elapsed() < FOSTER_LIFE);
+        let (mut fosters, now) = (lock(&self.fosters), Instant::now());
+        fosters.retain(|_, until| *until > now);
         fosters.keys().copied().collect()
+    }
+
+    /// Keeps a layer from the sweep for this time at least, whether a snapshot has it or not; the store's
+    /// budget may end it sooner.
+    pub fn hold(&self, key: DeviceKey, life: Duration) {
+        let until = Instant::now() + life;
+        let mut fosters = lock(&self.fosters);
+        let known = fosters.entry(key).or_insert(until);
+        *known = until.max(*known);
     }
 
     /// Keeps the payload of an index, for nodes that may ask for it.
@@ -277,8 +288,8 @@ impl Shelf for NodeShelf {
         present_only: bool,
     ) -> Result<Arc<LayerHandle>, Refused> {
         let key = wanted.key;
-        if let Some(asked) = lock(&self.fosters).get_mut(&key) {
-            *asked = Instant::now();
+        if let Some(until) = lock(&self.fosters).get_mut(&key) {
+            *until = (Instant::now() + FOSTER_LIFE).max(*until);
         }
         match self.layers.by_key(key).await {
             Ok(Some(handle)) => return Ok(handle),
@@ -293,7 +304,7 @@ impl Shelf for NodeShelf {
         }
         let index = self.foster_index(wanted, asker).await?;
         // Before it is opened: the sweep must not find it without a reason to be.
-        lock(&self.fosters).insert(key, Instant::now());
+        self.hold(key, FOSTER_LIFE);
         let (blob, blob_bytes) = (wanted.blob, wanted.blob_bytes);
         let opened = self.layers.open_at(key, blob, blob_bytes, &places, &index);
         let handle = opened.await.map_err(failed)?;

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use super::document::BootDocument;
 use super::{Boot, LOADS_MAX, Load, OfferError, State, boot_key, indexes};
+use crate::layers::OpenLayerError;
 use crate::snapshots::LazyLayerRecord;
 
 impl State {
@@ -47,6 +48,24 @@ impl State {
             }
         }
     }
+}
+
+/// What there is to load for a run.
+#[derive(Debug)]
+pub enum Listed {
+    /// No list is known.
+    Nothing,
+    /// It is not used, and why.
+    Off(String),
+    /// A layer cannot be opened.
+    Unopened(OpenLayerError),
+    /// These chunks, the most urgent first; their layers are places in `handles`.
+    Chunks {
+        /// The layers of the run, lowest first.
+        handles: Vec<Arc<LayerHandle>>,
+        /// The chunks.
+        reads: Vec<BootRead>,
+    },
 }
 
 /// Ends a load, however it ends.
@@ -102,43 +121,18 @@ impl Boot {
         key: BootKey,
         layers: &[LazyLayerRecord],
     ) -> usize {
-        let Some(document) = self.wanted(key, layers).await else {
-            return 0;
-        };
-        if let Some(off) = &document.off {
-            tracing::debug!(%key, reason = off.reason, "the boot list is off");
-            return 0;
-        }
-        let mut handles: Vec<Arc<LayerHandle>> = Vec::new();
-        for record in layers {
-            match self.layers.open(record).await {
-                Ok(handle) => handles.push(handle),
-                Err(error) => {
-                    tracing::debug!(%key, "do without a boot list: {error}");
-                    return 0;
-                }
+        let (handles, reads) = match self.listed(layers).await {
+            Listed::Chunks { handles, reads } => (handles, reads),
+            Listed::Nothing => return 0,
+            Listed::Off(reason) => {
+                tracing::debug!(%key, reason, "the boot list is off");
+                return 0;
             }
-        }
-        let mut chunks = document.chunks();
-        let listed = chunks.len();
-        let there = |at: &BootChunk| {
-            let handle = handles.get(usize::from(at.layer));
-            handle.is_some_and(|handle| at.chunk < handle.chunks().count())
+            Listed::Unopened(error) => {
+                tracing::debug!(%key, "do without a boot list: {error}");
+                return 0;
+            }
         };
-        chunks.retain(there);
-        if chunks.len() < listed {
-            // Somebody told nonsense; what others said besides is as good as ever.
-            let unknown = listed - chunks.len();
-            tracing::warn!(%key, listed, unknown, "a boot list names chunks that there are not");
-            self.metrics.ignored("no_such_chunk");
-        }
-        let reads: Vec<BootRead> = chunks
-            .iter()
-            .map(|at| BootRead {
-                layer: usize::from(at.layer),
-                chunk: at.chunk,
-            })
-            .collect();
         let began = Instant::now();
         let burst = self.layers.fetcher().load_boot_list(&handles, &reads);
         if burst.requests() == 0 {
@@ -151,10 +145,56 @@ impl Boot {
         let (count, bytes) = present_bytes(&handles, claimed.iter());
         self.metrics.loaded(count, bytes);
         tracing::info!(
-            %key, listed = chunks.len(), missing = claimed.len(), loaded = count, bytes, requests,
+            %key, listed = reads.len(), missing = claimed.len(), loaded = count, bytes, requests,
             seconds = began.elapsed().as_secs_f64(), "boot list loaded"
         );
         claimed.len()
+    }
+
+    /// What the list of a run names, ready to be loaded; the layers are opened, and their indexes are on
+    /// disk.
+    pub async fn listed(self: &Arc<Self>, layers: &[LazyLayerRecord]) -> Listed {
+        let key = boot_key(layers);
+        if !self.options.enabled {
+            return Listed::Off("[boot] enabled is false".to_owned());
+        }
+        let Some(document) = self.wanted(key, layers).await else {
+            return Listed::Nothing;
+        };
+        if let Some(off) = &document.off {
+            return Listed::Off(off.reason.clone());
+        }
+        let mut handles: Vec<Arc<LayerHandle>> = Vec::new();
+        for record in layers {
+            match self.layers.open(record).await {
+                Ok(handle) => handles.push(handle),
+                Err(error) => return Listed::Unopened(error),
+            }
+        }
+        let mut chunks = document.chunks();
+        let listed = chunks.len();
+        if listed == 0 {
+            return Listed::Nothing;
+        }
+        let there = |at: &BootChunk| {
+            let handle = handles.get(usize::from(at.layer));
+            handle.is_some_and(|handle| at.chunk < handle.chunks().count())
+        };
+        chunks.retain(there);
+        if chunks.len() < listed {
+            // Somebody told nonsense; what others said besides is as good as ever.
+            let unknown = listed - chunks.len();
+            tracing::warn!(%key, listed, unknown, "a boot list names chunks that there are not");
+            self.metrics.ignored("no_such_chunk");
+        }
+        let reads = chunks
+            .iter()
+            .map(|at| BootRead {
+                layer: usize::from(at.layer),
+                chunk: at.chunk,
+            })
+            .collect();
+        Listed::Chunks { handles, reads }
     }
 
     /// The document of a list that could be used. What is attached to the layers is remembered; where

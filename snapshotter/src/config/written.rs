@@ -19,6 +19,7 @@ pub struct Written {
     pub store: Store,
     pub prefetch: Prefetch,
     pub boot: Boot,
+    pub prewarm: Prewarm,
     pub registry: Registry,
     pub trust: Trust,
     pub telemetry: Telemetry,
@@ -95,6 +96,13 @@ section! {
     Boot {
         enabled: bool = true,
         window: String = "10s".into(),
+    }
+}
+section! {
+    /// `[prewarm]`
+    Prewarm {
+        grace: String = "1h".into(),
+        deadline: String = "1h".into(),
     }
 }
 section! {

@@ -378,7 +378,7 @@ impl Inner {
     }
 
     /// What becomes of one layer.
-    async fn outcome(
+    pub(super) async fn outcome(
         self: &Arc<Self>,
         layer: &LayoutLayer,
         origins: &[BlobOrigin],

@@ -4,6 +4,7 @@
 
 use super::*;
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::SystemTime;
 
 use sluice_blockindex::annotations::LayerAnnotations;
@@ -42,10 +43,21 @@ fn site() -> Site {
 /// With this grace for files.
 fn site_with(file_grace: Duration) -> Site {
     let dir = tempfile::tempdir().unwrap();
-    let at = |name: &str| dir.path().join(name);
+    let client = RegistryClient::new(RegistryOptions::default(), Arc::new(NoCredentials)).unwrap();
+    let (payload, annotations) = sample::layer();
+    Site {
+        lazy: lazy_in(dir.path(), client, file_grace),
+        payload,
+        annotations,
+        _dir: dir,
+    }
+}
+
+/// Lazy layers in a directory, with a content store in memory; their shelf trusts everybody, too.
+pub(crate) fn lazy_in(directory: &Path, client: RegistryClient, file_grace: Duration) -> Lazy {
+    let at = |name: &str| directory.join(name);
     let store = Arc::new(Store::open(&at("devices"), StoreOptions::default()).unwrap());
     let fetcher = Fetcher::new(FetcherOptions::default(), store, Metrics::new());
-    let client = RegistryClient::new(RegistryOptions::default(), Arc::new(NoCredentials)).unwrap();
     let metadata = Arc::new(MetadataStore::open(&at("metadata.redb")).unwrap());
     let indexes = Arc::new(IndexFiles::open(&at("indexes")).unwrap());
     let layers = Layers::new(
@@ -73,13 +85,16 @@ fn site_with(file_grace: Duration) -> Site {
         metadata,
         trees: Arc::new(TreeFiles::open(&at("trees")).unwrap()),
         background: Background::new(Arc::clone(&layers), None),
-        shelf: Arc::new(NodeShelf::new(Arc::clone(&layers), Trust::new(vec![]))),
+        shelf: Arc::new(NodeShelf::new(
+            Arc::clone(&layers),
+            Trust::new(vec!["*".to_owned()]),
+        )),
         layers,
         mounts: Arc::new(Mounts::new(backend, &at("mnt"))),
         metrics: LazyMetrics::default(),
     };
     let options = LazyOptions {
-        root: dir.path().to_owned(),
+        root: directory.to_owned(),
         trust: Trust::new(vec!["*".to_owned()]),
         registry_hosts: Vec::new(),
         read_deadline: None,
@@ -87,13 +102,7 @@ fn site_with(file_grace: Duration) -> Site {
         file_grace,
         store_budget_bytes: None,
     };
-    let (payload, annotations) = sample::layer();
-    Site {
-        lazy: Lazy::start(parts, options),
-        payload,
-        annotations,
-        _dir: dir,
-    }
+    Lazy::start(parts, options)
 }
 
 impl Site {

@@ -29,6 +29,7 @@ use crate::layers::Layers;
 use crate::lazy::{Lazy, LazyMetrics, LazyOptions, LazyParts, Reclaimer};
 use crate::mount::attached::AttachedMount;
 use crate::mounts::Mounts;
+use crate::prewarm::Prewarms;
 use crate::resolve::{Containerd, ContainerdContent};
 use crate::shelf::NodeShelf;
 use crate::shim::client::ShimOptions;
@@ -58,6 +59,7 @@ pub(super) struct LazySide {
     fetcher: Fetcher,
     store: Arc<Store>,
     shelf: Arc<NodeShelf>,
+    prewarms: Prewarms,
     control: JoinHandle<()>,
     attach: JoinHandle<()>,
 }
@@ -99,7 +101,7 @@ impl LazySide {
         let client = RegistryClient::new(options, credentials)?;
         let layers = Arc::new(Layers::new(
             fetcher.clone(),
-            client,
+            client.clone(),
             retry,
             Arc::clone(&indexes),
             Arc::clone(&metadata),
@@ -159,7 +161,9 @@ impl LazySide {
         );
         reclaimer.attach(&lazy);
 
-        let service = ControlService::new(lazy.clone(), containerd, cluster, mirror, stop);
+        let prewarms = Prewarms::new(lazy.clone(), client, config.prewarm);
+        let running = prewarms.clone();
+        let service = ControlService::new(lazy.clone(), containerd, cluster, mirror, running, stop);
         let control = tokio::spawn(async move {
             if let Err(error) = service.serve(listener).await {
                 tracing::error!("control service ended: {error}");
@@ -170,6 +174,7 @@ impl LazySide {
             fetcher,
             store: chunks,
             shelf,
+            prewarms,
             control,
             attach,
         })
@@ -197,6 +202,7 @@ impl LazySide {
             fetcher,
             store,
             shelf: _,
+            prewarms,
             control,
             attach,
         } = self;
@@ -206,6 +212,7 @@ impl LazySide {
         let ended = tokio::time::timeout(deadline, async {
             // Both end by the daemon's own token; their results were logged.
             let _ = control.await;
+            prewarms.stop().await;
             lazy.stop().await;
             fetcher.shutdown().await;
             tokio::task::spawn_blocking(move || store.stop()).await

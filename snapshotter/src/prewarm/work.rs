@@ -1,0 +1,341 @@
+// SPDX-License-Identifier: Apache-2.0
+//! One prewarm, from the reference to the last chunk.
+//!
+//! Resolve, fetch all indexes, open the layers as fosters, bring what is wanted. A layer that fails or is
+//! refused does not hold the others up. What came before a failure or a cancel stays as long as what came
+//! before the end: [`PrewarmOptions::grace`].
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use sluice_blockindex::annotations::LayerMark;
+use sluice_fetcher::boot::BootRead;
+use sluice_fetcher::registry::{ImageReference, RegistryClient};
+use sluice_fetcher::scheduler::LayerHandle;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::PrewarmOptions;
+use super::image::{FoundImage, find};
+use super::progress::{LayerPhase, LayerProgress, Phase, Progress, Scope};
+use crate::boot::Listed;
+use crate::layers::device_key;
+use crate::lazy::Lazy;
+use crate::plan::PlannedLayer;
+use crate::snapshots::LazyLayerRecord;
+
+/// Indexes fetched at once.
+const PARALLEL_INDEXES: usize = 8;
+/// How long an index may take: as many sources as there are, each at leisure.
+const INDEX_DEADLINE: Duration = Duration::from_secs(60);
+/// How often it is looked how far the layers are.
+const LOOK: Duration = Duration::from_millis(250);
+/// A hold lasts so long at least while the work goes on: it is renewed at every look.
+const HOLD: Duration = Duration::from_secs(10);
+/// Without a further chunk for so long the work is given up: a slot is not to wait for a registry that is
+/// gone. Longer than a registry's usual `Retry-After`.
+const STALL: Duration = Duration::from_secs(120);
+/// Between two attempts to bring what a burst did not bring.
+const BURST_PAUSE: Duration = Duration::from_secs(1);
+
+type Report = watch::Sender<Progress>;
+
+/// A layer that can be brought, and its place in the image.
+struct Opened {
+    at: usize,
+    record: LazyLayerRecord,
+    handle: Arc<LayerHandle>,
+}
+
+/// What a prewarm works with.
+#[derive(Debug)]
+pub(super) struct Work {
+    pub(super) lazy: Lazy,
+    pub(super) client: RegistryClient,
+    pub(super) options: PrewarmOptions,
+}
+
+impl Work {
+    /// Does it all; how it ended is in the report.
+    pub(super) async fn run(&self, reference: &ImageReference, scope: Scope, report: &Report) {
+        report.send_modify(|it| it.phase = Phase::Resolving);
+        let found = find(&self.client, &self.lazy.parts().layers, reference).await;
+        let image = match found {
+            Ok(image) => image,
+            Err(error) => {
+                report.send_modify(|it| it.fail(error));
+                return;
+            }
+        };
+        report.send_modify(|it| {
+            it.phase = Phase::Indexing;
+            it.manifest = Some(image.manifest);
+            it.layers = image.layout.layers.iter().map(LayerProgress::of).collect();
+        });
+        let opened = self.open_all(&image, report).await;
+        report.send_modify(|it| it.phase = Phase::Fetching);
+        match scope {
+            Scope::Full => self.complete(&opened, report).await,
+            Scope::Boot => self.bring_lists(&opened, report).await,
+        }
+        self.hold(&opened);
+        report.send_modify(Progress::end);
+    }
+
+    fn hold(&self, opened: &[Opened]) {
+        let life = self.options.grace.max(HOLD);
+        for layer in opened {
+            let key = layer.handle.key();
+            self.lazy.parts().shelf.hold(key, life);
+        }
+    }
+
+    /// Fetches the indexes, and opens the layers that have one; lowest first.
+    async fn open_all(&self, image: &FoundImage, report: &Report) -> Vec<Opened> {
+        let deadline = Instant::now() + INDEX_DEADLINE;
+        let open = |at: usize| async move {
+            let layer = &image.layout.layers[at];
+            if let Ok(LayerMark::Lazy(annotations)) = &layer.mark {
+                self.lazy.parts().boot.note_attached(annotations);
+            }
+            let planned = self.lazy.plan_layer(layer, &image.layout.origins, deadline);
+            let planned = match tokio::time::timeout_at(deadline, planned).await {
+                Ok(Ok(planned)) => planned,
+                Ok(Err(refusal)) => return Err((at, Some(refusal), String::new())),
+                Err(_) => return Err((at, None, "its index did not come in time".to_owned())),
+            };
+            self.open(at, &planned)
+                .await
+                .map_err(|error| (at, None, error))
+        };
+        let mut opened = Vec::new();
+        let mut work = futures::stream::iter((0..image.layout.layers.len()).map(open))
+            .buffer_unordered(PARALLEL_INDEXES);
+        while let Some(layer) = work.next().await {
+            report.send_modify(|it| match &layer {
+                Ok(Opened { at, handle, .. }) => {
+                    let device = handle.device();
+                    it.layers[*at].phase = LayerPhase::Fetching;
+                    it.layers[*at].total_bytes = device.device_bytes();
+                    it.layers[*at].present_bytes = device.present_bytes();
+                }
+                Err((at, Some(refusal), _)) => it.layers[*at].refuse(refusal),
+                Err((at, None, error)) => it.layers[*at].fail(error),
+            });
+            opened.extend(layer.ok());
+        }
+        opened.sort_by_key(|layer| layer.at);
+        opened
+    }
+
+    async fn open(&self, at: usize, planned: &PlannedLayer) -> Result<Opened, String> {
+        let parts = self.lazy.parts();
+        let record = planned.record.clone();
+        // Before it is opened: the sweep must not find it without a reason to be.
+        let life = self.options.grace.max(HOLD);
+        parts.shelf.hold(device_key(&record), life);
+        let opened = parts.layers.open_with(&record, &planned.index).await;
+        let handle = opened.map_err(|error| error.to_string())?;
+        Ok(Opened { at, record, handle })
+    }
+
+    /// Completes all layers, until each is sealed or has failed.
+    async fn complete(&self, opened: &[Opened], report: &Report) {
+        let handles = opened.iter().map(|layer| Arc::clone(&layer.handle));
+        // Dropped with this future, it is cancelled.
+        let job = self
+            .lazy
+            .parts()
+            .layers
+            .fetcher()
+            .prefetch(handles.collect());
+        let mut stall = Stall::new();
+        while !job.is_finished() {
+            tokio::time::sleep(LOOK).await;
+            self.hold(opened);
+            let present = look(opened, report);
+            // A seal reads the whole layer and brings nothing.
+            let sealing = opened.iter().any(|it| {
+                let device = it.handle.device();
+                device.is_complete() && !device.is_sealed()
+            });
+            if stall.is_over(present, sealing) {
+                job.cancel();
+                break;
+            }
+        }
+        job.join().await;
+        look(opened, report);
+        let stalled = stall.over;
+        report.send_modify(|it| {
+            for Opened { at, handle, .. } in opened {
+                let layer = &mut it.layers[*at];
+                if handle.device().is_sealed() {
+                    layer.phase = LayerPhase::Done;
+                } else if let Some(failure) = handle.device().failure() {
+                    layer.fail(format!("its bytes digest to {}", failure.actual));
+                } else if stalled {
+                    layer.fail(format!("no source gave anything for {} s", STALL.as_secs()));
+                } else {
+                    layer.fail("it was evicted or removed meanwhile");
+                }
+            }
+        });
+    }
+
+    /// Brings the boot list of each run of lazy layers.
+    async fn bring_lists(&self, opened: &[Opened], report: &Report) {
+        let apart = |left: &Opened, right: &Opened| left.at + 1 == right.at;
+        for run in opened.chunk_by(apart) {
+            let records: Vec<LazyLayerRecord> = run.iter().map(|it| it.record.clone()).collect();
+            match self.lazy.parts().boot.listed(&records).await {
+                Listed::Chunks { handles, reads } => {
+                    let ended = self.bring(opened, run, &handles, &reads, report).await;
+                    report.send_modify(|it| {
+                        for layer in run {
+                            match &ended {
+                                Ok(()) => it.layers[layer.at].phase = LayerPhase::Done,
+                                Err(error) => it.layers[layer.at].fail(error),
+                            }
+                        }
+                    });
+                }
+                Listed::Nothing => end_run(run, report, "no boot list is known"),
+                Listed::Off(why) => {
+                    end_run(run, report, &format!("the boot list is off: {why}"));
+                }
+                Listed::Unopened(error) => report.send_modify(|it| {
+                    for layer in run {
+                        it.layers[layer.at].fail(&error);
+                    }
+                }),
+            }
+        }
+    }
+
+    async fn bring(
+        &self,
+        opened: &[Opened],
+        run: &[Opened],
+        handles: &[Arc<LayerHandle>],
+        reads: &[BootRead],
+        report: &Report,
+    ) -> Result<(), String> {
+        let mut stall = Stall::new();
+        let fetcher = self.lazy.parts().layers.fetcher();
+        loop {
+            let burst = fetcher.load_boot_list(handles, reads);
+            let mut ended = std::pin::pin!(burst.join());
+            loop {
+                let done = tokio::time::timeout(LOOK, &mut ended).await.is_ok();
+                self.hold(opened);
+                let present = look_at_list(run, handles, reads, report);
+                if stall.is_over(present, false) {
+                    return Err(format!("no source gave anything for {} s", STALL.as_secs()));
+                }
+                if done {
+                    break;
+                }
+            }
+            let missing = |read: &BootRead| {
+                let handle = handles.get(read.layer);
+                handle.is_some_and(|handle| !handle.device().is_present(read.chunk))
+            };
+            if !reads.iter().any(missing) {
+                return Ok(());
+            }
+            tokio::time::sleep(BURST_PAUSE).await;
+        }
+    }
+}
+
+/// Nothing can be brought for a run, and that is no failure: a first start will show what is read.
+fn end_run(run: &[Opened], report: &Report, note: &str) {
+    report.send_modify(|it| {
+        note.clone_into(&mut it.note);
+        for layer in run {
+            let layer = &mut it.layers[layer.at];
+            layer.phase = LayerPhase::Done;
+            (layer.present_bytes, layer.total_bytes) = (0, 0);
+        }
+    });
+}
+
+/// Reports how far the devices are; says how many bytes are here.
+fn look(opened: &[Opened], report: &Report) -> u64 {
+    let mut sum = 0;
+    report.send_if_modified(|it| {
+        let mut changed = false;
+        for Opened { at, handle, .. } in opened {
+            let present = handle.device().present_bytes();
+            let layer = &mut it.layers[*at];
+            changed |= layer.present_bytes != present;
+            layer.present_bytes = present;
+            if handle.device().is_sealed() && layer.phase != LayerPhase::Done {
+                (layer.phase, changed) = (LayerPhase::Done, true);
+            }
+            sum += present;
+        }
+        changed
+    });
+    sum
+}
+
+/// The same of what a list names.
+fn look_at_list(
+    run: &[Opened],
+    handles: &[Arc<LayerHandle>],
+    reads: &[BootRead],
+    report: &Report,
+) -> u64 {
+    let mut counts = vec![(0, 0); run.len()];
+    for read in reads {
+        let Some(handle) = handles.get(read.layer) else {
+            continue;
+        };
+        let bytes = handle.chunks().chunk(read.chunk).map(|it| it.device.len());
+        let (Some(count), Some(bytes)) = (counts.get_mut(read.layer), bytes) else {
+            continue;
+        };
+        count.1 += bytes;
+        if handle.device().is_present(read.chunk) {
+            count.0 += bytes;
+        }
+    }
+    report.send_if_modified(|it| {
+        let mut changed = false;
+        for (layer, count) in run.iter().zip(&counts) {
+            let layer = &mut it.layers[layer.at];
+            changed |= (layer.present_bytes, layer.total_bytes) != *count;
+            (layer.present_bytes, layer.total_bytes) = *count;
+        }
+        changed
+    });
+    counts.iter().map(|count| count.0).sum()
+}
+
+/// Notices that nothing comes any more.
+struct Stall {
+    bytes: u64,
+    since: Instant,
+    over: bool,
+}
+
+impl Stall {
+    fn new() -> Self {
+        Self {
+            bytes: 0,
+            since: Instant::now(),
+            over: false,
+        }
+    }
+
+    fn is_over(&mut self, bytes: u64, excused: bool) -> bool {
+        if bytes != self.bytes || excused {
+            (self.bytes, self.since) = (bytes, Instant::now());
+        }
+        self.over = self.since.elapsed() >= STALL;
+        self.over
+    }
+}
