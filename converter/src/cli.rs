@@ -17,6 +17,7 @@ mod nodes;
 mod open;
 mod optimize;
 mod pace;
+mod prewarm;
 mod pull;
 mod setup;
 mod setup_mirror;
@@ -39,6 +40,8 @@ enum Command {
     Inspect(inspect::Inspect),
     /// Pull an image into containerd without the bytes of its lazy layers.
     Pull(pull::Pull),
+    /// Have the daemon bring an image before anybody asks for it.
+    Prewarm(prewarm::Prewarm),
     /// Attach to a converted image what its starts on this node have read first, for starts elsewhere.
     Optimize(optimize::Optimize),
     /// Show what the daemon holds.
@@ -94,6 +97,7 @@ fn dispatch(arguments: Arguments) -> anyhow::Result<()> {
         Command::Convert(convert) => wait_for(convert::run(convert)),
         Command::Inspect(inspect) => wait_for(inspect::run(inspect)),
         Command::Pull(pull) => wait_for(pull::run(pull)),
+        Command::Prewarm(prewarm) => wait_for(prewarm::run(prewarm)),
         Command::Optimize(optimize) => wait_for(optimize::run(optimize)),
         Command::Status(status) => wait_for(control::status(status)),
         Command::Why(why) => wait_for(control::why(why)),

@@ -59,6 +59,7 @@ fn report_of(progress: &Progress) -> PrewarmProgress {
         layers: progress.layers.iter().map(layer_of).collect(),
         error: progress.error.clone(),
         note: progress.note.clone(),
+        node: String::new(),
     }
 }
 

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Prewarming: a cold start after it takes nothing of the registry but the names of things.
+#![allow(clippy::unwrap_used, reason = "a test may stop where it stands")]
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use sluice_integration::harness::command::{self, run_observed};
+use sluice_integration::harness::containerd::Release;
+use sluice_integration::harness::http::manifest;
+use sluice_integration::harness::images;
+use sluice_integration::harness::proxy::Line;
+use sluice_integration::harness::site::Site;
+
+const REPOSITORY: &str = "prewarm/python";
+const DEADLINE: Duration = Duration::from_secs(300);
+
+/// The lines of `sluice ... --json`.
+fn lines(text: &str) -> Result<Vec<Value>> {
+    let lines = text.lines().map(serde_json::from_str);
+    lines.collect::<Result<_, _>>().context("JSON lines")
+}
+
+/// Bytes of an image that stand in its manifest: the layers' blobs, their indexes, and the config.
+fn sizes(manifest: &Value) -> (u64, u64, u64) {
+    let layers = manifest["layers"].as_array().unwrap();
+    let blobs = layers.iter().map(|it| it["size"].as_u64().unwrap()).sum();
+    let index = "containerd.io/snapshot/sluice.index.size";
+    let number = |it: &Value| it["annotations"][index].as_str().unwrap().parse::<u64>();
+    let indexes = layers.iter().map(|it| number(it).unwrap()).sum();
+    (blobs, indexes, manifest["config"]["size"].as_u64().unwrap())
+}
+
+#[test]
+fn a_start_after_a_prewarm_needs_the_manifest_alone() -> Result<()> {
+    let site = Site::start("prewarm", Release::V1, Line::OPEN, "")?;
+    let layout = images::python_layout()?;
+    let [original, reference] = site.push_and_convert(&layout, REPOSITORY)?;
+    let line = &site.registry.line;
+    let converted = line.bytes();
+
+    // What is not there is named, and what cannot be prewarmed is refused, each with exit code 1.
+    let missing = format!("{}/{REPOSITORY}:none", site.registry.host());
+    for (image, says) in [
+        (&missing, "not found"),
+        (&original, "it has no index: the image is not converted"),
+    ] {
+        let mut sluice = site.daemon.sluice()?;
+        let output = command::run(sluice.args(["prewarm", image]), DEADLINE)?;
+        ensure!(!output.ok() && output.stderr.contains(says), "{output:?}");
+        ensure!(output.stderr.contains(image.as_str()), "{output:?}");
+    }
+    let refused = line.bytes() - converted;
+    ensure!(refused < 1 << 20, "refused after {refused} bytes");
+
+    let before = line.bytes();
+    let output = site.daemon.sluice_ok(&["prewarm", &reference, "--json"])?;
+    let prewarmed = line.bytes() - before;
+    let reports = lines(&output.stdout)?;
+    let (summary, reports) = reports.split_last().context("a summary")?;
+    ensure!(
+        summary["event"] == "summary" && summary["failed"] == 0,
+        "{summary}"
+    );
+    let last = reports.last().context("reports")?;
+    ensure!(last["phase"] == "done", "{last}");
+    for layer in last["layers"].as_array().unwrap() {
+        ensure!(layer["phase"] == "done", "{layer}");
+        ensure!(layer["present_bytes"] == layer["total_bytes"], "{layer}");
+    }
+    // It is seen to come.
+    let present = |report: &Value| report["present_bytes"].as_u64().unwrap();
+    ensure!(present(&reports[0]) < present(last), "{reports:?}");
+    let (blobs, indexes, config) = sizes(&manifest(&site.registry.direct(), REPOSITORY, "sluice")?);
+    ensure!(prewarmed >= blobs * 9 / 10, "{prewarmed} of {blobs}");
+
+    let (requests, bytes) = (line.requests(), line.bytes());
+    let nerdctl = site.nerdctl("prewarm");
+    let began = Instant::now();
+    nerdctl.ok(&["pull", "--quiet", &reference])?;
+    let mut run = nerdctl.command()?;
+    run.args(["run", "--rm", "--net", "none", &reference]);
+    let mut ready = Duration::ZERO;
+    let output = run_observed(&mut run, Duration::from_secs(120), |_| {
+        ready = began.elapsed();
+    })?;
+    ensure!(
+        output.ok() && output.stdout.contains("\"ready\": true"),
+        "{output:?}\n{}",
+        site.daemon.log_tail()
+    );
+    let (requests, bytes) = (line.requests() - requests, line.bytes() - bytes);
+    println!(
+        "prewarm {:.1} MB ({blobs} B of layers, {indexes} B of indexes); then pull and start {:.2} s, \
+         {requests} requests, {bytes} bytes from the registry",
+        prewarmed as f64 / 1e6,
+        ready.as_secs_f64()
+    );
+    // The manifest comes twice (nerdctl resolves and fetches it), the config once; each answer has a
+    // head. An index or a chunk would be more.
+    ensure!(
+        bytes < 64 << 10 && bytes < config + (40 << 10),
+        "{bytes} bytes, config {config}"
+    );
+    let fetched = |priority: &str| {
+        let name = "sluice_fetched_bytes_total";
+        site.daemon.metric(name, &["origin", priority])
+    };
+    ensure!(fetched("foreground")? < 1.0, "a reader had to wait");
+    ensure!(fetched("background")? >= blobs as f64 * 0.9, "{blobs}");
+    // Pulled, it is the image's like any other.
+    ensure!(site.daemon.is_sealed()?, "{:#}", site.status()?);
+    site.kill_containers();
+    Ok(())
+}
