@@ -7,6 +7,7 @@
 //! - [`server`]: what this node gives to others.
 //! - `lists`: boot lists, which are hints and not payload.
 //! - [`blobs`]: pieces of raw blobs, for pulls that are not lazy.
+//! - `prewarm`: images that nodes ask each other to bring.
 //! - `frames`: frames of the blob that came lately, which are passed on as they are.
 //!
 //! # How a chunk comes
@@ -26,6 +27,7 @@ pub mod client;
 pub(crate) mod frames;
 mod links;
 mod lists;
+mod prewarm;
 pub(crate) mod route;
 pub mod server;
 pub mod wire;
@@ -34,6 +36,7 @@ pub use blobs::{BlobNodes, WantedPiece};
 pub use client::{PeerOptions, Peers};
 pub use links::{Connect, LinkError, endpoint, plain};
 pub use lists::GivenList;
+pub use prewarm::{Reports, WantedPrewarm};
 pub use server::{PeerServer, Refused, Shelf};
 
 /// The newest version of the peer protocol that this program speaks.

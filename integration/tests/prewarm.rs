@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use sluice_integration::cluster::image::Image;
+use sluice_integration::cluster::{Cluster, Options, Shape};
 use sluice_integration::harness::command::{self, run_observed};
 use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::http::manifest;
@@ -113,4 +115,51 @@ fn a_start_after_a_prewarm_needs_the_manifest_alone() -> Result<()> {
     ensure!(site.daemon.is_sealed()?, "{:#}", site.status()?);
     site.kill_containers();
     Ok(())
+}
+
+#[test]
+fn a_zone_is_prewarmed_at_the_price_of_one_node() -> Result<()> {
+    // Nobody starts anything, so nothing but the prewarm completes an image.
+    let options = Options::cluster(Duration::from_secs(600));
+    let cluster = Cluster::start(3, Shape::ZONE, &options)?;
+    let image = Image::build(cluster.root().path(), "app", 1)?;
+    let image = cluster.publish(&image)?;
+    let first = cluster.node(0)?;
+    let before = cluster.origin().egress().bytes;
+    let began = Instant::now();
+    let output = first.sluice_ok(&["prewarm", &image.reference, "--zone", "--json"])?;
+    let took = began.elapsed();
+    let reports = lines(&output.stdout)?;
+    let summary = reports.last().context("a summary")?;
+    ensure!(summary["nodes"] == 3 && summary["failed"] == 0, "{summary}");
+    for node in cluster.nodes() {
+        let own = |it: &&Value| it["node"] == node.name();
+        let last = reports.iter().rfind(own).context("reports of each node")?;
+        ensure!(last["phase"] == "done", "{last}");
+        ensure!(last["present_bytes"] == last["total_bytes"], "{last}");
+    }
+    let bytes = cluster.origin().egress().bytes - before;
+    println!(
+        "prewarm of 3 nodes: {:.1} MB of an image of {:.1} MB in {:.1} s",
+        bytes as f64 / 1e6,
+        image.bytes as f64 / 1e6,
+        took.as_secs_f64()
+    );
+    ensure!(
+        bytes as f64 >= image.bytes as f64 * 0.9,
+        "{bytes} of {}",
+        image.bytes
+    );
+    // As in the other tests of clusters that do not ask how fast the machine is: a node without a processor
+    // to spare is left, and what it fetches is fetched again.
+    ensure!(
+        (bytes as f64) < image.bytes as f64 * 1.6,
+        "{bytes} of {}",
+        image.bytes
+    );
+
+    let bad = first.sluice_ok(&["prewarm", &image.reference, "--nodes", "nobody"]);
+    let error = format!("{:#}", bad.err().context("a node that is not there")?);
+    ensure!(error.contains("nobody"), "{error}");
+    cluster.end()
 }

@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use futures::Stream;
 use sluice_fetcher::cluster::node::View;
+use sluice_fetcher::registry::RegistryError;
 use sluice_proto::control::control_server::{Control, ControlServer};
 use sluice_proto::control::{
     CompleteContentProgress, CompleteContentRequest, LearnedBootListsRequest,
@@ -76,6 +77,12 @@ pub enum ControlError {
     /// What to prewarm of an image is not known.
     #[error("scope {0:?}: want \"full\" or \"boot\"")]
     Scope(String),
+    /// Nodes are meant that are not there.
+    #[error(transparent)]
+    Nodes(crate::prewarm::others::SelectionError),
+    /// The registry does not say what an image is.
+    #[error(transparent)]
+    Registry(Box<RegistryError>),
     /// Too much is under way.
     #[error("{0}")]
     Busy(String),
@@ -101,6 +108,9 @@ fn status_of(error: &ControlError) -> Status {
         ControlError::Request(_) | ControlError::Reference { .. } | ControlError::Scope(_) => {
             Status::invalid_argument(message)
         }
+        ControlError::Nodes(_) => Status::failed_precondition(message),
+        ControlError::Registry(error) if prewarm::is_unknown(error) => Status::not_found(message),
+        ControlError::Registry(_) => Status::unavailable(message),
         ControlError::Busy(_) => Status::resource_exhausted(message),
         ControlError::Resolve(_) | ControlError::NoSource(_) | ControlError::Digest(_) => {
             Status::failed_precondition(message)
@@ -209,7 +219,7 @@ impl Control for ControlService {
         &self,
         request: Request<PrewarmRequest>,
     ) -> Result<Response<prewarm::PrewarmStream>, Status> {
-        let begun = self.prewarm(&request.into_inner());
+        let begun = self.prewarm(request.into_inner()).await;
         begun.map(Response::new).map_err(|error| status_of(&error))
     }
 

@@ -8,8 +8,9 @@
 //! ```
 //!
 //! - `image`: what the reference stands for, asked of the registry with this node's credentials.
-//! - `work`: indexes, layers, chunks.
+//! - `work`: indexes, layers, chunks; `lists`: those of boot lists alone.
 //! - `progress`: how far it is.
+//! - `others`: the same on other nodes of the cluster.
 //!
 //! Indexes and devices are those of a pull, named by the same digests, so a pull that comes later finds
 //! them. No snapshot has a prewarmed layer: it is a foster of the shelf, which the sweep leaves alone until
@@ -23,21 +24,25 @@
 //! loses the work under way and the grace: a daemon that starts keeps of it what snapshots have got.
 
 mod image;
+mod lists;
+pub mod others;
 mod progress;
+mod watching;
 mod work;
 
 use std::collections::HashMap;
-use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use sluice_fetcher::registry::{ImageReference, RegistryClient};
+use sluice_fetcher::registry::{ImageReference, RegistryClient, RegistryError};
+use sluice_fetcher::source::{Priority, ReadContext};
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use image::ImageError;
 pub use progress::{LayerPhase, LayerProgress, Phase, Progress, Scope};
+pub use watching::Watching;
 
 use crate::lazy::Lazy;
 use work::Work;
@@ -48,6 +53,8 @@ const RUNNING: usize = 2;
 /// Prewarms that wait. More would wait for hours.
 const QUEUED: usize = 32;
 
+/// How long the registry may take to say what a tag stands for.
+const PIN_DEADLINE: Duration = Duration::from_secs(30);
 /// What the configuration says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PrewarmOptions {
@@ -99,41 +106,15 @@ struct Inner {
 #[derive(Clone, Debug)]
 pub struct Prewarms(Arc<Inner>);
 
-/// A prewarm that is watched; dropped, it is not watched any more.
-pub struct Watching {
-    inner: Arc<Inner>,
-    key: JobKey,
-    number: u64,
-    progress: watch::Receiver<Progress>,
-}
+/// [`Prewarms`], as long as somebody else keeps them.
+#[derive(Clone, Debug)]
+pub struct WeakPrewarms(Weak<Inner>);
 
-impl fmt::Debug for Watching {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (image, scope) = (&self.key.0, self.key.1);
-        f.debug_struct("Watching")
-            .field("image", image)
-            .field("scope", &scope)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Watching {
-    /// How far it is; the last value has a last phase.
-    pub fn progress(&mut self) -> &mut watch::Receiver<Progress> {
-        &mut self.progress
-    }
-}
-
-impl Drop for Watching {
-    fn drop(&mut self) {
-        let mut jobs = self.inner.jobs();
-        let job = jobs.table.get_mut(&self.key);
-        if let Some(job) = job.filter(|job| job.number == self.number) {
-            job.watchers -= 1;
-            if job.watchers == 0 && !job.detached {
-                job.cancel.cancel();
-            }
-        }
+impl WeakPrewarms {
+    /// The prewarms, if they are there still.
+    #[must_use]
+    pub fn get(&self) -> Option<Prewarms> {
+        self.0.upgrade().map(Prewarms)
     }
 }
 
@@ -260,6 +241,24 @@ impl Prewarms {
             number,
             progress,
         })
+    }
+
+    /// The same, for who must not keep them alive.
+    #[must_use]
+    pub fn downgrade(&self) -> WeakPrewarms {
+        WeakPrewarms(Arc::downgrade(&self.0))
+    }
+
+    /// What a reference stands for now, for nodes that are to bring the same.
+    ///
+    /// **Errors** [`RegistryError`], within a deadline. **Cancel** safe.
+    pub async fn pin(&self, reference: &ImageReference) -> Result<ImageReference, RegistryError> {
+        if reference.digest().is_some() {
+            return Ok(reference.clone());
+        }
+        let context = ReadContext::new(Priority::Foreground).with_timeout(PIN_DEADLINE);
+        let resolved = self.0.work.client.resolve(&context, reference).await?;
+        Ok(reference.place().with_digest(resolved.digest))
     }
 
     /// Ends all and waits for it.

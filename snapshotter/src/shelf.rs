@@ -29,7 +29,7 @@ use sluice_blockindex::extent::Extent;
 use sluice_fetcher::blob_cache::BlobCache;
 use sluice_fetcher::cluster::node::NodeId;
 use sluice_fetcher::peer::wire::{OBJECT_MAX_BYTES, OfferedList, WantedLayer, WantedObject};
-use sluice_fetcher::peer::{Peers, Refused, Shelf, WantedPiece};
+use sluice_fetcher::peer::{Peers, Refused, Reports, Shelf, WantedPiece, WantedPrewarm};
 use sluice_fetcher::scheduler::LayerHandle;
 use sluice_fetcher::source::{BlobStream, OriginSet, Priority, ReadContext};
 use sluice_fetcher::store::DeviceKey;
@@ -38,6 +38,7 @@ use tokio::time::Instant;
 use crate::boot::Boot;
 use crate::indexes::{IndexPin, LayerIndex, check_digest};
 use crate::layers::Layers;
+use crate::prewarm::WeakPrewarms;
 use crate::snapshots::BlobOrigin;
 use crate::trust::Trust;
 
@@ -71,6 +72,7 @@ pub struct NodeShelf {
     boot: OnceLock<Arc<Boot>>,
     /// Raw blobs; set once, where there is a mirror.
     blobs: OnceLock<BlobCache>,
+    prewarms: OnceLock<WeakPrewarms>,
     payloads: Mutex<Payloads>,
     flights: Mutex<HashMap<IndexDigest, Flight>>,
     /// Until when each is kept.
@@ -106,6 +108,7 @@ impl NodeShelf {
             peers: OnceLock::new(),
             boot: OnceLock::new(),
             blobs: OnceLock::new(),
+            prewarms: OnceLock::new(),
             payloads: Mutex::new(payloads),
             flights: Mutex::default(),
             fosters: Mutex::default(),
@@ -125,6 +128,11 @@ impl NodeShelf {
     /// From now on raw blobs are given from this cache; once.
     pub fn attach_blobs(&self, blobs: BlobCache) {
         let _ = self.blobs.set(blobs);
+    }
+
+    /// From now on other nodes may ask for prewarms; once.
+    pub fn attach_prewarms(&self, prewarms: WeakPrewarms) {
+        let _ = self.prewarms.set(prewarms);
     }
 
     /// The other nodes, where there are any.
@@ -361,5 +369,20 @@ impl Shelf for NodeShelf {
         let context = ReadContext::new(Priority::Foreground).with_timeout(PIECE_DEADLINE);
         let read = blobs.read_piece(&context, piece, source).await;
         read.map_err(failed)
+    }
+
+    async fn prewarm(&self, wanted: WantedPrewarm) -> Result<Reports, Refused> {
+        let prewarms = self.prewarms.get().and_then(WeakPrewarms::get);
+        let prewarms = prewarms.ok_or(Refused::NotHere)?;
+        let origin = BlobOrigin {
+            host: wanted.reference.host().to_owned(),
+            repository: wanted.reference.repository().to_owned(),
+        };
+        // Before the registry hears of it: nobody makes this node talk to whom it does not trust.
+        if !self.trust.allows(&origin) {
+            let why = format!("[trust] lazy does not allow {origin}");
+            return Err(Refused::NotAllowed(why));
+        }
+        prewarms.start_for(wanted)
     }
 }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Write};
+use std::time::Duration;
 
 use anyhow::bail;
 use clap::Args;
@@ -11,6 +12,9 @@ use sluice_proto::control::{PrewarmProgress, PrewarmRequest};
 
 use super::control::{CALL_TIMEOUT, DaemonArguments, connect, within};
 use super::show::{bytes, printable, short};
+
+/// How long it may take to begin: the registry is asked what a tag stands for where several nodes are meant.
+const BEGIN_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Arguments of `prewarm`.
 #[derive(Debug, Args)]
@@ -23,6 +27,15 @@ pub(super) struct Prewarm {
     /// All of it. This is the default.
     #[arg(long)]
     full: bool,
+    /// On these nodes of the cluster, by name. Default: on this one.
+    #[arg(long, value_delimiter = ',', value_name = "NAME")]
+    nodes: Vec<String>,
+    /// On all nodes of this node's zone.
+    #[arg(long)]
+    zone: bool,
+    /// On the supernodes of this node's zone.
+    #[arg(long)]
+    supernodes: bool,
     /// Do not wait for the end; the daemon goes on.
     #[arg(long)]
     detach: bool,
@@ -36,6 +49,9 @@ impl Prewarm {
             image: self.image.clone(),
             scope: if self.boot { "boot" } else { "full" }.to_owned(),
             detach: self.detach,
+            nodes: self.nodes.clone(),
+            zone: self.zone,
+            supernodes: self.supernodes,
         }
     }
 }
@@ -150,7 +166,7 @@ impl Heard {
 pub(super) async fn run(arguments: Prewarm) -> anyhow::Result<()> {
     let (image, json) = (&arguments.image, arguments.daemon.json());
     let mut client = connect(arguments.daemon.socket()).await?;
-    let begun = within(CALL_TIMEOUT, client.prewarm(arguments.request())).await?;
+    let begun = within(BEGIN_TIMEOUT, client.prewarm(arguments.request())).await?;
     let mut reports = begun.into_inner();
     let terminal = io::stderr().is_terminal() && !json;
     let mut heard = Heard::default();

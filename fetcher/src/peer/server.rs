@@ -22,7 +22,8 @@ use sluice_blockindex::chunkmap::Chunk;
 use sluice_proto::peer::peer_server::{Peer, PeerServer as Service};
 use sluice_proto::peer::{
     BlobPart, BlobRequest, BootListOffer, BootListReply, BootListRequest, BootListTaken,
-    ChunksPart, ChunksRequest, HelloReply, HelloRequest, ObjectPart, ObjectRequest,
+    ChunksPart, ChunksRequest, HelloReply, HelloRequest, ObjectPart, ObjectRequest, PrewarmReport,
+    PrewarmRequest,
 };
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Semaphore, mpsc};
@@ -35,6 +36,7 @@ use tonic::{Request, Response, Status};
 use super::blobs::{self, WantedPiece};
 use super::client::Peers;
 use super::lists::ListDesk;
+use super::prewarm::{PrewarmDesk, Reports, WantedPrewarm};
 use super::wire::{
     Form, OBJECT_PART_BYTES, OfferedList, Part, WantedChunks, WantedLayer, WantedObject, WireError,
 };
@@ -138,6 +140,15 @@ pub trait Shelf: Send + Sync + std::fmt::Debug {
     async fn blob(&self, wanted: &WantedPiece) -> Result<BlobStream, Refused> {
         blobs::none(wanted)
     }
+
+    /// Begins to bring an image before anybody asks for it, with this node's own credentials; the reports say
+    /// how far it is. Dropped, they end the work. A shelf that cannot do so has nothing.
+    ///
+    /// **Errors** [`Refused`].
+    async fn prewarm(&self, wanted: WantedPrewarm) -> Result<Reports, Refused> {
+        let _unwanted = wanted;
+        Err(Refused::NotHere)
+    }
 }
 
 /// The server of the peer API.
@@ -152,6 +163,7 @@ pub(super) struct Shared {
     pub(super) peers: Arc<Peers>,
     pub(super) shelf: Arc<dyn Shelf>,
     lists: ListDesk,
+    prewarms: PrewarmDesk,
     compressions: Semaphore,
     pub(super) tasks: TaskTracker,
     pub(super) stop: CancellationToken,
@@ -196,6 +208,7 @@ impl PeerServer {
             peers,
             shelf,
             lists: ListDesk::new(),
+            prewarms: PrewarmDesk::new(),
             compressions: Semaphore::new((processors / 2).max(1)),
             tasks: TaskTracker::new(),
             stop,
@@ -521,6 +534,7 @@ impl Peer for PeerServer {
     type ChunksStream = Parts<ChunksPart>;
     type ObjectStream = Parts<ObjectPart>;
     type BlobStream = Parts<BlobPart>;
+    type PrewarmStream = Parts<PrewarmReport>;
 
     async fn hello(&self, _: Request<HelloRequest>) -> Result<Response<HelloReply>, Status> {
         let view = self.shared.peers.view();
@@ -626,6 +640,19 @@ impl Peer for PeerServer {
         let taken = shared.lists.take(peers, shelf, request.into_inner());
         let taken = taken.await?;
         Ok(Response::new(taken))
+    }
+
+    async fn prewarm(
+        &self,
+        request: Request<PrewarmRequest>,
+    ) -> Result<Response<Self::PrewarmStream>, Status> {
+        let shared = self.shared.running()?;
+        let (peers, shelf, stop) = (&shared.peers, &shared.shelf, shared.stop.clone());
+        let begun = shared
+            .prewarms
+            .take(peers, shelf, request.into_inner(), stop);
+        let reports = begun.await?;
+        Ok(Response::new(Box::pin(reports)))
     }
 }
 

@@ -4,6 +4,7 @@
 mod blobs;
 mod boot;
 mod hostile;
+mod prewarm;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -74,6 +75,10 @@ impl Shelf for TestShelf {
     async fn take_boot_list(&self, offered: OfferedList) -> Result<(), Refused> {
         lock(&self.lists).insert(offered.key, offered);
         Ok(())
+    }
+
+    async fn prewarm(&self, wanted: WantedPrewarm) -> Result<Reports, Refused> {
+        prewarm::reports(&wanted)
     }
 }
 

@@ -1,25 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Prewarming an image on behalf of the command line.
+//! Prewarming an image on behalf of the command line, here and on other nodes.
 
 use std::pin::Pin;
-use std::time::Duration;
+use std::sync::Arc;
 
-use futures::Stream;
-use sluice_fetcher::registry::ImageReference;
+use futures::stream::FuturesUnordered;
+use futures::{Stream, StreamExt as _};
+use sluice_blockindex::digest::ManifestDigest;
+use sluice_fetcher::cluster::node::Node;
+use sluice_fetcher::peer::{Peers, WantedPrewarm};
+use sluice_fetcher::registry::{ImageReference, RegistryError};
 use sluice_proto::control::{PrewarmLayer, PrewarmProgress, PrewarmRequest};
+use sluice_proto::peer::PrewarmReport;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use super::{ControlError, ControlService};
-use crate::prewarm::{LayerProgress, PrewarmRefused, Progress, Scope, Watching};
+use crate::prewarm::others::{Meant, Selection, SelectionError, report_of};
+use crate::prewarm::{Phase, PrewarmRefused, Scope, Watching};
 
 /// Reports that wait for the client; the work does not wait for it.
-const QUEUED_REPORTS: usize = 4;
-/// A client hears of the work this often even if nothing changes: it would take silence for a hang.
-const BEAT: Duration = Duration::from_secs(10);
-/// Reports are this far apart at least.
-const PAUSE: Duration = Duration::from_millis(100);
+const QUEUED_REPORTS: usize = 16;
+/// Other nodes that are asked at once; further ones when these have ended. What these have brought they give to
+/// the others.
+const NODES_AT_ONCE: usize = 64;
 
 /// Reports as they come.
 pub(super) type PrewarmStream =
@@ -40,63 +45,148 @@ fn parse(request: &PrewarmRequest) -> Result<(ImageReference, Scope), ControlErr
     Ok((reference, scope))
 }
 
-fn layer_of(layer: &LayerProgress) -> PrewarmLayer {
-    PrewarmLayer {
-        diff_id: layer.diff_id.clone(),
-        blob_digest: layer.blob.clone(),
+/// What a node says, as the command line hears it.
+fn progress_of(node: &str, report: PrewarmReport) -> PrewarmProgress {
+    let layers = report.layers.into_iter().map(|layer| PrewarmLayer {
+        diff_id: layer.diff_id,
+        blob_digest: layer.blob_digest,
         present_bytes: layer.present_bytes,
         total_bytes: layer.total_bytes,
-        phase: layer.phase.as_str().to_owned(),
-        error: layer.error.clone(),
+        phase: layer.phase,
+        error: layer.error,
+    });
+    PrewarmProgress {
+        phase: report.phase,
+        manifest_digest: report.manifest_digest,
+        layers: layers.collect(),
+        error: report.error,
+        note: report.note,
+        node: node.to_owned(),
     }
 }
 
-fn report_of(progress: &Progress) -> PrewarmProgress {
-    let manifest = progress.manifest.map(|digest| digest.to_string());
-    PrewarmProgress {
-        phase: progress.phase.as_str().to_owned(),
-        manifest_digest: manifest.unwrap_or_default(),
-        layers: progress.layers.iter().map(layer_of).collect(),
-        error: progress.error.clone(),
-        note: progress.note.clone(),
-        node: String::new(),
+/// The work of one request.
+struct Round {
+    peers: Option<Arc<Peers>>,
+    digest: Option<ManifestDigest>,
+    reference: ImageReference,
+    boot: bool,
+    reports: Reports,
+}
+
+impl Round {
+    async fn tell(&self, node: &str, report: PrewarmReport) {
+        // A client that went away is noticed by who waits for it.
+        let _ = self.reports.send(Ok(progress_of(node, report))).await;
+    }
+
+    /// This node, to the end.
+    async fn here(&self, name: &str, watching: Watching) {
+        let mut told = std::pin::pin!(watching.told());
+        while let Some(progress) = told.next().await {
+            self.tell(name, report_of(&progress)).await;
+        }
+    }
+
+    /// Another node, to the end; what is wrong with it is its failure and nobody else's.
+    async fn there(&self, node: &Node) {
+        if let Err(error) = self.ask(node).await {
+            let report = PrewarmReport {
+                phase: Phase::Failed.as_str().to_owned(),
+                error,
+                ..PrewarmReport::default()
+            };
+            self.tell(node.id.as_str(), report).await;
+        }
+    }
+
+    async fn ask(&self, node: &Node) -> Result<(), String> {
+        let (peers, digest) = self.peers.as_ref().zip(self.digest).ok_or("no cluster")?;
+        let wanted = WantedPrewarm::new(peers.me(), self.reference.place(), digest, self.boot);
+        let begun = peers.prewarm(node, &wanted).await;
+        let mut reports = begun.map_err(|error| error.to_string())?;
+        let mut ended = false;
+        while let Some(report) = reports.next().await {
+            let report = report.map_err(|error| error.to_string())?;
+            ended = [Phase::Done, Phase::Failed]
+                .map(Phase::as_str)
+                .contains(&report.phase.as_str());
+            self.tell(node.id.as_str(), report).await;
+        }
+        match ended {
+            true => Ok(()),
+            false => Err("it ended without a last word".to_owned()),
+        }
+    }
+
+    async fn all(&self, here: Option<(String, Watching)>, others: &[Node]) {
+        let others = async {
+            let mut rest = others.iter();
+            let mut asked: FuturesUnordered<_> = rest
+                .by_ref()
+                .take(NODES_AT_ONCE)
+                .map(|it| self.there(it))
+                .collect();
+            while asked.next().await.is_some() {
+                asked.extend(rest.next().map(|it| self.there(it)));
+            }
+        };
+        let here = async {
+            if let Some((name, watching)) = here {
+                self.here(&name, watching).await;
+            }
+        };
+        tokio::join!(here, others);
     }
 }
 
 impl ControlService {
     /// Starts the work; it ends when the client goes away, unless it is detached.
-    pub(super) fn prewarm(&self, request: &PrewarmRequest) -> Result<PrewarmStream, ControlError> {
-        let (reference, scope) = parse(request)?;
-        let watching = self.prewarms.start(reference, scope, request.detach)?;
+    pub(super) async fn prewarm(
+        &self,
+        request: PrewarmRequest,
+    ) -> Result<PrewarmStream, ControlError> {
+        let (mut reference, scope) = parse(&request)?;
+        let PrewarmRequest {
+            nodes,
+            zone,
+            supernodes,
+            detach,
+            ..
+        } = request;
+        let selection = Selection {
+            nodes,
+            zone,
+            supernodes,
+        };
+        let view = self.cluster.as_ref().map(|view| Arc::clone(&view.borrow()));
+        let Meant { me, others } = selection.of(view.as_deref())?;
+        if !others.is_empty() {
+            // All are to bring the same, whoever moves the tag meanwhile.
+            let pinned = self.prewarms.pin(&reference).await;
+            reference = pinned.map_err(|error| ControlError::Registry(Box::new(error)))?;
+        }
+        let here = match me {
+            Some(name) => Some((name, self.prewarms.start(reference.clone(), scope, detach)?)),
+            None => None,
+        };
         let (reports, receiver) = mpsc::channel(QUEUED_REPORTS);
-        let stop = self.stop.clone();
+        let (stop, closed) = (self.stop.clone(), reports.clone());
+        let round = Round {
+            peers: self.lazy.parts().shelf.peers().cloned(),
+            digest: reference.digest(),
+            reference,
+            boot: scope == Scope::Boot,
+            reports,
+        };
         self.tasks.spawn(async move {
             tokio::select! {
-                () = tell(watching, &reports) => {}
-                () = reports.closed() => {}
+                () = round.all(here, &others) => {}
+                () = closed.closed(), if !detach => {}
                 () = stop.cancelled() => {}
             }
         });
         Ok(Box::pin(ReceiverStream::new(receiver)))
-    }
-}
-
-/// Tells a client how far it is, to the end.
-async fn tell(mut watching: Watching, reports: &Reports) {
-    let progress = watching.progress();
-    loop {
-        let (report, is_last) = {
-            let now = progress.borrow_and_update();
-            (report_of(&now), now.phase.is_last())
-        };
-        if reports.send(Ok(report)).await.is_err() || is_last {
-            return;
-        }
-        tokio::time::sleep(PAUSE).await;
-        if let Ok(Err(_)) = tokio::time::timeout(BEAT, progress.changed()).await {
-            // It ended without a last word: the client sees the stream end without one.
-            return;
-        }
     }
 }
 
@@ -107,6 +197,17 @@ impl From<PrewarmRefused> for ControlError {
             PrewarmRefused::Stopping => Self::Stopping,
         }
     }
+}
+
+impl From<SelectionError> for ControlError {
+    fn from(error: SelectionError) -> Self {
+        Self::Nodes(error)
+    }
+}
+
+/// Whether a registry's refusal is the caller's to mend.
+pub(super) fn is_unknown(error: &RegistryError) -> bool {
+    matches!(error, RegistryError::NotFound { .. })
 }
 
 #[cfg(test)]

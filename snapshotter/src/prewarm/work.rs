@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use sluice_blockindex::annotations::LayerMark;
-use sluice_fetcher::boot::BootRead;
 use sluice_fetcher::registry::{ImageReference, RegistryClient};
 use sluice_fetcher::scheduler::LayerHandle;
 use tokio::sync::watch;
@@ -19,7 +18,6 @@ use tokio::time::Instant;
 use super::PrewarmOptions;
 use super::image::{FoundImage, find};
 use super::progress::{LayerPhase, LayerProgress, Phase, Progress, Scope};
-use crate::boot::Listed;
 use crate::layers::device_key;
 use crate::lazy::Lazy;
 use crate::plan::PlannedLayer;
@@ -30,22 +28,20 @@ const PARALLEL_INDEXES: usize = 8;
 /// How long an index may take: as many sources as there are, each at leisure.
 const INDEX_DEADLINE: Duration = Duration::from_secs(60);
 /// How often it is looked how far the layers are.
-const LOOK: Duration = Duration::from_millis(250);
+pub(super) const LOOK: Duration = Duration::from_millis(250);
 /// A hold lasts so long at least while the work goes on: it is renewed at every look.
 const HOLD: Duration = Duration::from_secs(10);
 /// Without a further chunk for so long the work is given up: a slot is not to wait for a registry that is
 /// gone. Longer than a registry's usual `Retry-After`.
-const STALL: Duration = Duration::from_secs(120);
-/// Between two attempts to bring what a burst did not bring.
-const BURST_PAUSE: Duration = Duration::from_secs(1);
+pub(super) const STALL: Duration = Duration::from_secs(120);
 
-type Report = watch::Sender<Progress>;
+pub(super) type Report = watch::Sender<Progress>;
 
 /// A layer that can be brought, and its place in the image.
-struct Opened {
-    at: usize,
-    record: LazyLayerRecord,
-    handle: Arc<LayerHandle>,
+pub(super) struct Opened {
+    pub(super) at: usize,
+    pub(super) record: LazyLayerRecord,
+    pub(super) handle: Arc<LayerHandle>,
 }
 
 /// What a prewarm works with.
@@ -83,7 +79,7 @@ impl Work {
         report.send_modify(Progress::end);
     }
 
-    fn hold(&self, opened: &[Opened]) {
+    pub(super) fn hold(&self, opened: &[Opened]) {
         let life = self.options.grace.max(HOLD);
         for layer in opened {
             let key = layer.handle.key();
@@ -183,83 +179,6 @@ impl Work {
             }
         });
     }
-
-    /// Brings the boot list of each run of lazy layers.
-    async fn bring_lists(&self, opened: &[Opened], report: &Report) {
-        let apart = |left: &Opened, right: &Opened| left.at + 1 == right.at;
-        for run in opened.chunk_by(apart) {
-            let records: Vec<LazyLayerRecord> = run.iter().map(|it| it.record.clone()).collect();
-            match self.lazy.parts().boot.listed(&records).await {
-                Listed::Chunks { handles, reads } => {
-                    let ended = self.bring(opened, run, &handles, &reads, report).await;
-                    report.send_modify(|it| {
-                        for layer in run {
-                            match &ended {
-                                Ok(()) => it.layers[layer.at].phase = LayerPhase::Done,
-                                Err(error) => it.layers[layer.at].fail(error),
-                            }
-                        }
-                    });
-                }
-                Listed::Nothing => end_run(run, report, "no boot list is known"),
-                Listed::Off(why) => {
-                    end_run(run, report, &format!("the boot list is off: {why}"));
-                }
-                Listed::Unopened(error) => report.send_modify(|it| {
-                    for layer in run {
-                        it.layers[layer.at].fail(&error);
-                    }
-                }),
-            }
-        }
-    }
-
-    async fn bring(
-        &self,
-        opened: &[Opened],
-        run: &[Opened],
-        handles: &[Arc<LayerHandle>],
-        reads: &[BootRead],
-        report: &Report,
-    ) -> Result<(), String> {
-        let mut stall = Stall::new();
-        let fetcher = self.lazy.parts().layers.fetcher();
-        loop {
-            let burst = fetcher.load_boot_list(handles, reads);
-            let mut ended = std::pin::pin!(burst.join());
-            loop {
-                let done = tokio::time::timeout(LOOK, &mut ended).await.is_ok();
-                self.hold(opened);
-                let present = look_at_list(run, handles, reads, report);
-                if stall.is_over(present, false) {
-                    return Err(format!("no source gave anything for {} s", STALL.as_secs()));
-                }
-                if done {
-                    break;
-                }
-            }
-            let missing = |read: &BootRead| {
-                let handle = handles.get(read.layer);
-                handle.is_some_and(|handle| !handle.device().is_present(read.chunk))
-            };
-            if !reads.iter().any(missing) {
-                return Ok(());
-            }
-            tokio::time::sleep(BURST_PAUSE).await;
-        }
-    }
-}
-
-/// Nothing can be brought for a run, and that is no failure: a first start will show what is read.
-fn end_run(run: &[Opened], report: &Report, note: &str) {
-    report.send_modify(|it| {
-        note.clone_into(&mut it.note);
-        for layer in run {
-            let layer = &mut it.layers[layer.at];
-            layer.phase = LayerPhase::Done;
-            (layer.present_bytes, layer.total_bytes) = (0, 0);
-        }
-    });
 }
 
 /// Reports how far the devices are; says how many bytes are here.
@@ -282,48 +201,15 @@ fn look(opened: &[Opened], report: &Report) -> u64 {
     sum
 }
 
-/// The same of what a list names.
-fn look_at_list(
-    run: &[Opened],
-    handles: &[Arc<LayerHandle>],
-    reads: &[BootRead],
-    report: &Report,
-) -> u64 {
-    let mut counts = vec![(0, 0); run.len()];
-    for read in reads {
-        let Some(handle) = handles.get(read.layer) else {
-            continue;
-        };
-        let bytes = handle.chunks().chunk(read.chunk).map(|it| it.device.len());
-        let (Some(count), Some(bytes)) = (counts.get_mut(read.layer), bytes) else {
-            continue;
-        };
-        count.1 += bytes;
-        if handle.device().is_present(read.chunk) {
-            count.0 += bytes;
-        }
-    }
-    report.send_if_modified(|it| {
-        let mut changed = false;
-        for (layer, count) in run.iter().zip(&counts) {
-            let layer = &mut it.layers[layer.at];
-            changed |= (layer.present_bytes, layer.total_bytes) != *count;
-            (layer.present_bytes, layer.total_bytes) = *count;
-        }
-        changed
-    });
-    counts.iter().map(|count| count.0).sum()
-}
-
 /// Notices that nothing comes any more.
-struct Stall {
+pub(super) struct Stall {
     bytes: u64,
     since: Instant,
     over: bool,
 }
 
 impl Stall {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self {
             bytes: 0,
             since: Instant::now(),
@@ -331,7 +217,7 @@ impl Stall {
         }
     }
 
-    fn is_over(&mut self, bytes: u64, excused: bool) -> bool {
+    pub(super) fn is_over(&mut self, bytes: u64, excused: bool) -> bool {
         if bytes != self.bytes || excused {
             (self.bytes, self.since) = (bytes, Instant::now());
         }

@@ -162,6 +162,7 @@ impl LazySide {
         reclaimer.attach(&lazy);
 
         let prewarms = Prewarms::new(lazy.clone(), client, config.prewarm);
+        shelf.attach_prewarms(prewarms.downgrade());
         let running = prewarms.clone();
         let service = ControlService::new(lazy.clone(), containerd, cluster, mirror, running, stop);
         let control = tokio::spawn(async move {

@@ -54,6 +54,7 @@ impl Peer for Hostile {
         // As a node of an older version.
         Err(Status::unimplemented("blob"))
     }
+    type PrewarmStream = Parts<proto::PrewarmReport>;
 
     async fn hello(
         &self,
@@ -146,6 +147,13 @@ impl Peer for Hostile {
         _: Request<proto::BootListOffer>,
     ) -> Result<Response<proto::BootListTaken>, Status> {
         Err(Status::unimplemented("offer_boot_list"))
+    }
+
+    async fn prewarm(
+        &self,
+        _: Request<proto::PrewarmRequest>,
+    ) -> Result<Response<Self::PrewarmStream>, Status> {
+        Err(Status::unimplemented("prewarm"))
     }
 }
 
