@@ -5,6 +5,7 @@
 
 mod cluster;
 mod mirror;
+mod notifications;
 mod units;
 mod written;
 
@@ -22,6 +23,7 @@ pub use mirror::MirrorConfig;
 pub use written::Written;
 
 use crate::boot::BootOptions;
+use crate::notifications::NotificationOptions;
 use crate::prewarm::PrewarmOptions;
 
 /// Where the configuration is looked for if the command line does not say.
@@ -130,6 +132,8 @@ pub struct Config {
     pub boot: BootOptions,
     /// Bringing images before they are asked for.
     pub prewarm: PrewarmOptions,
+    /// Notifications of registries; `None`: they are not taken.
+    pub notifications: Option<NotificationOptions>,
     /// Docker's `config.json` with credentials; `None`: where docker itself looks.
     pub docker_config: Option<PathBuf>,
     /// By `host[:port]`.
@@ -219,6 +223,7 @@ impl Written {
             prefetch,
             boot,
             prewarm,
+            notifications,
             registry,
             trust,
             telemetry,
@@ -278,6 +283,7 @@ impl Written {
                 grace: check.nonzero("prewarm.grace", &prewarm.grace)?,
                 deadline: check.nonzero("prewarm.deadline", &prewarm.deadline)?,
             },
+            notifications: notifications.validate(&check)?,
             mount_grace: check.duration("mount.grace", &mount.grace)?,
             docker_config,
             registry_hosts: hosts.collect::<Result<_, ConfigError>>()?,

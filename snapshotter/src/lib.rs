@@ -17,6 +17,7 @@ pub mod lazy;
 pub mod mirror;
 pub mod mount;
 pub mod mounts;
+pub mod notifications;
 pub mod plan;
 pub mod prewarm;
 pub mod resolve;

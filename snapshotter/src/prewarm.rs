@@ -166,7 +166,7 @@ impl Inner {
         match ended.phase {
             Phase::Done => tracing::info!(%image, scope, layers, bytes, "image prewarmed"),
             _ => {
-                tracing::warn!(%image, scope, layers, bytes, "image not prewarmed: {}", ended.error)
+                tracing::info!(%image, scope, layers, bytes, "image not prewarmed: {}", ended.error)
             }
         }
     }

@@ -20,6 +20,7 @@ pub struct Written {
     pub prefetch: Prefetch,
     pub boot: Boot,
     pub prewarm: Prewarm,
+    pub notifications: Notifications,
     pub registry: Registry,
     pub trust: Trust,
     pub telemetry: Telemetry,
@@ -103,6 +104,15 @@ section! {
     Prewarm {
         grace: String = "1h".into(),
         deadline: String = "1h".into(),
+    }
+}
+section! {
+    /// `[notifications]`
+    Notifications {
+        listen: String = String::new(),
+        token: String = String::new(),
+        prewarm: bool = false,
+        hosts: BTreeMap<String, String> = BTreeMap::new(),
     }
 }
 section! {

@@ -29,6 +29,7 @@ use crate::layers::Layers;
 use crate::lazy::{Lazy, LazyMetrics, LazyOptions, LazyParts, Reclaimer};
 use crate::mount::attached::AttachedMount;
 use crate::mounts::Mounts;
+use crate::notifications::{NotificationMetrics, Receiver};
 use crate::prewarm::Prewarms;
 use crate::resolve::{Containerd, ContainerdContent};
 use crate::shelf::NodeShelf;
@@ -60,6 +61,7 @@ pub(super) struct LazySide {
     store: Arc<Store>,
     shelf: Arc<NodeShelf>,
     prewarms: Prewarms,
+    notifications: Option<JoinHandle<()>>,
     control: JoinHandle<()>,
     attach: JoinHandle<()>,
 }
@@ -164,6 +166,18 @@ impl LazySide {
         let prewarms = Prewarms::new(lazy.clone(), client, config.prewarm);
         shelf.attach_prewarms(prewarms.downgrade());
         let running = prewarms.clone();
+        let notifications = match &config.notifications {
+            None => None,
+            Some(options) => {
+                let counted = NotificationMetrics::default();
+                counted.register(registry);
+                let (options, running) = (options.clone(), prewarms.clone());
+                let (trust, view) = (Trust::new(config.trusted_lazy.clone()), cluster.clone());
+                let receiver = move || Receiver::new(options, running, trust, view, counted);
+                let receiver = tokio::task::spawn_blocking(receiver).await??;
+                Some(tokio::spawn(receiver.serve(stop.clone())))
+            }
+        };
         let service = ControlService::new(lazy.clone(), containerd, cluster, mirror, running, stop);
         let control = tokio::spawn(async move {
             if let Err(error) = service.serve(listener).await {
@@ -176,6 +190,7 @@ impl LazySide {
             store: chunks,
             shelf,
             prewarms,
+            notifications,
             control,
             attach,
         })
@@ -204,6 +219,7 @@ impl LazySide {
             store,
             shelf: _,
             prewarms,
+            notifications,
             control,
             attach,
         } = self;
@@ -213,6 +229,9 @@ impl LazySide {
         let ended = tokio::time::timeout(deadline, async {
             // Both end by the daemon's own token; their results were logged.
             let _ = control.await;
+            if let Some(notifications) = notifications {
+                let _ = notifications.await;
+            }
             prewarms.stop().await;
             lazy.stop().await;
             fetcher.shutdown().await;
