@@ -2,6 +2,7 @@
 //! Prewarming: a cold start after it takes nothing of the registry but the names of things.
 #![allow(clippy::unwrap_used, reason = "a test may stop where it stands")]
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -10,9 +11,12 @@ use sluice_integration::cluster::image::Image;
 use sluice_integration::cluster::{Cluster, Options, Shape};
 use sluice_integration::harness::command::{self, run_observed};
 use sluice_integration::harness::containerd::Release;
+use sluice_integration::harness::daemon::Daemon;
 use sluice_integration::harness::http::manifest;
 use sluice_integration::harness::images;
 use sluice_integration::harness::proxy::Line;
+use sluice_integration::harness::registry::{Registry, free_address};
+use sluice_integration::harness::root::Root;
 use sluice_integration::harness::site::Site;
 
 const REPOSITORY: &str = "prewarm/python";
@@ -162,4 +166,46 @@ fn a_zone_is_prewarmed_at_the_price_of_one_node() -> Result<()> {
     let error = format!("{:#}", bad.err().context("a node that is not there")?);
     ensure!(error.contains("nobody"), "{error}");
     cluster.end()
+}
+
+#[test]
+fn what_is_pushed_to_a_registry_is_prewarmed() -> Result<()> {
+    const TOKEN: &str = "a-token-of-some-length";
+    let root = Root::new("notify")?;
+    let address = free_address()?;
+    let endpoint = format!("http://{address}/notifications");
+    let registry = Registry::start_notifying(&root, Line::OPEN, &endpoint, TOKEN)?;
+    let token = root.join("token")?;
+    std::fs::write(&token, TOKEN)?;
+    std::fs::set_permissions(&token, std::fs::Permissions::from_mode(0o600))?;
+    let config = format!(
+        "[notifications]\nlisten = \"{address}\"\ntoken = \"{}\"\nprewarm = true\n",
+        token.display()
+    );
+    // Nobody pulls anything, so nothing listens at containerd's socket.
+    let daemon = Daemon::start(&root, &root.join("none.sock")?, &config)?;
+    let layout = images::python_layout()?;
+    let reference = |tag: &str| format!("{}/{REPOSITORY}:{tag}", registry.host());
+    images::push_layout(&layout, &reference("original"))?;
+    let [original, converted] =
+        ["original", "sluice"].map(|tag| format!("docker://{}", reference(tag)));
+    daemon.sluice_ok(&["convert", &original, &converted])?;
+
+    let told = |outcome: &str| {
+        let label = format!("outcome=\"{outcome}\"");
+        daemon.metric("sluice_notifications_total", &[&label])
+    };
+    let began = Instant::now();
+    // The converted image, and the one before it, of which there is nothing to bring.
+    while told("prewarmed")? < 2.0 || !daemon.log().contains("image prewarmed") {
+        let log = || daemon.log_tail();
+        ensure!(began.elapsed() < DEADLINE, "not prewarmed\n{}", log());
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    ensure!(told("blob")? > 0.0 && told("denied")? < 1.0);
+    let before = registry.line.bytes();
+    daemon.sluice_ok(&["prewarm", &reference("sluice")])?;
+    let bytes = registry.line.bytes() - before;
+    ensure!(bytes < 64 << 10, "{bytes} bytes of what should be here");
+    Ok(())
 }

@@ -26,6 +26,14 @@ impl Registry {
         Self::start_at(root, free_address()?, LOOPBACK, line)
     }
 
+    /// The same, which tells `endpoint` of what is pushed, with this token.
+    pub fn start_notifying(root: &Root, line: Line, endpoint: &str, token: &str) -> Result<Self> {
+        let notifications = format!(
+            "notifications:\n  endpoints:\n    - name: sluice\n      url: {endpoint}\n      headers:\n        Authorization: [\"Bearer {token}\"]\n      timeout: 5s\n      threshold: 5\n      backoff: 1s\n"
+        );
+        Self::start_configured(root, free_address()?, LOOPBACK, line, &notifications)
+    }
+
     /// Starts it at `direct`, with the line listening at `listen`; both in the network of the calling thread.
     pub fn start_at(
         root: &Root,
@@ -33,12 +41,22 @@ impl Registry {
         listen: SocketAddr,
         line: Line,
     ) -> Result<Self> {
+        Self::start_configured(root, direct, listen, line, "")
+    }
+
+    fn start_configured(
+        root: &Root,
+        direct: SocketAddr,
+        listen: SocketAddr,
+        line: Line,
+        further: &str,
+    ) -> Result<Self> {
         let store = root.directory("registry/store")?;
         let config = root.join("registry/config.yml")?;
         std::fs::write(
             &config,
             format!(
-                "version: 0.1\nlog:\n  level: warn\n  accesslog:\n    disabled: true\nstorage:\n  filesystem:\n    rootdirectory: {}\n  delete:\n    enabled: true\nhttp:\n  addr: {direct}\n",
+                "version: 0.1\nlog:\n  level: warn\n  accesslog:\n    disabled: true\nstorage:\n  filesystem:\n    rootdirectory: {}\n  delete:\n    enabled: true\nhttp:\n  addr: {direct}\n{further}",
                 store.display()
             ),
         )?;
