@@ -378,7 +378,7 @@ async fn a_node_that_was_silent_is_asked_again_once_a_probe_reached_it() {
     let (peers, other) = (&nodes[0].peers, &nodes[1].node);
     assert!(peers.doubted().is_empty());
     peers.observe(&other.id, Outcome::Late);
-    assert_eq!(peers.doubted(), [other.clone()]);
+    assert_eq!(peers.doubted(), std::slice::from_ref(other));
     assert!(peers.giver(&other.id).is_none(), "nobody is sent to it");
     peers.probe(other, 30 * SECOND).await.unwrap();
     assert!(peers.doubted().is_empty() && peers.giver(&other.id).is_some());
@@ -386,7 +386,7 @@ async fn a_node_that_was_silent_is_asked_again_once_a_probe_reached_it() {
     nodes[1].crash().await;
     peers.observe(&other.id, Outcome::Late);
     assert!(peers.probe(other, 30 * SECOND).await.is_err());
-    assert_eq!(peers.doubted(), [other.clone()]);
+    assert_eq!(peers.doubted(), std::slice::from_ref(other));
 }
 
 #[tokio::test(flavor = "multi_thread")]

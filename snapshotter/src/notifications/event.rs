@@ -165,7 +165,7 @@ mod tests {
         Told::Image(format!("{place}@{DIGEST}").parse().unwrap())
     }
 
-    /// As Debian's docker-registry 2.8 sends it, with the times and IDs of others.
+    /// In the form of distribution's documentation; what a real docker-registry sends is tested end to end.
     fn pushed(media_type: &str, action: &str) -> Value {
         json!({"events": [{
             "id": "320678d8-ca14-430f-8bb6-4ca139cd83f7",
