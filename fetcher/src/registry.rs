@@ -117,18 +117,19 @@ impl RegistryClient {
 impl Inner {
     /// The URL of `rest` (`blobs/…`, `manifests/…`) in the API of `place`.
     fn url(&self, place: &Repository, rest: &str) -> Result<Url, RegistryError> {
-        let scheme = if self.options.is_plain(place.host()) {
+        self.url_at(place.host(), &format!("{}/{rest}", place.name()))
+    }
+
+    /// What is below `/v2/` of a registry.
+    fn url_at(&self, host: &str, path: &str) -> Result<Url, RegistryError> {
+        let scheme = if self.options.is_plain(host) {
             "http"
         } else {
             "https"
         };
-        let text = format!(
-            "{scheme}://{}/v2/{}/{rest}",
-            api_host(place.host()),
-            place.name()
-        );
+        let text = format!("{scheme}://{}/v2/{path}", api_host(host));
         Url::parse(&text).map_err(|error| RegistryError::Configuration {
-            host: place.host().to_owned(),
+            host: host.to_owned(),
             problem: format!("no URL: {error}"),
         })
     }

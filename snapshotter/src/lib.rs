@@ -14,6 +14,7 @@ pub mod indexes;
 pub mod labels;
 pub mod layers;
 pub mod lazy;
+mod listen;
 pub mod mirror;
 pub mod mount;
 pub mod mounts;

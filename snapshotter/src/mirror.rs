@@ -28,7 +28,7 @@ use axum::body::Body;
 use axum::http::header::ACCEPT;
 use axum::http::{Method, Request, Response};
 use sluice_fetcher::blob_cache::{BlobCache, PieceGivers};
-use sluice_fetcher::registry::{RegistryClient, Repository, Shown};
+use sluice_fetcher::registry::{PassedAnswer, RegistryClient, Repository, Shown};
 use sluice_fetcher::source::{Priority, ReadContext};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
@@ -312,10 +312,7 @@ impl Shared {
 
     /// Whether the mirror serves a repository; never itself.
     fn serves(&self, place: &Repository) -> bool {
-        let origin = BlobOrigin {
-            host: place.host().to_owned(),
-            repository: place.name().to_owned(),
-        };
+        let origin = BlobOrigin::from(place);
         place.host() != self.listen.to_string() && self.registries.allows(&origin)
     }
 
@@ -324,6 +321,18 @@ impl Shared {
         ReadContext::new(Priority::Foreground)
             .with_cancel(self.stop.clone())
             .with_timeout(HEAD_DEADLINE)
+    }
+
+    /// What an answer that is no yes means; that the client was not let in is remembered.
+    fn judged(&self, place: &Repository, client: &Client, answer: &PassedAnswer) -> Outcome {
+        if answer.denied() {
+            self.access.denied(place, &client.shown);
+            return Outcome::Denied;
+        }
+        match answer.status {
+            404 => Outcome::NotFound,
+            _ => Outcome::Unavailable,
+        }
     }
 
     /// The registry let the client in: remembered, and if it showed something, whether it had to.

@@ -117,6 +117,19 @@ pub struct LayoutLayer {
     pub mark: Result<LayerMark, AnnotationError>,
 }
 
+impl LayoutLayer {
+    /// Of a layer that the manifest describes so.
+    #[must_use]
+    pub fn of(chain_id: ChainId, diff_id: DiffId, descriptor: Descriptor) -> Self {
+        Self {
+            chain_id,
+            diff_id,
+            mark: mark_of(&descriptor.annotations),
+            descriptor: Some(descriptor),
+        }
+    }
+}
+
 /// The layers of an image and where they can be fetched from.
 #[derive(Clone, Debug)]
 pub struct Layout {
@@ -144,11 +157,8 @@ impl Layout {
             .layers
             .iter()
             .zip(image.diff_ids.iter().zip(&image.chain_ids))
-            .map(|(descriptor, (diff_id, chain_id))| LayoutLayer {
-                chain_id: *chain_id,
-                diff_id: *diff_id,
-                mark: mark_of(&descriptor.annotations),
-                descriptor: Some(descriptor.clone()),
+            .map(|(descriptor, (diff_id, chain_id))| {
+                LayoutLayer::of(*chain_id, *diff_id, descriptor.clone())
             })
             .collect();
         Some(Self {

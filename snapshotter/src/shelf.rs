@@ -181,10 +181,8 @@ impl NodeShelf {
     }
 
     fn allowed(&self, places: &OriginSet) -> Vec<BlobOrigin> {
-        let places = places.places().into_iter().map(|place| BlobOrigin {
-            host: place.host().to_owned(),
-            repository: place.name().to_owned(),
-        });
+        let places = places.places().into_iter();
+        let places = places.map(|place| BlobOrigin::from(&place));
         places.filter(|place| self.trust.allows(place)).collect()
     }
 
@@ -374,10 +372,7 @@ impl Shelf for NodeShelf {
     async fn prewarm(&self, wanted: WantedPrewarm) -> Result<Reports, Refused> {
         let prewarms = self.prewarms.get().and_then(WeakPrewarms::get);
         let prewarms = prewarms.ok_or(Refused::NotHere)?;
-        let origin = BlobOrigin {
-            host: wanted.reference.host().to_owned(),
-            repository: wanted.reference.repository().to_owned(),
-        };
+        let origin = BlobOrigin::from(wanted.reference.place());
         // Before the registry hears of it: nobody makes this node talk to whom it does not trust.
         if !self.trust.allows(&origin) {
             let why = format!("[trust] lazy does not allow {origin}");

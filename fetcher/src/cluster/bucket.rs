@@ -85,6 +85,16 @@ impl TokenBucket {
         Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
     }
 
+    /// Takes `bytes` if nobody would have to wait now; says whether it did.
+    #[must_use]
+    pub fn try_take(&mut self, bytes: u64, now: Instant) -> bool {
+        let free = self.wait(now).is_zero();
+        if free {
+            let _debt = self.take(bytes, now);
+        }
+        free
+    }
+
     /// Gives back `bytes` that were taken and not moved.
     pub fn refund(&mut self, bytes: u64) {
         self.balance = self

@@ -9,8 +9,9 @@
 //! of a small answer in powers of two, then who told a load of less than half. Steps instead of exact values
 //! keep noise from deciding: load is told once a second and is old news in a burst, and a thousand nodes
 //! that decide alike make one node slow. Between equals a hash with the node's own seed decides. The names of
-//! a busy answer are put in order by distance only ([`Scores::order_named`]). The homes of a piece are not candidates in this sense: their order is the order of
-//! [`homes`](super::home::homes), or a piece would have many.
+//! a busy answer are put in order by distance only ([`Scores::order_named`]). The homes of a piece are not
+//! candidates in this sense: their order is the order of [`homes`](super::home::homes), or a piece would have
+//! many.
 //!
 //! Pauses double while a node goes on failing, and end with an answer. A lie (bytes of another digest) is
 //! remembered for longer than it is punished, and answers do not atone for it.
@@ -263,9 +264,7 @@ impl Scores {
         }
         let until = score.avoided_until.max(score.doubted_until);
         self.avoided_until = self.avoided_until.max(until);
-        while self.nodes.len() > self.capacity {
-            self.nodes.pop_lru();
-        }
+        self.drop_surplus();
     }
 
     /// Whether `node` is left alone for the moment.
@@ -278,6 +277,10 @@ impl Scores {
     /// Takes note that something came of a node, on whatever stream.
     pub fn heard(&mut self, node: &NodeId, now: Instant) {
         self.nodes.get_or_insert_mut_ref(node, Score::default).heard = Some(now);
+        self.drop_surplus();
+    }
+
+    fn drop_surplus(&mut self) {
         while self.nodes.len() > self.capacity {
             self.nodes.pop_lru();
         }

@@ -7,8 +7,8 @@
 //! in its place. When all homes failed, or after too many rounds, the origin is asked: that way always
 //! remains.
 //!
-//! Only homes are asked to fetch what they lack, and a second one only after the first failed. A hedge is
-//! asked not to: the budget of one asker is small, but of a thousand askers some always have credit, and
+//! Only homes are asked to fetch what they lack, and a second one only after the first failed. A hedge
+//! ([`Search::hedge`], which the simulator uses) is asked not to: the budget of one asker is small, but of a thousand askers some always have credit, and
 //! each slow piece would be fetched twice.
 
 use std::time::Duration;

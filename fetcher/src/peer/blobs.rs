@@ -16,7 +16,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::StreamExt as _;
-use futures::stream::{self, BoxStream};
+use futures::stream;
 use sluice_blockindex::digest::BlobDigest;
 use sluice_blockindex::extent::Extent;
 use sluice_proto::peer::{BlobPart, BlobRequest, blob_part};
@@ -27,7 +27,6 @@ use super::wire::{WireError, places_to_proto};
 use crate::blob_cache::{GivenPiece, Piece, PieceGivers};
 use crate::clock;
 use crate::cluster::choice::Outcome;
-use crate::cluster::home::homes;
 use crate::cluster::node::{Node, NodeId};
 use crate::registry::Repository;
 use crate::source::{OriginSet, SourceError};
@@ -36,8 +35,6 @@ mod serve;
 
 pub(super) use serve::{none, serve};
 
-/// Homes of a piece that are asked before the origin, as of pieces of layers.
-const HOMES: usize = 2;
 /// Nodes that a busy home names and that are asked.
 const NAMED: usize = 3;
 /// How long a busy home is asked again and again: as long as it takes to send a piece to each of its slots.
@@ -234,22 +231,16 @@ impl BlobNodes {
 #[async_trait]
 impl PieceGivers for BlobNodes {
     async fn open(&self, piece: &Piece, skip: &[NodeId]) -> Option<GivenPiece> {
-        let view = self.peers.view();
-        for home in homes(
-            &view,
-            &view.me.zone,
-            &piece.key(),
-            self.peers.home_limit,
-            HOMES,
-        ) {
+        let me = self.peers.me();
+        for home in self.peers.homes_of(&piece.key()) {
             // Its own turn: no third node is asked on anybody's behalf.
-            if home.id == view.me.id || self.refused.load(Ordering::Relaxed) {
+            if home == me || self.refused.load(Ordering::Relaxed) {
                 return None;
             }
-            if skip.contains(&home.id) {
+            if skip.contains(&home) {
                 continue;
             }
-            let Some(node) = self.peers.giver(&home.id) else {
+            let Some(node) = self.peers.giver(&home) else {
                 continue;
             };
             if let Some(given) = self.of_home(&node, piece, skip).await {
@@ -307,7 +298,7 @@ impl Giving {
         );
         GivenPiece {
             node,
-            body: boxed(body),
+            body: body.boxed(),
         }
     }
 
@@ -347,10 +338,4 @@ impl Giving {
             }
         }
     }
-}
-
-fn boxed(
-    body: impl futures::Stream<Item = Result<Bytes, SourceError>> + Send + 'static,
-) -> BoxStream<'static, Result<Bytes, SourceError>> {
-    Box::pin(body)
 }

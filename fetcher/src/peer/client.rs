@@ -151,7 +151,7 @@ pub struct Peers {
     pub(super) uploads: Mutex<Uploads<PieceKey>>,
     pub(super) buckets: Buckets,
     pub(crate) frames: Frames,
-    pub(super) home_limit: HomeLimit,
+    home_limit: HomeLimit,
 }
 
 impl Peers {
@@ -199,11 +199,15 @@ impl Peers {
 
     /// Whether the node is the first home of a piece, or nobody else is.
     pub(crate) fn is_home(&self, piece: &PieceKey) -> bool {
+        let homes = self.homes_of(piece);
+        homes.first().is_none_or(|home| *home == self.me())
+    }
+
+    /// The homes of a piece that are asked before the origin, best first; may contain this node.
+    pub(super) fn homes_of(&self, piece: &PieceKey) -> Vec<NodeId> {
         let view = self.view();
-        let first = homes(&view, &view.me.zone, piece, self.home_limit, 1)
-            .first()
-            .copied();
-        first.is_none_or(|home| home.id == view.me.id)
+        let homes = homes(&view, &view.me.zone, piece, self.home_limit, HOMES);
+        homes.into_iter().map(|home| home.id.clone()).collect()
     }
 
     /// How many requests this node may have at one origin at a time, if that is limited for the zone.
@@ -230,10 +234,7 @@ impl Peers {
 
     /// The way to a piece.
     pub(crate) fn route(&self, piece: &PieceKey, priority: Priority, now: Instant) -> Route {
-        let view = self.view();
-        let homes = homes(&view, &view.me.zone, piece, self.home_limit, HOMES);
-        let homes = homes.into_iter().map(|home| home.id.clone()).collect();
-        Route::new(view.me.id.clone(), homes, now + patience(priority))
+        Route::new(self.me(), self.homes_of(piece), now + patience(priority))
     }
 
     /// The node of this name, if it is there and gives.
@@ -415,9 +416,7 @@ impl Peers {
             index: digest,
             number: u32::MAX,
         };
-        let view = self.view();
-        let homes = homes(&view, &view.me.zone, &piece, self.home_limit, HOMES);
-        homes.into_iter().map(|home| home.id.clone()).collect()
+        self.homes_of(&piece)
     }
 
     /// Waits as the download budget says; to be called for what came. Cancel-safe.

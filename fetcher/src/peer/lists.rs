@@ -200,12 +200,8 @@ impl ListDesk {
         if !homes.contains(&peers.me()) {
             return Err(Status::failed_precondition("not a home of this list"));
         }
-        {
-            let (mut offers, now) = (lock(&self.offers), clock::now());
-            if !offers.wait(now).is_zero() {
-                return Err(Status::resource_exhausted("too many boot lists"));
-            }
-            let _no_wait = offers.take(1, now);
+        if !lock(&self.offers).try_take(1, clock::now()) {
+            return Err(Status::resource_exhausted("too many boot lists"));
         }
         within_deadline(shelf.take_boot_list(offered)).await?;
         Ok(BootListTaken {})

@@ -210,14 +210,9 @@ impl PrewarmDesk {
         let busy = |_| Status::resource_exhausted("too many prewarms are watched");
         let turn = Arc::clone(&self.streams).try_acquire_owned();
         let turn = turn.map_err(busy)?;
-        {
-            let (mut starts, now) = (lock(&self.starts), clock::now());
-            if !starts.wait(now).is_zero() {
-                return Err(Status::resource_exhausted(
-                    "too many prewarms are asked for",
-                ));
-            }
-            let _no_wait = starts.take(1, now);
+        if !lock(&self.starts).try_take(1, clock::now()) {
+            let text = "too many prewarms are asked for";
+            return Err(Status::resource_exhausted(text));
         }
         let begun = tokio::time::timeout(BEGIN_DEADLINE, shelf.prewarm(wanted)).await;
         let begun = begun.map_err(|_| Status::unavailable("too slow"))?;

@@ -9,8 +9,8 @@ use std::fmt;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures::StreamExt as _;
 use futures::stream::BoxStream;
-use futures::{Stream, StreamExt as _};
 use reqwest::Method;
 use reqwest::header::{ACCEPT, AUTHORIZATION, HeaderMap, HeaderName, HeaderValue, IF_NONE_MATCH};
 use reqwest::header::{RANGE, RETRY_AFTER, WWW_AUTHENTICATE};
@@ -20,8 +20,8 @@ use sluice_blockindex::extent::{BlobSpace, Extent};
 use url::Url;
 
 use super::blobs::judge_extent;
-use super::transport::{Answer, Call};
-use super::{RegistryClient, RegistryError, Repository, api_host};
+use super::transport::Call;
+use super::{RegistryClient, RegistryError, Repository};
 use crate::source::{BlobSource, BlobStream, ReadContext, SourceError, SourceKind};
 
 /// The longest `Authorization` that is passed on: tokens of large clouds take some kilobytes.
@@ -207,22 +207,9 @@ impl RegistryClient {
             unless: None,
             shown: shown.clone(),
         };
-        let url = self.registry_url(host)?;
+        let url = self.inner.url_at(host, "")?;
         let what = format!("the version of {host}");
         self.pass_to(context, url, host, what, &request).await
-    }
-
-    fn registry_url(&self, host: &str) -> Result<Url, RegistryError> {
-        let scheme = if self.options().is_plain(host) {
-            "http"
-        } else {
-            "https"
-        };
-        let text = format!("{scheme}://{}/v2/", api_host(host));
-        Url::parse(&text).map_err(|error| RegistryError::Configuration {
-            host: host.to_owned(),
-            problem: format!("no URL: {error}"),
-        })
     }
 
     async fn pass_to(
@@ -245,7 +232,7 @@ impl RegistryClient {
         if let Some(value) = &request.unless {
             call.headers.insert(IF_NONE_MATCH, value.clone());
         }
-        let home = self.registry_url(host)?;
+        let home = self.inner.url_at(host, "")?;
         let transport = &self.inner.transport;
         let shown = request.shown.0.as_ref();
         let answer = transport.send(context, &call, &home, shown).await?;
@@ -256,18 +243,8 @@ impl RegistryClient {
             status,
             headers,
             redirected,
-            body: self.body_of(context, answer, 0, 0).boxed(),
+            body: transport.body(context, answer, 0, 0).boxed(),
         })
-    }
-
-    fn body_of(
-        &self,
-        context: &ReadContext,
-        answer: Answer,
-        start: u64,
-        end: u64,
-    ) -> impl Stream<Item = Result<Bytes, SourceError>> + Send + 'static {
-        self.inner.transport.body(context, answer, start, end)
     }
 }
 
@@ -369,9 +346,8 @@ impl BlobSource for PassedBlob {
             other => other,
         })?;
         let comes = judge_extent(&answer, extent, self.size_bytes, ranged)?;
-        let body = self
-            .client
-            .body_of(context, answer, comes.start(), comes.end());
+        let (start, end) = (comes.start(), comes.end());
+        let body = inner.transport.body(context, answer, start, end);
         Ok(BlobStream::new(comes, body))
     }
 }

@@ -600,9 +600,6 @@ fn add_origins(to: &mut Vec<BlobOrigin>, from: Vec<BlobOrigin>) {
 /// The place that an image reference names.
 fn origin_of(reference: Option<&str>) -> Vec<BlobOrigin> {
     let parsed = reference.and_then(|text| text.parse::<ImageReference>().ok());
-    let origin = parsed.map(|reference| BlobOrigin {
-        host: reference.host().to_owned(),
-        repository: reference.repository().to_owned(),
-    });
+    let origin = parsed.map(|reference| BlobOrigin::from(reference.place()));
     origin.into_iter().collect()
 }

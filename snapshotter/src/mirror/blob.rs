@@ -13,7 +13,7 @@ use sluice_blockindex::digest::BlobDigest;
 use sluice_blockindex::extent::{BlobSpace, Extent};
 use sluice_fetcher::blob_cache::{BlobError, Supply};
 use sluice_fetcher::registry::{Passed, PassedBlob, RegistryError, Repository};
-use sluice_fetcher::source::{Class, SourceError};
+use sluice_fetcher::source::{Class, Priority, ReadContext, SourceError};
 use tokio::time::Instant;
 
 use super::access::Standing;
@@ -128,14 +128,8 @@ impl Shared {
                 return Ok((size_bytes, outcome));
             }
             Ok(answer) => {
-                let outcome = match answer.status {
-                    _ if answer.denied() => Outcome::Denied,
-                    404 => Outcome::NotFound,
-                    _ => Outcome::Unavailable,
-                };
-                if outcome == Outcome::Denied {
-                    self.access.denied(place, &client.shown);
-                } else if outcome == Outcome::NotFound {
+                let outcome = self.judged(place, client, &answer);
+                if outcome == Outcome::NotFound {
                     self.access.lacks(place, digest);
                 }
                 (answer.unavailable(), (outcome, answer::refusal(&answer)))
@@ -183,10 +177,9 @@ impl Shared {
             origin: Arc::new(origin),
             nodes: (self.nodes)(place),
         };
-        let context =
-            sluice_fetcher::source::ReadContext::new(sluice_fetcher::source::Priority::Foreground)
-                .with_cancel(self.stop.clone())
-                .with_timeout(BODY_DEADLINE);
+        let context = ReadContext::new(Priority::Foreground)
+            .with_cancel(self.stop.clone())
+            .with_timeout(BODY_DEADLINE);
         let opened = self
             .blobs
             .read(&context, digest, size_bytes, extent, supply);

@@ -212,15 +212,8 @@ impl Shared {
             }
         }
         match no {
-            No::Answer(answer) if answer.denied() => {
-                self.access.denied(place, &client.shown);
-                (kind, Outcome::Denied, answer::refusal(answer))
-            }
             No::Answer(answer) => {
-                let outcome = match answer.status {
-                    404 => Outcome::NotFound,
-                    _ => Outcome::Unavailable,
-                };
+                let outcome = self.judged(place, client, answer);
                 (kind, outcome, answer::refusal(answer))
             }
             No::Unreachable(error) => {

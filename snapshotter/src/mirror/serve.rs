@@ -20,6 +20,7 @@ use tokio_util::task::TaskTracker;
 
 use super::Mirror;
 use super::stall::Stalling;
+use crate::listen::listen;
 
 /// Connections at a time. A client opens up to some ten for one image.
 const CONNECTIONS: usize = 512;
@@ -29,8 +30,6 @@ const HEAD_BYTES: usize = 32 << 10;
 const HEAD_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a client may take nothing of an answer: longer than one waits for a slow disk.
 const STALL: Duration = Duration::from_secs(60);
-/// Pause before a port that is taken is tried again.
-const BIND_PAUSE: Duration = Duration::from_secs(5);
 /// After an accept that failed for want of something, such as descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long answers under way may go on when the daemon stops: a client repeats or resumes what is cut.
@@ -41,22 +40,11 @@ const STOP_PATIENCE: Duration = Duration::from_secs(2);
 pub async fn serve_at(mirror: Mirror) {
     let address = mirror.address();
     let stop = mirror.shared.stop.clone();
-    let mut said = false;
-    let listener = loop {
-        match TcpListener::bind(address).await {
-            Ok(listener) => break listener,
-            Err(error) => {
-                mirror.set_state(false, &format!("listen at {address}: {error}"));
-                if !said {
-                    said = true;
-                    tracing::error!(%address, "failed to listen for pulls, will try again: {error}");
-                }
-            }
-        }
-        let pause = tokio::time::sleep(BIND_PAUSE);
-        if stop.run_until_cancelled(pause).await.is_none() {
-            return;
-        }
+    let listening = listen(address, "pulls", |error| {
+        mirror.set_state(false, &format!("listen at {address}: {error}"));
+    });
+    let Some(listener) = stop.run_until_cancelled(listening).await else {
+        return;
     };
     tracing::info!(%address, "serving pulls as a mirror");
     mirror.set_state(true, "");

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::event::{Told, read};
 use super::{NotificationMetrics, NotificationOptions};
+use crate::listen::listen;
 use crate::prewarm::{Prewarms, Scope};
 use crate::snapshots::BlobOrigin;
 use crate::trust::Trust;
@@ -30,8 +31,6 @@ pub const BODY_MAX_BYTES: usize = 1 << 20;
 const BODY_DEADLINE: Duration = Duration::from_secs(10);
 /// Requests that are answered at once.
 const REQUESTS: usize = 16;
-/// Pause before an address that cannot be had is tried again.
-const LISTEN_PAUSE: Duration = Duration::from_secs(5);
 /// The shortest token that counts as one.
 const TOKEN_MIN_BYTES: usize = 16;
 /// The longest.
@@ -146,22 +145,10 @@ impl Receiver {
     /// Serves until told to stop, as soon as the address can be had.
     pub async fn serve(self, stop: CancellationToken) {
         let address = self.0.options.listen;
-        let mut said = false;
-        let listener = loop {
-            match TcpListener::bind(address).await {
-                Ok(listener) => break listener,
-                Err(error) if !said => {
-                    said = true;
-                    tracing::error!(%address, "failed to listen for notifications, will try again: {error}");
-                }
-                Err(_) => {}
-            }
-            let pause = tokio::time::sleep(LISTEN_PAUSE);
-            if stop.run_until_cancelled(pause).await.is_none() {
-                return;
-            }
-        };
-        self.serve_on(listener, stop).await;
+        let listening = listen(address, "notifications", |_| {});
+        if let Some(listener) = stop.run_until_cancelled(listening).await {
+            self.serve_on(listener, stop).await;
+        }
     }
 
     pub(super) async fn serve_on(self, listener: TcpListener, stop: CancellationToken) {
@@ -199,10 +186,7 @@ impl Receiver {
                 return Ok("malformed");
             }
         };
-        let origin = BlobOrigin {
-            host: image.host().to_owned(),
-            repository: image.repository().to_owned(),
-        };
+        let origin = BlobOrigin::from(image.place());
         if !self.0.trust.allows(&origin) {
             tracing::info!(%image, "pass over a notification: [trust] lazy does not allow it");
             return Ok("untrusted");

@@ -4,17 +4,17 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use sluice_blockindex::digest::{BlobDigest, ChainId, ManifestDigest};
+use oci_spec::image::{Arch, Os};
+use sluice_blockindex::digest::{BlobDigest, ManifestDigest};
 use sluice_blockindex::extent::Extent;
 use sluice_fetcher::registry::{
     FetchedManifest, ImageReference, ManifestBody, RegistryClient, RegistryError,
 };
 use sluice_fetcher::source::{Priority, ReadContext, SourceError};
 
-use crate::labels::mark_of;
 use crate::layers::Layers;
 use crate::plan::{Layout, LayoutLayer};
-use crate::resolve::{Config, DOCUMENT_CAP_BYTES, Descriptor, Manifest, ManifestError};
+use crate::resolve::{Config, DOCUMENT_CAP_BYTES, Descriptor, Manifest, ManifestError, chain_ids};
 use crate::snapshots::BlobOrigin;
 
 /// How long the registry may take to say what an image is. Nobody waits for a prewarm as for a Prepare,
@@ -34,7 +34,7 @@ pub enum ImageError {
         /// The image.
         reference: String,
         /// Of this node.
-        architecture: &'static str,
+        architecture: Arch,
     },
     /// A manifest or config cannot be read.
     #[error("read {what} of {reference}: {source}")]
@@ -73,17 +73,6 @@ pub(super) struct FoundImage {
     pub(super) layout: Layout,
 }
 
-/// The architecture of this node, in the words of images.
-const fn architecture() -> &'static str {
-    if cfg!(target_arch = "x86_64") {
-        "amd64"
-    } else if cfg!(target_arch = "aarch64") {
-        "arm64"
-    } else {
-        std::env::consts::ARCH
-    }
-}
-
 /// Asks the registry what a reference stands for.
 ///
 /// **Errors** [`ImageError`], within a deadline of its own. **Cancel** safe.
@@ -95,17 +84,16 @@ pub(super) async fn find(
     let context = ReadContext::new(Priority::Background).with_timeout(RESOLVE_DEADLINE);
     let mut fetched = client.manifest(&context, reference).await?;
     if let ManifestBody::Index(index) = fetched.parse()? {
+        let node = Arch::default();
         let ours = |entry: &&oci_spec::image::Descriptor| {
             let platform = entry.platform().as_ref();
-            platform.is_some_and(|it| {
-                it.os().to_string() == "linux" && it.architecture().to_string() == architecture()
-            })
+            platform.is_some_and(|it| *it.os() == Os::Linux && *it.architecture() == node)
         };
         let entry = index.manifests().iter().find(ours);
         let digest = entry.and_then(|it| it.digest().to_string().parse().ok());
         let digest: ManifestDigest = digest.ok_or_else(|| ImageError::Platform {
             reference: reference.to_string(),
-            architecture: architecture(),
+            architecture: node.clone(),
         })?;
         let entry = reference.place().with_digest(digest);
         fetched = client.manifest(&context, &entry).await?;
@@ -131,10 +119,7 @@ async fn layout(
         problem,
     };
     let manifest = Manifest::parse(&fetched.bytes).map_err(document("manifest"))?;
-    let origin = BlobOrigin {
-        host: reference.host().to_owned(),
-        repository: reference.repository().to_owned(),
-    };
+    let origin = BlobOrigin::from(reference.place());
     let config = config(context, layers, reference, &origin, &manifest.config).await?;
     let config = Config::parse(&config).map_err(document("config"))?;
     let (count, diff_ids) = (manifest.layers.len(), config.diff_ids.len());
@@ -142,18 +127,11 @@ async fn layout(
         let problem = format!("the manifest has {count} layers, the config {diff_ids}");
         return Err(contradiction(problem));
     }
-    let mut below = None;
-    let layers = manifest.layers.into_iter().zip(config.diff_ids);
-    let layers = layers.map(|(descriptor, diff_id)| {
-        let chain_id = ChainId::child(below, diff_id);
-        below = Some(chain_id);
-        LayoutLayer {
-            chain_id,
-            diff_id,
-            mark: mark_of(&descriptor.annotations),
-            descriptor: Some(descriptor),
-        }
-    });
+    let chain_ids = chain_ids(&config.diff_ids);
+    let layers = manifest.layers.into_iter();
+    let layers = layers.zip(config.diff_ids.into_iter().zip(chain_ids));
+    let layers = layers
+        .map(|(descriptor, (diff_id, chain_id))| LayoutLayer::of(chain_id, diff_id, descriptor));
     Ok(FoundImage {
         manifest: fetched.digest,
         layout: Layout {

@@ -52,7 +52,8 @@ pub(super) struct ClusterSide {
 }
 
 impl ClusterSide {
-    /// Starts it; `root` is where the daemon keeps what outlives it. Ends with `stop`; [`stop`](Self::stop) waits for that.
+    /// Starts it; `root` is where the daemon keeps what outlives it. Ends with `stop`; [`stop`](Self::stop)
+    /// waits for that.
     pub(super) async fn start(
         config: &ClusterConfig,
         root: &Path,

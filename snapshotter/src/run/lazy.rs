@@ -153,7 +153,7 @@ impl LazySide {
             },
             LazyOptions {
                 root: config.root.clone(),
-                trust,
+                trust: trust.clone(),
                 registry_hosts: config.registry_hosts.keys().cloned().collect(),
                 read_deadline: config.read_deadline,
                 mount_grace: config.mount_grace,
@@ -172,7 +172,7 @@ impl LazySide {
                 let counted = NotificationMetrics::default();
                 counted.register(registry);
                 let (options, running) = (options.clone(), prewarms.clone());
-                let (trust, view) = (Trust::new(config.trusted_lazy.clone()), cluster.clone());
+                let (trust, view) = (trust, cluster.clone());
                 let receiver = move || Receiver::new(options, running, trust, view, counted);
                 let receiver = tokio::task::spawn_blocking(receiver).await??;
                 Some(tokio::spawn(receiver.serve(stop.clone())))

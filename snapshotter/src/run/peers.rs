@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::ClusterConfig;
+use crate::listen::listen;
 use crate::shelf::NodeShelf;
 
 /// Connections whose handshake is under way: a peer that is slow must not hold others up.
@@ -41,8 +42,6 @@ const WARM_AT_ONCE: usize = 4;
 const PROBE_EVERY: Duration = Duration::from_millis(500);
 const PROBE_DEADLINE: Duration = Duration::from_secs(1);
 const PROBES_AT_ONCE: usize = 16;
-/// Between two attempts to listen.
-const LISTEN_PAUSE: Duration = Duration::from_secs(5);
 /// After an accept that failed for want of something, such as descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -121,7 +120,9 @@ pub(super) fn serve(
     let (handshakes, stopping) = (tasks.clone(), stop.clone());
     let listening = stop.clone();
     tasks.spawn(async move {
-        if let Some(listener) = listening.run_until_cancelled(listen(address)).await {
+        let listen = listen(address, "other nodes", |_| {});
+        if let Some(listener) = listening.run_until_cancelled(listen).await {
+            tracing::info!(%address, "serving other nodes");
             accept(listener, links, accepted, handshakes, stopping).await;
         }
     });
@@ -144,25 +145,6 @@ pub(super) fn serve(
             tracing::error!("peer API ended: {error}");
         }
     });
-}
-
-/// Listens at the address, sooner or later.
-async fn listen(address: SocketAddr) -> TcpListener {
-    let mut said = false;
-    loop {
-        match TcpListener::bind(address).await {
-            Ok(listener) => {
-                tracing::info!(%address, "serving other nodes");
-                return listener;
-            }
-            Err(error) if !said => {
-                tracing::error!(%address, "failed to listen for other nodes, trying again: {error}");
-                said = true;
-            }
-            Err(_) => {}
-        }
-        tokio::time::sleep(LISTEN_PAUSE).await;
-    }
 }
 
 /// Opens connections to nodes that come, so that the first reads of a burst need not: a connection that is

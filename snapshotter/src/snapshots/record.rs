@@ -10,6 +10,7 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 use sluice_blockindex::digest::{BlobDigest, ChainId, DiffId, IndexDigest};
+use sluice_fetcher::registry::Repository;
 
 /// The label by which an unpacker says which chain ID it is about to make, and by which
 /// containerd finds the snapshot that answers it.
@@ -74,6 +75,15 @@ pub struct BlobOrigin {
     pub host: String,
     /// Repository within the registry.
     pub repository: String,
+}
+
+impl From<&Repository> for BlobOrigin {
+    fn from(place: &Repository) -> Self {
+        BlobOrigin {
+            host: place.host().to_owned(),
+            repository: place.name().to_owned(),
+        }
+    }
 }
 
 /// What is needed to serve a lazy layer without its image's manifest.

@@ -5,7 +5,6 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -14,6 +13,8 @@ use axum::routing::get;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+
+use crate::listen::listen;
 
 /// Whether the daemon answers containerd; cheap to clone.
 #[derive(Debug, Clone, Default)]
@@ -26,9 +27,6 @@ impl Health {
     }
 }
 
-/// Pause before a port that is taken is tried again.
-const BIND_PAUSE: Duration = Duration::from_secs(5);
-
 /// Serves at an address until told to stop, as soon as the address can be had: a port that somebody
 /// else holds must not keep containers from starting.
 pub async fn serve_at(
@@ -37,20 +35,9 @@ pub async fn serve_at(
     health: Health,
     stop: CancellationToken,
 ) -> io::Result<()> {
-    let mut complained = false;
-    let listener = loop {
-        match TcpListener::bind(address).await {
-            Ok(listener) => break listener,
-            Err(error) if !complained => {
-                complained = true;
-                tracing::error!(%address, "failed to listen for telemetry, will try again: {error}");
-            }
-            Err(_) => {}
-        }
-        let pause = tokio::time::sleep(BIND_PAUSE);
-        if stop.run_until_cancelled(pause).await.is_none() {
-            return Ok(());
-        }
+    let listening = listen(address, "telemetry", |_| {});
+    let Some(listener) = stop.run_until_cancelled(listening).await else {
+        return Ok(());
     };
     serve(listener, registry, health, stop).await
 }
