@@ -229,19 +229,15 @@ impl BlobCache {
     }
 
     /// Reads a piece for another node, which verifies the whole blob: whatever is here of it, unverified, or
-    /// as the origin gives it.
+    /// as the supply gives it.
     ///
     /// **Errors** [`BlobError`]. **Cancel** safe.
     pub async fn read_piece(
         &self,
         context: &ReadContext,
         piece: &Piece,
-        origin: Arc<dyn BlobSource>,
+        supply: Supply,
     ) -> Result<BlobStream, BlobError> {
-        let supply = Supply {
-            origin,
-            nodes: None,
-        };
         let (blob, size_bytes) = (piece.blob, piece.blob_bytes);
         read::open(
             &self.shared,

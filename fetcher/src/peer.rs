@@ -19,8 +19,9 @@
 //!
 //! # Invariants
 //! - What a peer sends is verified like anything else before it enters the store.
-//! - A request that came from a peer is never passed on to another peer: it is answered from the
-//!   store, from what is on its way, or from the origin.
+//! - A request that came from a peer is answered from the store, from what is on its way, or from the
+//!   origin; where zones share what they fetch, one from a node of the own zone also from another zone. It is
+//!   never passed on further: nobody waits in a circle.
 
 pub mod blobs;
 pub mod client;
@@ -37,6 +38,7 @@ pub use client::{PeerOptions, Peers};
 pub use links::{Connect, LinkError, endpoint, plain};
 pub use lists::GivenList;
 pub use prewarm::{Reports, WantedPrewarm};
+pub use route::Reach;
 pub use server::{PeerServer, Refused, Shelf};
 
 /// The newest version of the peer protocol that this program speaks.

@@ -52,7 +52,7 @@ pub(crate) use sources::Choice;
 use crate::clock;
 use crate::cluster::home::PieceKey;
 use crate::metrics::{FROM_STORE, Metrics, priority_word};
-use crate::peer::Peers;
+use crate::peer::{Peers, Reach};
 use crate::source::Priority;
 use crate::store::{DeviceKey, SealStep, Store, StoreError, lock};
 use flight::{Flights, Waiter};
@@ -170,7 +170,7 @@ impl Core {
         };
         let index = layer.key().index;
         let (left, right) = (PieceKey::of(index, left), PieceKey::of(index, right));
-        left != right && !(peers.is_home(&left) && peers.is_home(&right))
+        left != right && !(peers.is_origin_home(&left) && peers.is_origin_home(&right))
     }
 }
 
@@ -350,7 +350,7 @@ impl Fetcher {
         let started = clock::now();
         let until = deadline.and_then(|deadline| started.checked_add(deadline));
         let result = self
-            .fill_missing(layer, extent, priority, true, until)
+            .fill_missing(layer, extent, priority, Reach::All, until)
             .await;
         match &result {
             Ok(()) => self.core.metrics.filled(priority, clock::now() - started),
@@ -371,7 +371,7 @@ impl Fetcher {
         layer: &Arc<LayerHandle>,
         extent: Extent<DeviceSpace>,
         priority: Priority,
-        asks_peers: bool,
+        reach: Reach,
         until: Option<Instant>,
     ) -> Result<(), FillError> {
         let started = clock::now();
@@ -382,7 +382,9 @@ impl Fetcher {
         };
         let mut ahead = match priority {
             // What another node reads it reads ahead of by itself.
-            Priority::Foreground if asks_peers && !listed() => lock(&layer.ahead).on_read(extent),
+            Priority::Foreground if reach == Reach::All && !listed() => {
+                lock(&layer.ahead).on_read(extent)
+            }
             Priority::Foreground | Priority::Boot | Priority::Background => None,
         };
         loop {
@@ -392,7 +394,7 @@ impl Fetcher {
                 // A device that failed meanwhile has no present chunk.
                 return layer.check_open();
             }
-            let mut waiters = self.launch(layer, &missing, ahead.take(), priority, asks_peers);
+            let mut waiters = self.launch(layer, &missing, ahead.take(), priority, reach);
             if waiters.is_empty() {
                 // What cannot be claimed, because the chunk map does not have it, nobody will bring.
                 let nowhere = |chunk: &&u32| layer.chunks().chunk(**chunk).is_none();
@@ -427,7 +429,7 @@ impl Fetcher {
                             return Err(expired(waiter.last_failure()));
                         }
                         // A node that cannot fetch says so soon: the asker has other ways.
-                        () = tokio::time::sleep(REFUSAL_LOOK), if !asks_peers => {
+                        () = tokio::time::sleep(REFUSAL_LOOK), if reach < Reach::All => {
                             if let Some(last) = waiter.last_failure() {
                                 return Err(expired(Some(last)));
                             }
@@ -439,17 +441,18 @@ impl Fetcher {
     }
 
     /// As [`Self::fill`], for another node that asks this one: nothing is read ahead, and no third node
-    /// is asked.
+    /// beyond `reach` is asked.
     pub(crate) async fn fill_for_peer(
         &self,
         layer: &Arc<LayerHandle>,
         extent: Extent<DeviceSpace>,
         priority: Priority,
+        reach: Reach,
         deadline: Duration,
     ) -> Result<(), FillError> {
         layer.check_open()?;
         let until = clock::now().checked_add(deadline);
-        self.fill_missing(layer, extent, priority, false, until)
+        self.fill_missing(layer, extent, priority, reach, until)
             .await
     }
 
@@ -474,19 +477,20 @@ impl Fetcher {
         layer.device.is_present(chunk)
     }
 
-    /// Begins to fetch these chunks from the origin, neighbours together; while the waiters are held
-    /// they are as urgent as `priority`.
+    /// Begins to fetch these chunks from the origin, or from nodes within `reach`, neighbours together; while
+    /// the waiters are held they are as urgent as `priority`.
     pub(crate) fn launch_for_peer(
         &self,
         layer: &Arc<LayerHandle>,
         chunks: &[u32],
         priority: Priority,
+        reach: Reach,
     ) -> Vec<Waiter> {
         let missing = chunks.iter().copied();
         let missing: Vec<u32> = missing
             .filter(|chunk| !layer.device.is_present(*chunk))
             .collect();
-        self.launch(layer, &missing, None, priority, false)
+        self.launch(layer, &missing, None, priority, reach)
     }
 
     /// Starts transfers for those chunks that nobody fetches, and for what is to be read ahead, and
@@ -497,18 +501,18 @@ impl Fetcher {
         missing: &[u32],
         ahead: Option<Extent<DeviceSpace>>,
         priority: Priority,
-        asks_peers: bool,
+        reach: Reach,
     ) -> Vec<Waiter> {
         let further = ahead
             .into_iter()
             .flat_map(|ahead| layer.device.missing(ahead));
         let mut wanted: Vec<u32> = missing.iter().copied().chain(further).collect();
         wanted.dedup();
-        let transfers = self.claim(layer, &wanted, transfer::base_of(priority), asks_peers);
-        if !asks_peers {
+        let transfers = self.claim(layer, &wanted, transfer::base_of(priority), reach);
+        if reach < Reach::All {
             missing
                 .iter()
-                .for_each(|chunk| layer.flights.divert(*chunk));
+                .for_each(|chunk| layer.flights.divert(*chunk, reach));
         }
         let waiters = missing
             .iter()
@@ -528,7 +532,7 @@ impl Fetcher {
         layer: &Arc<LayerHandle>,
         chunks: &[u32],
         base: Priority,
-        asks_peers: bool,
+        reach: Reach,
     ) -> Vec<Arc<Transfer>> {
         let free = chunks
             .iter()
@@ -536,9 +540,11 @@ impl Fetcher {
             .filter(|chunk| !layer.flights.is_in_flight(*chunk));
         let free = free.filter_map(|chunk| layer.chunks().chunk(chunk));
         let mut transfers = Vec::new();
-        let apart = |left: &Chunk, right: &Chunk| asks_peers && self.core.apart(layer, left, right);
+        let apart = |left: &Chunk, right: &Chunk| {
+            reach > Reach::Origin && self.core.apart(layer, left, right)
+        };
         for piece in coalesce(free, &self.core.options.limits(), apart) {
-            let transfer = Transfer::asking(base, asks_peers);
+            let transfer = Transfer::within(base, reach);
             // Another caller may have been faster with some of them.
             if layer.flights.claim(&transfer, piece.chunks) > 0 {
                 transfers.push(transfer);

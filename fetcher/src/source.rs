@@ -70,6 +70,8 @@ pub enum SourceKind {
     Local,
     /// Another node's daemon.
     Peer,
+    /// The daemon of a node in another zone.
+    OtherZone,
     /// Another registry endpoint with the same content.
     Mirror,
     /// The registry that the image names.
@@ -82,6 +84,7 @@ impl SourceKind {
         match self {
             SourceKind::Local => "local",
             SourceKind::Peer => "peer",
+            SourceKind::OtherZone => "other_zone",
             SourceKind::Mirror => "mirror",
             SourceKind::Origin => "origin",
         }

@@ -232,6 +232,37 @@ fn long_a_cluster_fetches_each_byte_once() -> Result<()> {
     cluster.end()
 }
 
+/// Nodes in two zones that share what they fetch cost the registry what one zone does.
+#[test]
+#[ignore = "takes minutes: make soak"]
+fn long_two_zones_cost_the_registry_one_start() -> Result<()> {
+    let (mut cluster, image, lone) = with_lone_run(Shape::ZONE, true)?;
+    let options = Options {
+        zones: 2,
+        // The last section that is written is that of the cluster.
+        config: "shared_zones = [\"*\"]\n".to_owned(),
+        ..Options::cluster(LONE_DELAY)
+    };
+    cluster.regrow(8, &options)?;
+    let mut run = cluster.start_everywhere(&image, &[])?;
+    cluster.wait_sealed(&mut run, SEAL_DEADLINE)?;
+    run.print(&lone);
+    let mut crossed = 0.0;
+    for node in cluster.nodes() {
+        crossed += node.metric("sluice_fetched_bytes_total", &["source=\"other_zone\""])?;
+    }
+    println!(
+        "between the zones: {:.2} images",
+        crossed / run.image_bytes as f64
+    );
+    ensure_each_byte_once(&run, &lone)?;
+    ensure!(
+        crossed > 0.8 * run.image_bytes as f64 && crossed < 1.2 * run.image_bytes as f64,
+        "{crossed} bytes went between the zones"
+    );
+    cluster.end()
+}
+
 #[test]
 #[ignore = "takes minutes: make soak"]
 fn long_faults_cost_no_more_than_they_explain() -> Result<()> {

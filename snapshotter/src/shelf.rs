@@ -26,10 +26,12 @@ use lru::LruCache;
 use sluice_blockindex::boot::BootKey;
 use sluice_blockindex::digest::IndexDigest;
 use sluice_blockindex::extent::Extent;
-use sluice_fetcher::blob_cache::BlobCache;
+use sluice_fetcher::blob_cache::{BlobCache, PieceGivers, Supply};
 use sluice_fetcher::cluster::node::NodeId;
 use sluice_fetcher::peer::wire::{OBJECT_MAX_BYTES, OfferedList, WantedLayer, WantedObject};
-use sluice_fetcher::peer::{Peers, Refused, Reports, Shelf, WantedPiece, WantedPrewarm};
+use sluice_fetcher::peer::{
+    BlobNodes, Peers, Reach, Refused, Reports, Shelf, WantedPiece, WantedPrewarm,
+};
 use sluice_fetcher::scheduler::LayerHandle;
 use sluice_fetcher::source::{BlobStream, OriginSet, Priority, ReadContext};
 use sluice_fetcher::store::DeviceKey;
@@ -74,7 +76,7 @@ pub struct NodeShelf {
     blobs: OnceLock<BlobCache>,
     prewarms: OnceLock<WeakPrewarms>,
     payloads: Mutex<Payloads>,
-    flights: Mutex<HashMap<IndexDigest, Flight>>,
+    flights: Mutex<HashMap<(IndexDigest, Reach), Flight>>,
     /// Until when each is kept.
     fosters: Mutex<HashMap<DeviceKey, Instant>>,
 }
@@ -92,6 +94,30 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 fn failed(error: impl fmt::Display) -> Refused {
     Refused::Failed(error.to_string())
+}
+
+/// An index from the first of these nodes that gives it.
+///
+/// **Errors** [`Refused`]: none does; by the last of them.
+async fn index_of(
+    peers: &Peers,
+    nodes: impl Iterator<Item = &NodeId>,
+    wanted: &WantedObject,
+) -> Result<Bytes, Refused> {
+    let mut refused = Refused::NotHere;
+    for id in nodes {
+        let Some(node) = peers.giver(id) else {
+            continue;
+        };
+        match peers.object(&node, wanted, ORIGIN_DEADLINE).await {
+            Ok(payload) => return Ok(payload),
+            Err(error) => {
+                tracing::debug!(node = %id, index = %wanted.digest, "no index from a node: {error}");
+                refused = failed(error);
+            }
+        }
+    }
+    Err(refused)
 }
 
 impl NodeShelf {
@@ -194,38 +220,44 @@ impl NodeShelf {
             return Err(Refused::NotHere);
         };
         let me = peers.me();
-        let mut refused = Refused::NotHere;
-        for home in peers.object_homes(wanted.digest) {
-            if home == me {
-                return self.object(wanted).await;
+        let homes = peers.object_homes(wanted.digest);
+        let before_me = homes.iter().take_while(|home| **home != me);
+        match index_of(peers, before_me, wanted).await {
+            Ok(payload) => {
+                self.keep(wanted.digest, &payload);
+                Ok(payload)
             }
-            let Some(node) = peers.giver(&home) else {
-                continue;
-            };
-            match peers.object(&node, wanted, ORIGIN_DEADLINE).await {
-                Ok(payload) => {
-                    self.keep(wanted.digest, &payload);
-                    return Ok(payload);
-                }
-                Err(error) => {
-                    tracing::debug!(node = %home, index = %wanted.digest, "no index from a node: {error}");
-                    refused = failed(error);
-                }
-            }
+            Err(_) if homes.contains(&me) => self.object(wanted).await,
+            Err(refused) => Err(refused),
         }
-        Err(refused)
     }
 
     /// The flight of an index; the first who wants it begins it.
+    ///
+    /// One that asks other zones is not joined by who asks from another zone: two zones might wait for each other.
     fn flight(&self, wanted: &WantedObject, places: &[BlobOrigin]) -> Flight {
+        let peers = self.peers().map(Arc::clone);
+        let reach = peers
+            .as_ref()
+            .map_or(Reach::Origin, |it| it.reach_for(&wanted.node));
         let mut flights = lock(&self.flights);
         flights.retain(|_, flight| flight.peek().is_none());
-        if let Some(flight) = flights.get(&wanted.digest) {
+        if let Some(flight) = flights.get(&(wanted.digest, reach)) {
             return flight.clone();
         }
+        let mut beyond = wanted.clone();
         let source = self.layers.source(wanted.blob, wanted.blob_bytes, places);
         let (extent, digest) = (wanted.extent, wanted.digest);
         let fetch = async move {
+            if let Some(peers) = peers.filter(|_| reach > Reach::Origin) {
+                let me = peers.me();
+                let far = peers.object_givers(digest, reach);
+                beyond.node = me.clone();
+                let far = far.iter().filter(|home| **home != me);
+                if let Ok(payload) = index_of(&peers, far, &beyond).await {
+                    return Ok(payload);
+                }
+            }
             let context = ReadContext::new(Priority::Foreground).with_timeout(ORIGIN_DEADLINE);
             let stream = source.open(&context, extent).await.map_err(failed)?;
             let stream = stream.narrow(extent).map_err(failed)?;
@@ -234,7 +266,7 @@ impl NodeShelf {
             Ok(payload)
         };
         let flight = fetch.boxed().shared();
-        flights.insert(digest, flight.clone());
+        flights.insert((digest, reach), flight.clone());
         flight
     }
 
@@ -363,9 +395,14 @@ impl Shelf for NodeShelf {
             let why = "[trust] lazy allows none of the blob's repositories";
             return Err(Refused::NotAllowed(why.to_owned()));
         }
-        let source = self.layers.source(piece.blob, piece.blob_bytes, &places);
+        let peers = self.peers().filter(|_| !wanted.present_only);
+        let nodes = peers.and_then(|peers| BlobNodes::on_behalf(peers, wanted));
+        let supply = Supply {
+            origin: self.layers.source(piece.blob, piece.blob_bytes, &places),
+            nodes: nodes.map(|it| Arc::new(it) as Arc<dyn PieceGivers>),
+        };
         let context = ReadContext::new(Priority::Foreground).with_timeout(PIECE_DEADLINE);
-        let read = blobs.read_piece(&context, piece, source).await;
+        let read = blobs.read_piece(&context, piece, supply).await;
         read.map_err(failed)
     }
 

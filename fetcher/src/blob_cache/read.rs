@@ -93,7 +93,8 @@ pub(super) async fn open(
     if for_node {
         reading = Reading::Any;
     }
-    if reading != Reading::Whole || lock(&shared.table).was_bad(blob) {
+    // What a node gives is verified with the whole blob only, by this reader or by the node that it reads for.
+    if (reading != Reading::Whole && !for_node) || lock(&shared.table).was_bad(blob) {
         supply.nodes = None;
     }
     // What nodes are given is counted where it is given.

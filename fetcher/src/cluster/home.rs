@@ -6,6 +6,11 @@
 //! (rendezvous hashing). So all nodes that see the same members agree without a word, a node that comes
 //! or goes moves only its own share, and the one that takes over is the second on everybody's list.
 //! Nodes that see different members disagree for a while; that costs a second fetch, never a wrong one.
+//!
+//! Each zone has homes of its own for each piece. Where zones share what they fetch ([`SharedZones`]), the
+//! home with the highest weight of all of them asks the origin, and the homes of the other zones ask it.
+
+use std::collections::BTreeSet;
 
 use sluice_blockindex::chunkmap::Chunk;
 use sluice_blockindex::digest::IndexDigest;
@@ -34,6 +39,15 @@ impl PieceKey {
             index,
             // Chunk maps are capped far below.
             number: u32::try_from(number).unwrap_or(u32::MAX),
+        }
+    }
+
+    /// What stands for an object with this digest, such as an index.
+    #[must_use]
+    pub fn of_object(digest: IndexDigest) -> Self {
+        PieceKey {
+            index: digest,
+            number: u32::MAX,
         }
     }
 }
@@ -123,9 +137,59 @@ pub fn homes<'a>(
         .collect()
 }
 
+/// Which zones fetch each piece from the origin once for all of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum SharedZones {
+    /// None: each zone fetches for itself.
+    #[default]
+    None,
+    /// All there are.
+    All,
+    /// These.
+    Named(BTreeSet<String>),
+}
+
+impl SharedZones {
+    /// Whether `zone` is one of them.
+    #[must_use]
+    pub fn contains(&self, zone: &str) -> bool {
+        match self {
+            SharedZones::None => false,
+            SharedZones::All => true,
+            SharedZones::Named(zones) => zones.contains(zone),
+        }
+    }
+}
+
+/// The homes of a piece in the zone that fetches it from the origin for all that share, the first first, at
+/// most `count`. Empty where that is this node's own zone, or its zone shares nothing.
+pub fn far_homes<'a>(
+    view: &'a View,
+    shared: &SharedZones,
+    piece: &PieceKey,
+    limit: HomeLimit,
+    count: usize,
+) -> Vec<&'a Node> {
+    if !shared.contains(&view.me.zone) {
+        return Vec::new();
+    }
+    let nodes = std::iter::once(&view.me).chain(&view.others);
+    let zones: BTreeSet<&str> = nodes.map(|node| node.zone.as_str()).collect();
+    let firsts = zones
+        .into_iter()
+        .filter(|zone| shared.contains(zone))
+        .filter_map(|zone| homes(view, zone, piece, limit, 1).pop());
+    // The highest of a zone is its first home, so that one is the highest of all.
+    let best = firsts.max_by_key(|node| (weight(node, piece), std::cmp::Reverse(&node.id)));
+    match best {
+        Some(node) if node.zone != view.me.zone => homes(view, &node.zone, piece, limit, count),
+        _ => Vec::new(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::collections::{BTreeMap, BTreeSet};
+    use std::collections::BTreeMap;
 
     use super::*;
     use crate::cluster::node::NodeId;
@@ -243,5 +307,65 @@ mod tests {
                 "without {gone}"
             );
         }
+    }
+
+    /// What a node of `zone` sees of three zones, of 2, 4 and 2 nodes, the last with one supernode.
+    fn seen_from(zone: &str) -> View {
+        let mut nodes: Vec<Node> = [("east", 2), ("west", 4), ("north", 2)]
+            .into_iter()
+            .flat_map(|(zone, count)| {
+                (0..count).map(move |i| node(&format!("{zone}-{i}"), zone, Role::Node))
+            })
+            .collect();
+        nodes.push(node("north-s", "north", Role::Supernode));
+        let me = nodes.iter().position(|node| node.zone == zone).unwrap();
+        View {
+            me: nodes.remove(me),
+            others: nodes,
+        }
+    }
+
+    fn far(zone: &str, shared: &SharedZones, number: u32) -> Vec<String> {
+        let view = seen_from(zone);
+        let far = far_homes(&view, shared, &piece(number), HomeLimit::NONE, 2);
+        far.iter().map(|node| node.id.to_string()).collect()
+    }
+
+    #[test]
+    fn one_zone_of_those_that_share_asks_the_origin_and_all_agree() {
+        let mut shares = BTreeMap::new();
+        for number in 0..2000 {
+            let [east, west, north] =
+                ["east", "west", "north"].map(|zone| far(zone, &SharedZones::All, number));
+            let asked: Vec<&Vec<String>> = [&east, &west, &north]
+                .into_iter()
+                .filter(|it| !it.is_empty())
+                .collect();
+            assert_eq!(
+                asked.len(),
+                2,
+                "one zone asks nobody else: {east:?} {west:?} {north:?}"
+            );
+            assert_eq!(asked[0], asked[1]);
+            let zone = asked[0][0].split('-').next().unwrap().to_owned();
+            assert!(far(&zone, &SharedZones::All, number).is_empty());
+            *shares.entry(zone).or_insert(0) += 1;
+        }
+        // By the number of their homes: 2, 4 and 1 of 7.
+        assert!((470..670).contains(&shares["east"]), "{shares:?}");
+        assert!((1030..1260).contains(&shares["west"]), "{shares:?}");
+        assert!((210..360).contains(&shares["north"]), "{shares:?}");
+    }
+
+    #[test]
+    fn zones_that_share_nothing_ask_nobody() {
+        let two = SharedZones::Named(["east", "north"].map(str::to_owned).into());
+        let mut asked = BTreeSet::new();
+        for number in 0..200 {
+            assert!(far("west", &two, number).is_empty());
+            assert!(far("east", &SharedZones::None, number).is_empty());
+            asked.extend(far("east", &two, number));
+        }
+        assert_eq!(asked, BTreeSet::from(["north-s".to_owned()]));
     }
 }

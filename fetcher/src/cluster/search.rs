@@ -189,7 +189,7 @@ mod tests {
         fn new(homes: &[&str]) -> Self {
             Rig {
                 view: view(),
-                scores: Scores::new(1),
+                scores: Scores::default(),
                 search: Search::new(ids(homes)),
                 now: clock::now(),
             }

@@ -23,6 +23,7 @@ use sluice_proto::peer::{BlobPart, BlobRequest, blob_part};
 use tonic::Request;
 
 use super::client::{PeerError, Peers};
+use super::route::Reach;
 use super::wire::{WireError, places_to_proto};
 use crate::blob_cache::{GivenPiece, Piece, PieceGivers};
 use crate::clock;
@@ -112,6 +113,8 @@ enum First {
 pub struct BlobNodes {
     peers: Arc<Peers>,
     places: OriginSet,
+    /// Which nodes may be asked.
+    reach: Reach,
     /// A home said that it may not fetch the blob.
     refused: AtomicBool,
 }
@@ -123,8 +126,21 @@ impl BlobNodes {
         BlobNodes {
             peers,
             places: OriginSet::new([place]),
+            reach: Reach::All,
             refused: AtomicBool::new(false),
         }
+    }
+
+    /// Asks those nodes that may be asked on behalf of a node that wants a piece; `None` where there are none.
+    #[must_use]
+    pub fn on_behalf(peers: &Arc<Peers>, wanted: &WantedPiece) -> Option<Self> {
+        let reach = peers.reach_for(&wanted.node);
+        (reach > Reach::Origin).then(|| BlobNodes {
+            peers: Arc::clone(peers),
+            places: wanted.places.clone(),
+            reach,
+            refused: AtomicBool::new(false),
+        })
     }
 
     async fn ask(&self, node: &Node, piece: &Piece, present_only: bool) -> First {
@@ -168,7 +184,6 @@ impl BlobNodes {
                             peers: Arc::clone(&self.peers),
                             node: node.id.clone(),
                             silence,
-                            begun,
                             first_byte: begun.elapsed(),
                             left_bytes: piece.extent().len(),
                             at: piece.extent().start(),
@@ -209,7 +224,8 @@ impl BlobNodes {
                     return None;
                 }
                 First::Busy(named) => {
-                    let fit = |id: &&NodeId| **id != me && !skip.contains(id);
+                    let may = |id: &NodeId| self.reach == Reach::All || !self.peers.is_near(id);
+                    let fit = |id: &&NodeId| **id != me && !skip.contains(id) && may(id);
                     for id in named.iter().filter(fit) {
                         if let Some(node) = self.peers.giver(id)
                             && let First::Piece(given) = self.ask(&node, piece, true).await
@@ -232,7 +248,7 @@ impl BlobNodes {
 impl PieceGivers for BlobNodes {
     async fn open(&self, piece: &Piece, skip: &[NodeId]) -> Option<GivenPiece> {
         let me = self.peers.me();
-        for home in self.peers.homes_of(&piece.key()) {
+        for home in self.peers.givers_of(&piece.key(), self.reach) {
             // Its own turn: no third node is asked on anybody's behalf.
             if home == me || self.refused.load(Ordering::Relaxed) {
                 return None;
@@ -263,7 +279,6 @@ struct Giving {
     peers: Arc<Peers>,
     node: NodeId,
     silence: Duration,
-    begun: tokio::time::Instant,
     first_byte: Duration,
     left_bytes: u64,
     at: u64,
@@ -272,12 +287,11 @@ struct Giving {
 impl Giving {
     fn body(self, first: Bytes, parts: tonic::Streaming<BlobPart>) -> GivenPiece {
         let node = self.node.clone();
-        let length = self.left_bytes;
         let body = stream::try_unfold(
             (self, Some(first), parts),
             move |(mut giving, first, mut parts)| async move {
                 if giving.left_bytes == 0 {
-                    giving.ended(length);
+                    giving.ended();
                     return Ok(None);
                 }
                 let bytes = match first {
@@ -302,11 +316,9 @@ impl Giving {
         }
     }
 
-    fn ended(&self, bytes: u64) {
+    fn ended(&self) {
         let outcome = Outcome::Answered {
             first_byte: self.first_byte,
-            bytes,
-            took: self.begun.elapsed(),
         };
         self.peers.observe(&self.node, outcome);
     }

@@ -20,14 +20,14 @@ use tonic::{Request, Status};
 use super::PROTOCOL;
 use super::frames::Frames;
 use super::links::{Connect, LinkError, Links};
-use super::route::{Route, patience};
+use super::route::{Reach, Route, patience};
 use super::wire::{Part, WantedChunks, WantedObject, WireError};
 use crate::clock;
 use crate::cluster::bucket::{TokenBucket, share};
 use crate::cluster::choice::{Outcome, Scores};
 use crate::cluster::hedge::HedgeBudget;
 use crate::cluster::holders::Holders;
-use crate::cluster::home::{HomeLimit, PieceKey, eligible, homes};
+use crate::cluster::home::{HomeLimit, PieceKey, SharedZones, eligible, far_homes, homes};
 use crate::cluster::node::{Node, NodeId, Role, View};
 use crate::cluster::uploads::{UploadLimits, Uploads};
 use crate::source::Priority;
@@ -59,6 +59,8 @@ pub struct PeerOptions {
     pub origin_bytes: u64,
     /// Requests at one origin at a time of all nodes of the zone together; 0: no limit, less than 3 counts as 3.
     pub origin_requests: u32,
+    /// Zones that fetch each piece from the origin once for all of them.
+    pub shared_zones: SharedZones,
     /// Uploads that run at once; half of them are for readers only.
     pub upload_slots: usize,
     /// Memory for frames that are passed on as they came.
@@ -69,8 +71,6 @@ pub struct PeerOptions {
     /// No node is asked besides a first one that was silent for less than this: a home answers at once that
     /// it works on it, and one that is only loaded must not cost the origin a second fetch.
     pub hedge_floor: Duration,
-    /// Breaks ties, so that not all nodes choose the same one.
-    pub seed: u64,
 }
 
 impl Default for PeerOptions {
@@ -80,11 +80,11 @@ impl Default for PeerOptions {
             download_bytes: 0,
             origin_bytes: 0,
             origin_requests: 0,
+            shared_zones: SharedZones::None,
             upload_slots: 16,
             frames_bytes: 64 << 20,
             silence: Duration::from_millis(1500),
             hedge_floor: Duration::from_millis(500),
-            seed: 0,
         }
     }
 }
@@ -140,6 +140,10 @@ pub(super) struct Buckets {
     origin: Mutex<TokenBucket>,
 }
 
+fn names(nodes: Vec<&Node>) -> Vec<NodeId> {
+    nodes.into_iter().map(|node| node.id.clone()).collect()
+}
+
 /// The other nodes.
 #[derive(Debug)]
 pub struct Peers {
@@ -165,7 +169,7 @@ impl Peers {
         let origin_share = share(options.origin_bytes, &view.borrow(), home_limit);
         Self {
             links: Links::new(connect),
-            scores: Mutex::new(Scores::new(options.seed)),
+            scores: Mutex::new(Scores::default()),
             hedges: Mutex::new(HedgeBudget::new(HEDGE_PERCENT, HEDGE_SAVED)),
             uploads: Mutex::new(Uploads::new(limits, Holders::default())),
             buckets: Buckets {
@@ -197,17 +201,68 @@ impl Peers {
         self.view.borrow().me.id.clone()
     }
 
-    /// Whether the node is the first home of a piece, or nobody else is.
+    /// Whether the node is the first home of a piece in its zone, or nobody else is.
     pub(crate) fn is_home(&self, piece: &PieceKey) -> bool {
         let homes = self.homes_of(piece);
         homes.first().is_none_or(|home| *home == self.me())
     }
 
-    /// The homes of a piece that are asked before the origin, best first; may contain this node.
+    /// Whether it is this node that fetches a piece from the origin: it is its home, also for other zones.
+    pub(crate) fn is_origin_home(&self, piece: &PieceKey) -> bool {
+        self.is_home(piece) && self.far_homes_of(piece).is_empty()
+    }
+
+    /// The homes of a piece in this zone, best first; may contain this node.
     pub(super) fn homes_of(&self, piece: &PieceKey) -> Vec<NodeId> {
         let view = self.view();
-        let homes = homes(&view, &view.me.zone, piece, self.home_limit, HOMES);
-        homes.into_iter().map(|home| home.id.clone()).collect()
+        names(homes(&view, &view.me.zone, piece, self.home_limit, HOMES))
+    }
+
+    /// The homes of a piece in another zone, which fetches it for this one, best first.
+    fn far_homes_of(&self, piece: &PieceKey) -> Vec<NodeId> {
+        let shared = &self.options.shared_zones;
+        names(far_homes(
+            &self.view(),
+            shared,
+            piece,
+            self.home_limit,
+            HOMES,
+        ))
+    }
+
+    /// Who is asked for a piece before the origin, best first, as far as `reach` goes. This node stands where its
+    /// own turn is to go there: after the homes of another zone.
+    pub(super) fn givers_of(&self, piece: &PieceKey, reach: Reach) -> Vec<NodeId> {
+        let me = self.me();
+        let near = match reach {
+            Reach::Origin => return vec![me],
+            Reach::OtherZones => vec![me.clone()],
+            Reach::All => self.homes_of(piece),
+        };
+        let own_turn = near.iter().position(|home| *home == me);
+        let mut givers = near;
+        let at = own_turn.unwrap_or(givers.len());
+        givers.splice(at..at, self.far_homes_of(piece));
+        givers
+    }
+
+    /// Which nodes may be asked on behalf of `asker`: none of its own zone, which would ask each other in circles,
+    /// and none at all if it asks from another zone.
+    #[must_use]
+    pub fn reach_for(&self, asker: &NodeId) -> Reach {
+        let view = self.view();
+        let near = self.is_near(asker);
+        match near && self.options.shared_zones.contains(&view.me.zone) {
+            true => Reach::OtherZones,
+            false => Reach::Origin,
+        }
+    }
+
+    /// Whether a node is in this one's zone.
+    #[must_use]
+    pub(crate) fn is_near(&self, node: &NodeId) -> bool {
+        let view = self.view();
+        view.node(node).is_some_and(|it| it.zone == view.me.zone)
     }
 
     /// How many requests this node may have at one origin at a time, if that is limited for the zone.
@@ -232,9 +287,16 @@ impl Peers {
         look(&lock(&self.scores))
     }
 
-    /// The way to a piece.
-    pub(crate) fn route(&self, piece: &PieceKey, priority: Priority, now: Instant) -> Route {
-        Route::new(self.me(), self.homes_of(piece), now + patience(priority))
+    /// The way to a piece, for a transfer that may ask those within `reach`.
+    pub(crate) fn route(
+        &self,
+        piece: &PieceKey,
+        reach: Reach,
+        priority: Priority,
+        now: Instant,
+    ) -> Route {
+        let givers = self.givers_of(piece, reach);
+        Route::new(self.me(), givers, now + patience(priority))
     }
 
     /// The node of this name, if it is there and gives.
@@ -356,14 +418,9 @@ impl Peers {
         let fetched = tokio::time::timeout(deadline, fetched).await;
         let result = fetched.unwrap_or(Err(PeerError::Silent(deadline)));
         let outcome = match &result {
-            Ok(bytes) => {
-                let took = clock::now() - begun;
-                Outcome::Answered {
-                    first_byte: took,
-                    bytes: bytes.len() as u64,
-                    took,
-                }
-            }
+            Ok(_) => Outcome::Answered {
+                first_byte: clock::now() - begun,
+            },
             Err(PeerError::Object { .. } | PeerError::Wire(_)) => Outcome::Lied,
             Err(PeerError::Silent(_)) => Outcome::Slow,
             Err(PeerError::Lacking) => Outcome::Lacked,
@@ -409,14 +466,16 @@ impl Peers {
         }
     }
 
-    /// The homes of an object, best first; may contain this node.
+    /// The homes of an object in this zone, best first; may contain this node.
     #[must_use]
     pub fn object_homes(&self, digest: IndexDigest) -> Vec<NodeId> {
-        let piece = PieceKey {
-            index: digest,
-            number: u32::MAX,
-        };
-        self.homes_of(&piece)
+        self.homes_of(&PieceKey::of_object(digest))
+    }
+
+    /// Who is asked for an object before the origin, as far as `reach` goes; see [`Self::object_homes`].
+    #[must_use]
+    pub fn object_givers(&self, digest: IndexDigest, reach: Reach) -> Vec<NodeId> {
+        self.givers_of(&PieceKey::of_object(digest), reach)
     }
 
     /// Waits as the download budget says; to be called for what came. Cancel-safe.

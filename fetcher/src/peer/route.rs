@@ -6,6 +6,11 @@
 //! the origin would cost a second fetch and gain nothing; a home that was busy for all of a transfer's
 //! patience is reported once; and when this node, as a home, fails at the origin, the homes after it are
 //! asked: they may reach it, or have the piece.
+//!
+//! How far a transfer may go is its [`Reach`]. A node that asks waits for the node that it asks, so who may
+//! ask whom must not make a circle: whoever asks on behalf of a node of its zone asks other zones only, and
+//! whoever asks on behalf of another zone, nobody. So no request goes further than node, home, home of
+//! another zone, origin, whatever each of them believes of the others.
 
 use std::time::Duration;
 
@@ -18,6 +23,17 @@ use crate::source::Priority;
 
 /// The pause before a busy home is asked again on behalf of nobody.
 const PATIENT_PAUSE: Duration = Duration::from_millis(300);
+
+/// Which nodes a transfer may ask. Orders from none to all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Reach {
+    /// None: a node of another zone waits for it, or two would wait for each other.
+    Origin,
+    /// Those of other zones: a node of this one waits for it.
+    OtherZones,
+    /// All.
+    All,
+}
 
 /// How long a transfer stays with busy homes. A reader goes to the origin rather than wait longer than
 /// requests there take.
@@ -197,7 +213,7 @@ mod tests {
                     me: node("me"),
                     others: ["a", "b", "x", "y"].map(node).to_vec(),
                 },
-                scores: Scores::new(1),
+                scores: Scores::default(),
                 now,
             }
         }

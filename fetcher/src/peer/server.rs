@@ -2,7 +2,7 @@
 //! What this node gives to others.
 //!
 //! A request is answered from the store, from what is on its way, and, unless it says `present_only`,
-//! from the origin; never from a third node. Every chunk is sent as it lands. A request without a slot
+//! from the origin; from a third node only as [`super::route`] says. Every chunk is sent as it lands. A request without a slot
 //! is answered "busy" at once, with nodes that have what it wants, so that load spreads as a tree.
 //!
 //! **Bounds** requests that run: the upload slots; parts that wait to be sent: [`PARTS_QUEUED`] per
@@ -37,13 +37,14 @@ use super::blobs::{self, WantedPiece};
 use super::client::Peers;
 use super::lists::ListDesk;
 use super::prewarm::{PrewarmDesk, Reports, WantedPrewarm};
+use super::route::Reach;
 use super::wire::{
     Form, OBJECT_PART_BYTES, OfferedList, Part, WantedChunks, WantedLayer, WantedObject, WireError,
 };
 use super::{OLDEST_PROTOCOL, PROTOCOL};
 use crate::clock;
 use crate::cluster::home::PieceKey;
-use crate::cluster::node::{NodeId, Role};
+use crate::cluster::node::{Node, NodeId, Role};
 use crate::cluster::uploads::{Admission, Asker};
 use crate::scheduler::{Fetcher, FillError, LayerHandle};
 use crate::source::{BlobStream, Priority};
@@ -276,7 +277,9 @@ impl Shared {
         as_home: bool,
     ) -> Result<Upload, Vec<NodeId>> {
         let view = self.peers.view();
-        let gives = view.node(node).is_none_or(|it| it.role != Role::Leech);
+        // Who is far away is not named to those who are near.
+        let gives = |it: &Node| it.role != Role::Leech && it.zone == view.me.zone;
+        let gives = view.node(node).is_none_or(gives);
         let asker = Asker {
             node,
             background,
@@ -366,6 +369,7 @@ impl Shared {
         if !complete {
             give(parts, Part::Lacking(lacking)).await?;
         }
+        let reach = self.peers.reach_for(&wanted.node);
         let mut landing = FuturesUnordered::new();
         // As urgent as the asker is until each chunk has a waiter of its own.
         let mut held: Option<Vec<_>> = None;
@@ -374,11 +378,11 @@ impl Shared {
             let ordinals: Vec<u32> = coming.iter().map(|chunk| chunk.ordinal).collect();
             let waiting = self
                 .fetcher
-                .launch_for_peer(&layer, &ordinals, wanted.priority);
+                .launch_for_peer(&layer, &ordinals, wanted.priority, reach);
             held = Some(waiting);
         }
         for chunk in coming {
-            landing.push(self.landed(&layer, chunk, &wanted));
+            landing.push(self.landed(&layer, chunk, &wanted, reach));
         }
         let mut beat = tokio::time::interval(WORKING_EVERY);
         loop {
@@ -414,13 +418,15 @@ impl Shared {
         layer: &Arc<LayerHandle>,
         chunk: Chunk,
         wanted: &WantedChunks,
+        reach: Reach,
     ) -> (Chunk, bool) {
         let (fetcher, priority) = (&self.fetcher, wanted.priority);
         let landed = if wanted.present_only {
             let flight = fetcher.await_flight(layer, chunk.ordinal, priority, REQUEST_DEADLINE);
             flight.await
         } else {
-            let filled = fetcher.fill_for_peer(layer, chunk.device, priority, REQUEST_DEADLINE);
+            let filled =
+                fetcher.fill_for_peer(layer, chunk.device, priority, reach, REQUEST_DEADLINE);
             let failed = |error: &FillError| {
                 tracing::debug!(device = %layer.key(), chunk = chunk.ordinal, "lack for a peer: {error}");
             };

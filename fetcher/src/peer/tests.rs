@@ -5,6 +5,7 @@ mod blobs;
 mod boot;
 mod hostile;
 mod prewarm;
+mod zones;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -200,11 +201,7 @@ async fn zone_with(
         let store = Arc::new(Store::in_memory(store).unwrap());
         let fetcher = Fetcher::new(fetcher_options(stall), store, Metrics::new());
         let (view, seen) = watch::channel(view_of(&nodes, number));
-        let options = PeerOptions {
-            seed: number as u64,
-            ..options.clone()
-        };
-        let peers = Arc::new(Peers::new(options, seen, plain()));
+        let peers = Arc::new(Peers::new(options.clone(), seen, plain()));
         fetcher.attach_peers(Arc::clone(&peers));
         let line = line_of(number, Line::new("origin/app", &layer.blob));
         let source: Arc<dyn BlobSource> = Arc::new(line.clone());

@@ -25,10 +25,10 @@ use crate::clock;
 use crate::cluster::choice::Outcome;
 use crate::cluster::home::PieceKey;
 use crate::cluster::node::{Node, NodeId};
-use crate::peer::Peers;
 use crate::peer::client::PeerError;
 use crate::peer::route::{Route, Step, patience};
 use crate::peer::wire::{Form, Part, WantedChunk, WantedChunks, WantedLayer, WireError};
+use crate::peer::{Peers, Reach};
 use crate::source::{Class, Priority, SourceKind};
 use crate::store::{Committed, lock};
 
@@ -38,6 +38,21 @@ pub(super) enum Asked {
     Again,
     /// Go to the origin.
     Origin,
+}
+
+/// The way of a transfer to a piece, and how far it may go.
+pub(super) struct Way {
+    piece: PieceKey,
+    reach: Reach,
+    pub(super) way: Route,
+}
+
+/// The reach that asking a node takes.
+fn reach_of(peers: &Peers, node: &Node) -> Reach {
+    match peers.is_near(&node.id) {
+        true => Reach::All,
+        false => Reach::OtherZones,
+    }
 }
 
 /// What is heard of those that are asked.
@@ -52,7 +67,6 @@ struct Ask {
     node: NodeId,
     began: Instant,
     first_byte: Option<Duration>,
-    bytes: u64,
     /// Nothing more will be heard of it.
     over: bool,
     /// How it did is known.
@@ -66,13 +80,14 @@ impl Run {
             return Ok(Asked::Again);
         };
         let priority = self.transfer.urgency.effective();
+        let reach = self.transfer.reach();
         let (step, given_up) = {
             let mut route = lock(&self.route);
             let way = match &mut *route {
-                Some((known, way)) if *known == piece => way,
+                Some(known) if known.piece == piece && known.reach == reach => &mut known.way,
                 other => {
-                    let way = peers.route(&piece, priority, clock::now());
-                    &mut other.insert((piece, way)).1
+                    let way = peers.route(&piece, reach, priority, clock::now());
+                    &mut other.insert(Way { piece, reach, way }).way
                 }
             };
             let step = peers.scored(|scores| way.next(scores, clock::now()));
@@ -83,7 +98,7 @@ impl Run {
         }
         match step {
             Step::Origin => {
-                if !peers.is_home(&piece) {
+                if reach == Reach::All && !peers.is_origin_home(&piece) {
                     self.core.metrics.bypassed();
                     tracing::info!(
                         device = %self.layer.key(), piece = piece.number,
@@ -96,14 +111,15 @@ impl Run {
                 let work = async {
                     tokio::select! {
                         () = tokio::time::sleep(pause) => {}
-                        () = self.transfer.diverted() => {}
+                        () = self.transfer.diverted(reach) => {}
                     }
                 };
                 self.unless_called_off(work).await?;
                 Ok(Asked::Again)
             }
             Step::Ask { node, present_only } => {
-                let Some(node) = peers.giver(&node) else {
+                let within = |node: &Node| reach >= reach_of(peers, node);
+                let Some(node) = peers.giver(&node).filter(within) else {
                     self.on_route(&piece, |way| way.failed(&node));
                     return Ok(Asked::Again);
                 };
@@ -114,10 +130,10 @@ impl Run {
     }
 
     fn on_route(&self, piece: &PieceKey, change: impl FnOnce(&mut Route)) {
-        if let Some((known, way)) = &mut *lock(&self.route)
-            && known == piece
+        if let Some(known) = &mut *lock(&self.route)
+            && known.piece == *piece
         {
-            change(way);
+            change(&mut known.way);
         }
     }
 
@@ -154,6 +170,7 @@ impl Run {
             return Ok(());
         }
         let mut asking = Asking {
+            reach: reach_of(peers, &node),
             run: self,
             peers,
             piece,
@@ -195,6 +212,8 @@ impl Run {
 struct Asking<'a> {
     run: &'a Run,
     peers: &'a Arc<Peers>,
+    /// What asking takes.
+    reach: Reach,
     piece: PieceKey,
     wanted: WantedChunks,
     /// Chunks that have not come.
@@ -210,13 +229,12 @@ impl Asking<'_> {
             node: node.id.clone(),
             began: clock::now(),
             first_byte: None,
-            bytes: 0,
             over: false,
             judged: false,
         });
         let (peers, wanted) = (Arc::clone(self.peers), self.wanted.clone());
         let (core, priority) = (&self.run.core, wanted.priority);
-        core.metrics.requested(SourceKind::Peer, priority);
+        core.metrics.requested(self.kind(), priority);
         // Opening is a part of the stream, so that one wait bounds both.
         let opening = futures::stream::once(async move { peers.chunks(&node, &wanted).await });
         let parts = opening.try_flatten();
@@ -226,6 +244,14 @@ impl Asking<'_> {
         });
         let end = futures::stream::once(async move { Heard::Ended(number) });
         self.heard.push(heard.chain(end).boxed());
+    }
+
+    /// Of which kind those are that are asked.
+    fn kind(&self) -> SourceKind {
+        match self.reach {
+            Reach::All => SourceKind::Peer,
+            Reach::Origin | Reach::OtherZones => SourceKind::OtherZone,
+        }
     }
 
     async fn receive(mut self) -> Result<(), FetchFailure> {
@@ -245,7 +271,7 @@ impl Asking<'_> {
         let options = peers.options();
         let (gate, urgency) = (&run.core.gate, &run.transfer.urgency);
         let mut called_off = pin!(run.called_off());
-        let mut diverted = pin!(run.transfer.diverted());
+        let mut diverted = pin!(run.transfer.diverted(self.reach));
         let (mut last_sign, mut last_chunk) = (clock::now(), clock::now());
         let mut signs = false;
         let mut hedged = self.wanted.present_only;
@@ -315,7 +341,7 @@ impl Asking<'_> {
                         last_sign = heard;
                         continue;
                     }
-                    run.core.metrics.stalled(SourceKind::Peer);
+                    run.core.metrics.stalled(self.kind());
                     for number in 0..self.asks.len() {
                         self.failed(number, &PeerError::Silent(options.silence));
                     }
@@ -344,6 +370,7 @@ impl Asking<'_> {
             .on_route(&self.piece, |way| spare = way.spare(&first));
         let spare = spare.and_then(|id| self.peers.giver(&id));
         if let Some(node) = spare
+            && self.reach == reach_of(self.peers, &node)
             && self.peers.try_hedge()
         {
             tracing::debug!(node = %first, other = %node.id, "silent: ask another besides");
@@ -364,10 +391,9 @@ impl Asking<'_> {
         let (run, ask) = (self.run, &mut self.asks[number]);
         let bytes = data.len() as u64;
         ask.first_byte.get_or_insert(clock::now() - ask.began);
-        ask.bytes += bytes;
         let priority = run.transfer.urgency.effective();
-        run.core.metrics.arrived(SourceKind::Peer, priority, bytes);
-        run.layer.arrived(SourceKind::Peer, bytes);
+        run.core.metrics.arrived(self.kind(), priority, bytes);
+        run.layer.arrived(self.kind(), bytes);
         self.peers.downloaded(bytes, false).await;
         let asked = |wanted: &WantedChunk| wanted.ordinal.cmp(&ordinal);
         if self.wanted.chunks.binary_search_by(asked).is_err() {
@@ -418,7 +444,7 @@ impl Asking<'_> {
         match result {
             Ok(committed) => {
                 if committed == Committed::Stored {
-                    run.core.metrics.committed(SourceKind::Peer.as_str());
+                    run.core.metrics.committed(self.kind().as_str());
                 }
                 self.left.remove(&chunk);
                 run.layer.flights.finish(chunk, None);
@@ -426,7 +452,7 @@ impl Asking<'_> {
             }
             Err(DecodeFailure::Store(error)) => Err(FetchFailure::Store(Arc::new(error))),
             Err(DecodeFailure::Corrupt(error)) => {
-                run.core.metrics.corrupt(SourceKind::Peer.as_str());
+                run.core.metrics.corrupt(self.kind().as_str());
                 self.failed(number, &PeerError::Corrupt(error));
                 Ok(())
             }
@@ -438,11 +464,7 @@ impl Asking<'_> {
         for ask in self.asks.iter_mut().filter(|ask| !ask.judged) {
             ask.judged = true;
             if let Some(first_byte) = ask.first_byte {
-                let outcome = Outcome::Answered {
-                    first_byte,
-                    bytes: ask.bytes,
-                    took: clock::now() - ask.began,
-                };
+                let outcome = Outcome::Answered { first_byte };
                 self.peers.observe(&ask.node, outcome);
             }
             // It came to its end without all, and was to fetch what it did not have.
@@ -480,7 +502,7 @@ impl Asking<'_> {
     }
 
     fn failed(&mut self, number: usize, error: &PeerError) {
-        let run = self.run;
+        let (run, kind) = (self.run, self.kind());
         let ask = &mut self.asks[number];
         ask.over = true;
         if std::mem::replace(&mut ask.judged, true) {
@@ -495,7 +517,7 @@ impl Asking<'_> {
             PeerError::Busy => (Outcome::Busy, Class::Transient),
             PeerError::Link(_) | PeerError::Status(_) => (Outcome::Failed, Class::Transient),
         };
-        run.core.metrics.failed(SourceKind::Peer, class);
+        run.core.metrics.failed(kind, class);
         let node = ask.node.clone();
         tracing::warn!(
             device = %run.layer.key(), node = %node,

@@ -22,6 +22,7 @@ use tokio::sync::{Notify, watch};
 use super::error::FetchFailure;
 use super::gate::{Gate, Urgency, rank};
 use super::plan::Limits;
+use crate::peer::Reach;
 use crate::source::Priority;
 use crate::store::lock;
 
@@ -32,8 +33,8 @@ pub(crate) struct Transfer {
     /// Bytes are on their way, from the origin or from a node that is being fed itself: others may wait
     /// for this transfer. One that only asks would have them wait for each other.
     fed: watch::Sender<bool>,
-    /// Whether other nodes may be asked; once false, for good.
-    asks_peers: watch::Sender<bool>,
+    /// Which nodes may be asked; becomes less when others wait for the transfer, and all when the origin fails.
+    reach: watch::Sender<Reach>,
     /// How its requests are cut if it brings chunks of a boot list; else as those of readers.
     pub(crate) listed: Option<Limits>,
     last_failure: Mutex<Option<FetchFailure>>,
@@ -41,24 +42,24 @@ pub(crate) struct Transfer {
 
 impl Transfer {
     pub(crate) fn new(base: Priority) -> Arc<Self> {
-        Self::asking(base, true)
+        Self::within(base, Reach::All)
     }
 
-    /// One that may ask other nodes, or goes to the origin only.
-    pub(crate) fn asking(base: Priority, peers: bool) -> Arc<Self> {
-        Arc::new(Self::with(base, peers, None))
+    /// One that may ask the nodes within `reach`.
+    pub(crate) fn within(base: Priority, reach: Reach) -> Arc<Self> {
+        Arc::new(Self::with(base, reach, None))
     }
 
     /// One that brings chunks of a boot list, in requests within `limits`.
     pub(crate) fn of_list(limits: Limits) -> Arc<Self> {
-        Arc::new(Self::with(Priority::Boot, true, Some(limits)))
+        Arc::new(Self::with(Priority::Boot, Reach::All, Some(limits)))
     }
 
-    fn with(base: Priority, peers: bool, listed: Option<Limits>) -> Self {
+    fn with(base: Priority, reach: Reach, listed: Option<Limits>) -> Self {
         Self {
             urgency: Urgency::new(base),
             fed: watch::Sender::new(false),
-            asks_peers: watch::Sender::new(peers),
+            reach: watch::Sender::new(reach),
             listed,
             last_failure: Mutex::new(None),
         }
@@ -70,22 +71,22 @@ impl Transfer {
             .send_if_modified(|before| std::mem::replace(before, fed) != fed);
     }
 
-    /// Whether other nodes may be asked.
-    pub(crate) fn may_ask_peers(&self) -> bool {
-        *self.asks_peers.borrow()
+    /// Which nodes may be asked.
+    pub(crate) fn reach(&self) -> Reach {
+        *self.reach.borrow()
     }
 
     /// The origin failed: other nodes may be asked, also by one that went there on behalf of a node.
     pub(crate) fn reask(&self) {
-        self.asks_peers
-            .send_if_modified(|asks| !std::mem::replace(asks, true));
+        self.reach
+            .send_if_modified(|reach| std::mem::replace(reach, Reach::All) != Reach::All);
     }
 
-    /// Waits until no other node may be asked any more. Cancel-safe.
-    pub(crate) async fn diverted(&self) {
-        let mut asks = self.asks_peers.subscribe();
+    /// Waits until nodes within `reach` may not be asked any more. Cancel-safe.
+    pub(crate) async fn diverted(&self, reach: Reach) {
+        let mut now = self.reach.subscribe();
         // The sender is in `self`: it cannot be closed.
-        let _ = asks.wait_for(|asks| !asks).await;
+        let _ = now.wait_for(|now| *now < reach).await;
     }
 
     /// Remembers why an attempt failed, for those whose deadline passes.
@@ -184,14 +185,12 @@ impl Flights {
         lock(&self.table).flights.contains_key(&chunk)
     }
 
-    /// Has the transfer that fetches `chunk` go to the origin itself: another node asks this one for it,
+    /// Has the transfer that fetches `chunk` ask no node beyond `reach`: another node asks this one for it,
     /// and two nodes that ask each other would both wait.
-    pub(crate) fn divert(&self, chunk: u32) {
+    pub(crate) fn divert(&self, chunk: u32, reach: Reach) {
         if let Some(flight) = lock(&self.table).flights.get(&chunk) {
-            flight
-                .transfer
-                .asks_peers
-                .send_if_modified(|asks| std::mem::replace(asks, false));
+            let lower = |now: &mut Reach| std::mem::replace(now, reach.min(*now)) > reach;
+            flight.transfer.reach.send_if_modified(lower);
         }
     }
 

@@ -180,7 +180,7 @@ impl LayerHandle {
     pub(crate) fn arrived(&self, kind: SourceKind, bytes: u64) {
         let counter = match kind {
             SourceKind::Local => &self.traffic.local,
-            SourceKind::Peer => &self.traffic.peer,
+            SourceKind::Peer | SourceKind::OtherZone => &self.traffic.peer,
             SourceKind::Mirror => &self.traffic.mirror,
             SourceKind::Origin => &self.traffic.origin,
         };

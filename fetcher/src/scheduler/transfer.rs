@@ -24,7 +24,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use super::Core;
-use super::ask::Asked;
+use super::ask::{Asked, Way};
 use super::error::FetchFailure;
 use super::flight::Transfer;
 use super::layer::LayerHandle;
@@ -32,9 +32,8 @@ use super::plan::{FrameCutter, Piece, coalesce};
 use super::slots::{Slot, Slots};
 use super::sources::{Choice, SourceId};
 use crate::clock;
-use crate::cluster::home::PieceKey;
 use crate::metrics::FROM_STORE;
-use crate::peer::route::Route;
+use crate::peer::Reach;
 use crate::peer::wire::Form;
 use crate::source::{BlobSource, BlobStream, Priority, ReadContext, SourceError};
 use crate::store::{Committed, Rechecked, StoreError, lock};
@@ -82,7 +81,7 @@ pub(super) struct Run {
     pub(super) layer: Arc<LayerHandle>,
     pub(super) transfer: Arc<Transfer>,
     /// The way to the piece that is being fetched, where other nodes are asked.
-    pub(super) route: Mutex<Option<(PieceKey, Route)>>,
+    pub(super) route: Mutex<Option<Way>>,
     job: CancellationToken,
     /// Attempts that stalled, by source: each makes the next one there twice as patient. A source that
     /// is silent for good does not make others wait for longer.
@@ -216,7 +215,7 @@ impl Run {
             return Ok(());
         };
         if let Some(peers) = self.core.peers()
-            && self.transfer.may_ask_peers()
+            && self.transfer.reach() > Reach::Origin
             && matches!(self.ask_peers(peers).await?, Asked::Again)
         {
             return Ok(());
@@ -245,8 +244,8 @@ impl Run {
             Ok(()) => self.layer.sources.succeeded(id),
             Err(FetchFailure::Store(_) | FetchFailure::Cancelled) => {}
             Err(failure) => {
-                if let Some((_, way)) = &mut *lock(&self.route) {
-                    way.origin_failed();
+                if let Some(known) = &mut *lock(&self.route) {
+                    known.way.origin_failed();
                 }
                 self.transfer.reask();
                 self.core.metrics.failed(source.kind(), failure.class());

@@ -78,27 +78,23 @@ fn section(options: &Options, me: usize, nodes: &[IpAddr]) -> String {
     text
 }
 
-/// Waits until every daemon knows every other one of its zone.
+/// Waits until every daemon knows every other one, of all zones.
 pub fn wait_joined(options: &Options, nodes: &[Node]) -> Result<()> {
     if options.membership == Membership::Off {
         return Ok(());
     }
     let start = Instant::now();
-    for (me, node) in nodes.iter().enumerate() {
-        let zone = zone(options, me);
-        let wanted = (0..nodes.len())
-            .filter(|it| self::zone(options, *it) == zone)
-            .count();
-        let label = format!("zone=\"{zone}\"");
+    for node in nodes {
         loop {
-            let known = node.metric("sluice_cluster_nodes", &[&label])?;
-            if known >= wanted as f64 {
+            let known = node.metric("sluice_cluster_nodes", &[])?;
+            if known >= nodes.len() as f64 {
                 break;
             }
             ensure!(
                 start.elapsed() < JOIN_DEADLINE,
-                "{} knows {known} of {wanted} nodes of its zone after {JOIN_DEADLINE:?}:\n{}",
+                "{} knows {known} of {} nodes after {JOIN_DEADLINE:?}:\n{}",
                 node.name(),
+                nodes.len(),
                 node.log_tail()
             );
             std::thread::sleep(Duration::from_millis(200));

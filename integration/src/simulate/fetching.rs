@@ -37,8 +37,8 @@ pub(super) struct Fetch {
     search: Search,
     /// Who was asked and has not answered, and when.
     pending: Vec<(u32, Time)>,
-    /// Who serves, since when it was asked, and how long it took to answer.
-    server: Option<(u32, Time, Time)>,
+    /// Who serves, and how long it took to answer.
+    server: Option<(u32, Time)>,
     /// Containers that wait for it.
     waiters: Vec<u32>,
 }
@@ -197,7 +197,7 @@ impl World {
                     self.end_upload(upload, false);
                 } else {
                     fetch.feeder = Feeder::Node(upload);
-                    fetch.server = Some((server, asked_at, now - asked_at));
+                    fetch.server = Some((server, now - asked_at));
                     let (arrived, key) = (fetch.arrived, fetch.key);
                     self.watch(handle, upload, server, arrived);
                     self.fed(u32::try_from(node).unwrap_or(0), key);
@@ -396,21 +396,19 @@ impl World {
     }
 
     fn fetched(&mut self, handle: Handle) {
-        let (now, instant) = (self.events.now(), self.instant());
+        let instant = self.instant();
         let Some(fetch) = self.fetches.remove(handle) else {
             return;
         };
         let (node, key) = (fetch.node, fetch.key);
         self.hosts[node as usize].fetches.retain(|it| it.0 != key);
         self.keep(node, key);
-        if let Some((server, asked_at, first_byte)) = fetch.server {
+        if let Some((server, first_byte)) = fetch.server {
             let hops = self.hosts[server as usize].hops[key as usize].saturating_add(1);
             self.hosts[node as usize].hops[key as usize] = hops;
             self.counts.hops = self.counts.hops.max(hops.into());
             let outcome = Outcome::Answered {
                 first_byte: Duration::from_nanos(first_byte),
-                bytes: self.keys[key as usize].bytes,
-                took: Duration::from_nanos(now - asked_at),
             };
             let id = &self.nodes[server as usize].id;
             self.hosts[node as usize]

@@ -661,7 +661,7 @@ fn host(
         fetches: Vec::new(),
         sending: Vec::new(),
         uploads: Uploads::new(limits, Holders::default()),
-        scores: Scores::with_capacity(random.bits(), SCORES),
+        scores: Scores::with_capacity(SCORES),
         hedges: HedgeBudget::default(),
         origin: TokenBucket::new(0, policy.origin_burst, now),
         upload: TokenBucket::new(policy.upload, 1 << 20, now),

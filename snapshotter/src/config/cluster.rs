@@ -9,6 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
+use sluice_fetcher::cluster::home::SharedZones;
 use sluice_fetcher::cluster::node::{NodeId, Role, check_name};
 use sluice_fetcher::cluster::seed::Seed;
 
@@ -50,6 +51,8 @@ pub struct ClusterConfig {
     pub origin_bytes_per_second: Option<u64>,
     /// Most requests at one origin at a time, of the whole zone; `None`: no limit.
     pub origin_requests: Option<u32>,
+    /// Zones that fetch each piece from the origin once for all of them.
+    pub shared_zones: SharedZones,
     /// Most uploads to peers at a time.
     pub upload_slots: u16,
     /// Mutual TLS between nodes; `None`: plain TCP.
@@ -86,6 +89,7 @@ impl Cluster {
             download,
             origin,
             origin_requests,
+            shared_zones,
             upload_slots,
             tls,
         } = self;
@@ -126,6 +130,9 @@ impl Cluster {
             }
             .map_err(str::to_owned)
         })?;
+        let shared_zones = check.value("cluster.shared_zones", &shared_zones.join(", "), |_| {
+            zones_of(&shared_zones, &zone)
+        })?;
         let tls = tls.validate(check)?;
         Ok(name.filter(|_| enabled).map(|name| ClusterConfig {
             name,
@@ -142,6 +149,7 @@ impl Cluster {
             download_bytes_per_second,
             origin_bytes_per_second,
             origin_requests: (origin_requests != 0).then_some(origin_requests),
+            shared_zones,
             upload_slots,
             tls,
         }))
@@ -170,6 +178,22 @@ impl ClusterTls {
             key: key?,
             ca: ca?,
         }))
+    }
+}
+
+/// `["*"]`: all. A list without the node's own zone is a mistake: it would share nothing.
+fn zones_of(zones: &[String], own: &str) -> Result<SharedZones, String> {
+    match zones {
+        [] => Ok(SharedZones::None),
+        [all] if all == "*" => Ok(SharedZones::All),
+        zones => {
+            zones.iter().try_for_each(|zone| named(zone))?;
+            if zones.iter().any(|zone| zone == own) {
+                Ok(SharedZones::Named(zones.iter().cloned().collect()))
+            } else {
+                Err(format!("want the node's own zone, {own:?}, among them"))
+            }
+        }
     }
 }
 

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+use sluice_fetcher::cluster::home::SharedZones;
 use sluice_fetcher::cluster::node::{NodeId, Role};
 use sluice_fetcher::cluster::seed::Seed;
 
@@ -191,6 +192,14 @@ fn errors_name_the_file_and_the_key() {
         ("[cluster]\norigin = \"x\"", &["cluster.origin"]),
         ("[cluster]\norigin_requests = -1", &["origin_requests"]),
         (
+            "[cluster]\nzone = \"a\"\nshared_zones = [\"b\"]",
+            &["cluster.shared_zones", "\"a\""],
+        ),
+        (
+            "[cluster]\nshared_zones = [\"default\", \"*\"]",
+            &["cluster.shared_zones", "letters"],
+        ),
+        (
             "[cluster]\nupload_slots = 0",
             &["cluster.upload_slots", "leech"],
         ),
@@ -287,6 +296,7 @@ fn a_cluster_means_what_it_says() {
             download_bytes_per_second: None,
             origin_bytes_per_second: None,
             origin_requests: None,
+            shared_zones: SharedZones::None,
             upload_slots: 16,
             tls: None,
         }
@@ -297,7 +307,7 @@ fn a_cluster_means_what_it_says() {
          role = \"supernode\"\nlisten = \"[::]:99\"\nadvertise = \"10.1.2.3:98\"\n\
          seeds = [\"peers.example:1\", \"10.0.0.1\"]\nseed_file = \"/etc/seeds\"\n\
          gossip = false\nallow = [\"10.0.0.0/8\", \"fd00::1\"]\nupload = \"100MB\"\n\
-         download = \"1GiB\"\norigin = \"5MB\"\norigin_requests = 8\nupload_slots = 3\n\
+         download = \"1GiB\"\norigin = \"5MB\"\norigin_requests = 8\nshared_zones = [\"b\", \"eu-1\"]\nupload_slots = 3\n\
          [cluster.tls]\ncert = \"/c\"\nkey = \"/k\"\nca = \"/a\"\n",
     )
     .unwrap();
@@ -322,6 +332,7 @@ fn a_cluster_means_what_it_says() {
             download_bytes_per_second: Some(1 << 30),
             origin_bytes_per_second: Some(5_000_000),
             origin_requests: Some(8),
+            shared_zones: SharedZones::Named(["b", "eu-1"].map(str::to_owned).into()),
             upload_slots: 3,
             tls: Some(ClusterTlsConfig {
                 cert: "/c".into(),

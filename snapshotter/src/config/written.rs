@@ -163,6 +163,7 @@ section! {
         download: String = "0".into(),
         origin: String = "0".into(),
         origin_requests: u32 = 0,
+        shared_zones: Vec<String> = Vec::new(),
         upload_slots: u16 = 16,
         tls: ClusterTls = ClusterTls::default(),
     }

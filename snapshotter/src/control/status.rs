@@ -168,6 +168,7 @@ impl ControlService {
             SourceKind::Origin,
             SourceKind::Mirror,
             SourceKind::Peer,
+            SourceKind::OtherZone,
             SourceKind::Local,
         ];
         let priorities = [

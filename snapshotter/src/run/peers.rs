@@ -86,8 +86,8 @@ pub(super) fn peers(
         download_bytes: config.download_bytes_per_second.unwrap_or(0),
         origin_bytes: config.origin_bytes_per_second.unwrap_or(0),
         origin_requests: config.origin_requests.unwrap_or(0),
+        shared_zones: config.shared_zones.clone(),
         upload_slots: usize::from(config.upload_slots),
-        seed: u64::from(crc32fast::hash(config.name.as_str().as_bytes())),
         ..PeerOptions::default()
     };
     Arc::new(Peers::new(options, view, connect(links)))

@@ -10,7 +10,10 @@ use sluice_blockindex::extent::BlobSpace;
 use tempfile::TempDir;
 
 use super::*;
-use crate::blob_cache::{BlobCache, BlobCacheOptions, BlobMetrics, PIECE_BYTES, Supply};
+use crate::blob_cache::{
+    BlobCache, BlobCacheOptions, BlobMetrics, PIECE_BYTES, PieceGivers, Supply,
+};
+use crate::cluster::home::SharedZones;
 use crate::registry::{RegistryError, Repository};
 use crate::source::memory::MemorySource;
 use crate::source::{BlobStream, ReadContext, SourceError};
@@ -68,6 +71,7 @@ impl BlobSource for Origin {
 struct BlobShelf {
     cache: BlobCache,
     origin: Arc<Origin>,
+    peers: Arc<Peers>,
     manner: Manner,
 }
 
@@ -106,8 +110,12 @@ impl Shelf for BlobShelf {
             Manner::Gives => {}
         }
         let context = ReadContext::new(Priority::Foreground);
-        let origin: Arc<dyn BlobSource> = self.origin.clone();
-        let read = self.cache.read_piece(&context, &wanted.piece, origin).await;
+        let nodes = BlobNodes::on_behalf(&self.peers, wanted);
+        let supply = Supply {
+            origin: self.origin.clone(),
+            nodes: nodes.map(|it| Arc::new(it) as Arc<dyn PieceGivers>),
+        };
+        let read = self.cache.read_piece(&context, &wanted.piece, supply).await;
         read.map_err(|error| Refused::Failed(error.to_string()))
     }
 }
@@ -157,11 +165,24 @@ impl BlobNode {
 
 /// Nodes with these manners, each with an origin of its own that has the blob.
 async fn nodes(blob: &Bytes, manners: &[Manner], options: &PeerOptions) -> Vec<BlobNode> {
+    nodes_in(1, blob, manners, options).await
+}
+
+/// The same, dealt to so many zones in turn.
+async fn nodes_in(
+    zones: usize,
+    blob: &Bytes,
+    manners: &[Manner],
+    options: &PeerOptions,
+) -> Vec<BlobNode> {
     let mut listeners = Vec::new();
     let mut named = Vec::new();
     for number in 0..manners.len() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        named.push(node(number, listener.local_addr().unwrap()));
+        named.push(Node {
+            zone: format!("zone-{}", number % zones),
+            ..node(number, listener.local_addr().unwrap())
+        });
         listeners.push(listener);
     }
     let mut made = Vec::new();
@@ -188,6 +209,7 @@ async fn nodes(blob: &Bytes, manners: &[Manner], options: &PeerOptions) -> Vec<B
         let shelf = BlobShelf {
             cache: cache.clone(),
             origin: Arc::clone(&origin),
+            peers: Arc::clone(&peers),
             manner: *manner,
         };
         let stop = CancellationToken::new();
@@ -236,6 +258,24 @@ async fn a_blob_costs_the_zone_one_fetch_however_many_pull_it() {
             "{}",
             node.id
         );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blob_costs_zones_that_share_one_fetch() {
+    let blob = random(PIECES * usize::try_from(PIECE_BYTES).unwrap() + 1000);
+    for (shared_zones, cost) in [(SharedZones::All, 1), (SharedZones::None, 2)] {
+        let options = PeerOptions {
+            shared_zones,
+            ..patient()
+        };
+        let nodes = nodes_in(2, &blob, &[Manner::Gives; 4], &options).await;
+        let pulls = futures::future::join_all(nodes.iter().map(|node| node.pull(&blob)));
+        for pulled in tokio::time::timeout(60 * SECOND, pulls).await.unwrap() {
+            assert!(pulled.unwrap() == blob);
+        }
+        let sent: u64 = nodes.iter().map(BlobNode::sent_by_origin).sum();
+        assert_eq!(sent, cost * blob.len() as u64);
     }
 }
 
