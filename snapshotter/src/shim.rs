@@ -10,7 +10,8 @@
 //!
 //! - The **holder** ([`holder`]) keeps descriptors under names and knows nothing of what they are.
 //! - The **worker** ([`worker`]) serves; all that it needs to go on after a death is, for each
-//!   mount, the `/dev/fuse` descriptor and a mount record ([`record`]), both with the holder.
+//!   mount, the `/dev/fuse` descriptor and a mount record ([`record`]), both with the holder; before
+//!   Linux 6.9 also a `journal` of the requests that were read and not answered, filled by a `pump`.
 //! - The **client** ([`client`]) is `sluiced`'s side.
 //!
 //! What a death costs: of the daemon, a delay for reads of missing data; of the worker, a delay for
@@ -26,11 +27,13 @@ pub mod device;
 pub mod filesystem;
 pub mod fills;
 pub mod holder;
+mod journal;
 pub mod keeper;
 mod link;
 pub mod log;
 mod mounts;
 pub mod protocol;
+mod pump;
 pub mod reads;
 pub mod record;
 pub mod session;
@@ -49,5 +52,7 @@ pub const READS_VERSION: u32 = 2;
 pub const SOCKET_NAME: &str = "shim.sock";
 /// Name of the lock below the run directory that a living shim holds.
 pub const LOCK_NAME: &str = "shim.lock";
+/// Argument of holder and worker: keep requests also where the kernel could hand them out again.
+pub(crate) const JOURNAL_FLAG: &str = "--journal";
 /// Name of the shim's log below the run directory.
 pub const LOG_NAME: &str = "shim.log";

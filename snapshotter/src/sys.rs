@@ -10,3 +10,4 @@ pub mod fusefd;
 pub mod map;
 pub mod mountpoint;
 pub mod process;
+pub mod slots;

@@ -26,18 +26,24 @@ enum Role {
         /// Take over from a dead holder the worker at standard input.
         #[arg(long)]
         adopt: bool,
+        /// Keep requests in memory that outlives a worker also where the kernel could hand them out again.
+        #[arg(long)]
+        journal: bool,
     },
     /// Serves; its holder is at standard input.
     Worker {
         /// Holds socket, lock and log.
         #[arg(long)]
         run_dir: PathBuf,
+        /// As the holder's.
+        #[arg(long)]
+        journal: bool,
     },
 }
 
 fn main() -> ExitCode {
     let role = Arguments::parse().role;
-    let (Role::Holder { run_dir, .. } | Role::Worker { run_dir }) = &role;
+    let (Role::Holder { run_dir, .. } | Role::Worker { run_dir, .. }) = &role;
     let filter = EnvFilter::try_from_env("SLUICE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -47,8 +53,14 @@ fn main() -> ExitCode {
         Err(_) => log.with_writer(std::io::stderr).init(),
     }
     let ended = match role {
-        Role::Holder { run_dir, adopt } => holder::run(&run_dir, adopt),
-        Role::Worker { run_dir } => worker::run(&run_dir).map(|never| match never {}),
+        Role::Holder {
+            run_dir,
+            adopt,
+            journal,
+        } => holder::run(&run_dir, adopt, journal),
+        Role::Worker { run_dir, journal } => {
+            worker::run(&run_dir, journal).map(|never| match never {})
+        }
     };
     match ended {
         Ok(()) => ExitCode::SUCCESS,

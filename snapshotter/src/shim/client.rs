@@ -44,6 +44,8 @@ pub struct ShimOptions {
     pub call_deadline: Duration,
     /// Fills served at the same time; more wait in line.
     pub parallel_fills: usize,
+    /// Have a shim that is started keep its requests also where the kernel could hand them out again.
+    pub journal: bool,
 }
 
 impl ShimOptions {
@@ -57,6 +59,7 @@ impl ShimOptions {
             call_deadline: Duration::from_secs(30),
             // Far above what readers of one node wait for at once; each costs a task.
             parallel_fills: 1024,
+            journal: false,
         }
     }
 }

@@ -52,6 +52,8 @@ pub struct TreeFilesystem {
     read_deadline: Option<Duration>,
     recorder: Option<Arc<ReadRecorder>>,
     xattrs: XattrUse,
+    /// Requests are kept in a journal.
+    small_requests: bool,
 }
 
 /// Bytes on a device.
@@ -120,7 +122,13 @@ impl TreeFilesystem {
             read_deadline,
             recorder: None,
             xattrs: XattrUse::Some,
+            small_requests: false,
         })
+    }
+
+    /// Has the kernel send no request that is larger than a slot of a journal.
+    pub(super) fn keep_requests_small(&mut self) {
+        self.small_requests = true;
     }
 
     /// From now on records for so long, from the first read on, which chunks are read.
@@ -343,7 +351,7 @@ impl Filesystem for TreeFilesystem {
             if config.add_capabilities(flag).is_ok() {
                 continue;
             }
-            if flag == InitFlags::FUSE_HAS_RESEND {
+            if flag == InitFlags::FUSE_HAS_RESEND && !self.small_requests {
                 tracing::warn!(
                     "the kernel cannot hand out FUSE requests again (it can from Linux 6.9): reads \
                      that are being answered when this process dies will hang"
@@ -356,6 +364,10 @@ impl Filesystem for TreeFilesystem {
         // limit, readahead of present data would wait behind it: so there is no limit.
         let _previous = config.set_max_background(u16::MAX);
         let _previous = config.set_congestion_threshold(u16::MAX);
+        if self.small_requests {
+            // Nothing is ever written. The kernel wants room for the largest write in each read.
+            let _previous = config.set_max_write(IO_BYTES);
+        }
         Ok(())
     }
 

@@ -21,7 +21,7 @@ use prost::Message;
 use sluice_proto::shim as wire;
 use sluice_proto::shim::holder_packet::Body;
 
-use super::{LOCK_NAME, PROTOCOL_VERSION};
+use super::{JOURNAL_FLAG, LOCK_NAME, PROTOCOL_VERSION};
 use crate::sys::fdpass::PacketSocket;
 use crate::sys::process;
 
@@ -55,8 +55,9 @@ struct Worker {
 
 /// Runs a holder until its worker retires.
 ///
-/// With `adopt`, standard input is a socket to a living worker that will hand us its entries.
-pub fn run(run_dir: &Path, adopt: bool) -> io::Result<()> {
+/// With `adopt`, standard input is a socket to a living worker that will hand us its entries. With `journal`,
+/// workers keep their requests also where the kernel could hand them out again.
+pub fn run(run_dir: &Path, adopt: bool, journal: bool) -> io::Result<()> {
     // Not to end with the daemon's terminal or process group. Fails only for a group leader, who
     // has a group of his own already.
     let _leader = nix::unistd::setsid();
@@ -75,7 +76,7 @@ pub fn run(run_dir: &Path, adopt: bool) -> io::Result<()> {
             return Ok(());
         };
         entries.insert(LOCK_ENTRY.to_owned(), vec![lock]);
-        start_worker(&binary, run_dir)?
+        start_worker(&binary, run_dir, journal)?
     };
     let mut handed_over = adopt;
     let mut quick_deaths = 0u32;
@@ -101,7 +102,7 @@ pub fn run(run_dir: &Path, adopt: bool) -> io::Result<()> {
             "worker died, starting another"
         );
         std::thread::sleep(pause);
-        worker = start_worker_until_it_works(&binary, run_dir);
+        worker = start_worker_until_it_works(&binary, run_dir, journal);
     }
 }
 
@@ -129,12 +130,13 @@ fn take_lock(run_dir: &Path) -> io::Result<Option<OwnedFd>> {
     }
 }
 
-fn start_worker(binary: &PathBuf, run_dir: &Path) -> io::Result<Worker> {
+fn start_worker(binary: &PathBuf, run_dir: &Path, journal: bool) -> io::Result<Worker> {
     let (ours, theirs) = PacketSocket::pair()?;
     let child = Command::new(binary)
         .arg("worker")
         .arg("--run-dir")
         .arg(run_dir)
+        .args(journal.then_some(JOURNAL_FLAG))
         .stdin(theirs.into_owned())
         // fuser's threads take the default size; they need a fraction of it.
         .env("RUST_MIN_STACK", "262144")
@@ -148,9 +150,9 @@ fn start_worker(binary: &PathBuf, run_dir: &Path) -> io::Result<Worker> {
 }
 
 /// The mounts depend on it: there is no giving up.
-fn start_worker_until_it_works(binary: &PathBuf, run_dir: &Path) -> Worker {
+fn start_worker_until_it_works(binary: &PathBuf, run_dir: &Path, journal: bool) -> Worker {
     loop {
-        match start_worker(binary, run_dir) {
+        match start_worker(binary, run_dir, journal) {
             Ok(worker) => return worker,
             Err(error) => {
                 tracing::error!(%error, "start a worker");

@@ -17,6 +17,7 @@ use prost::Message;
 use sluice_proto::shim as wire;
 use sluice_proto::shim::holder_packet::Body;
 
+use super::JOURNAL_FLAG;
 use crate::sys::fdpass::PacketSocket;
 use crate::sys::process;
 
@@ -36,6 +37,8 @@ pub struct Inheritance {
 #[derive(Debug)]
 pub struct Keeper {
     run_dir: PathBuf,
+    /// For the workers of a new holder.
+    journal: bool,
     /// As it was when we started: after an upgrade, the path names the new binary.
     binary: PathBuf,
     inner: Mutex<Inner>,
@@ -57,7 +60,7 @@ fn duplicate(fds: &[BorrowedFd<'_>]) -> io::Result<Vec<OwnedFd>> {
 
 impl Keeper {
     /// Takes what the holder hands over on standard input.
-    pub fn inherit(run_dir: &Path) -> io::Result<(Keeper, Inheritance)> {
+    pub fn inherit(run_dir: &Path, journal: bool) -> io::Result<(Keeper, Inheritance)> {
         let socket = PacketSocket::from_owned(io::stdin().as_fd().try_clone_to_owned()?);
         nix::unistd::dup2_stdin(File::open("/dev/null")?)?;
         let mut entries = BTreeMap::new();
@@ -95,6 +98,7 @@ impl Keeper {
         let binary = std::env::current_exe()?;
         let keeper = Keeper {
             run_dir: run_dir.to_owned(),
+            journal,
             binary,
             inner: Mutex::new(inner),
         };
@@ -188,6 +192,7 @@ impl Keeper {
             .arg("--adopt")
             .arg("--run-dir")
             .arg(&self.run_dir)
+            .args(self.journal.then_some(JOURNAL_FLAG))
             .stdin(theirs.into_owned())
             .spawn()?;
         set_answer_deadline(&ours)?;

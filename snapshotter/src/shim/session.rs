@@ -3,7 +3,8 @@
 //!
 //! A new mount goes through these steps; a crash after any of them is put right by the record's one
 //! rule ([`super::record`]):
-//! 1. open tree and devices, open `/dev/fuse`, have descriptor and record (`Prepared`) kept;
+//! 1. open tree and devices, open `/dev/fuse`, have descriptor, record (`Prepared`) and, where requests are
+//!    kept, the journal kept;
 //! 2. mount(2); answer FUSE_INIT; set readahead;
 //! 3. record `Serving`; serve; tell the daemon.
 
@@ -19,6 +20,8 @@ use sluice_proto::shim as wire;
 
 use super::device::OpenDevices;
 use super::filesystem::TreeFilesystem;
+use super::journal::Journal;
+use super::pump::Pump;
 use super::reads::ReadRecorder;
 use super::record::{Record, RecordState};
 use super::waiting::WaitingReads;
@@ -45,6 +48,8 @@ pub struct Serving {
     pub devices: OpenDevices,
     /// Reads of missing data.
     pub waiting: Arc<WaitingReads>,
+    /// Whether requests of new mounts are kept in a [`Journal`].
+    pub journaled: bool,
 }
 
 /// A mount that is served by this process.
@@ -92,11 +97,15 @@ impl Served {
     }
 }
 
+fn threads() -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    (cores + 1).clamp(2, MOST_THREADS)
+}
+
 fn config() -> Config {
     let mut config = Config::default();
     config.acl = SessionACL::All;
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    config.n_threads = Some((cores + 1).clamp(2, MOST_THREADS));
+    config.n_threads = Some(threads());
     // One queue: the kernel does not hand out again what was read from a cloned descriptor.
     config.clone_fd = false;
     config
@@ -182,7 +191,10 @@ pub fn make(
     let recorder = spec.record.map(|window| files.record(window));
     let fuse = fusefd::open()?;
     let record = Record::create(&payload(&spec, 0))?;
-    keep(&[fuse.as_fd(), record.as_fd()])?;
+    let journal = serving.journaled.then(Journal::create).transpose()?;
+    let mut kept = vec![fuse.as_fd(), record.as_fd()];
+    kept.extend(journal.as_ref().map(AsFd::as_fd));
+    keep(&kept)?;
     let mut making = Making {
         mountpoint: &spec.mountpoint,
         mounted: false,
@@ -190,7 +202,16 @@ pub fn make(
     attach(&fuse, &spec.mountpoint)?;
     making.mounted = true;
     let connection = connection_at(&spec.mountpoint)?;
-    let session = Session::from_fd(files, fuse, SessionACL::All, config())?;
+    let server = match journal {
+        None => fuse,
+        Some(journal) => {
+            files.keep_requests_small();
+            let (end, pump) = Pump::new(fuse.as_fd(), Arc::new(journal))?;
+            pump.start(threads())?;
+            end
+        }
+    };
+    let session = Session::from_fd(files, server, SessionACL::All, config())?;
     set_readahead(connection);
     record.write(&payload(&spec, connection))?;
     record.set_state(RecordState::Serving)?;
@@ -245,6 +266,8 @@ pub struct Left {
     pub fuse: OwnedFd,
     /// Its record.
     pub record: Record,
+    /// Its requests that were not answered; `None`: the kernel hands them out again.
+    journal: Option<Arc<Journal>>,
     /// What is mounted.
     pub spec: MountSpec,
     /// How far it had come.
@@ -263,6 +286,7 @@ impl Left {
                 "descriptors are missing",
             ));
         };
+        let journal = fds.next().map(Journal::open).transpose()?;
         let (record, state, payload) = Record::open(record)?;
         let mount = payload
             .mount
@@ -272,6 +296,7 @@ impl Left {
             entry,
             fuse,
             record,
+            journal: journal.map(Arc::new),
             spec,
             state,
             connection: payload.connection,
@@ -324,7 +349,15 @@ impl Left {
     }
 
     fn connect(&self, serving: &Serving) -> io::Result<Session<TreeFilesystem>> {
-        let files = filesystem(&self.spec, serving)?;
+        let mut files = filesystem(&self.spec, serving)?;
+        if let Some(journal) = &self.journal {
+            files.keep_requests_small();
+            let (end, pump) = Pump::new(self.fuse.as_fd(), Arc::clone(journal))?;
+            pump.greet()?;
+            let session = Session::from_fd(files, end, SessionACL::All, config())?;
+            pump.start(threads())?;
+            return Ok(session);
+        }
         let (socket, kernel) = fusefd::synthetic_connection()?;
         let session = Session::from_fd(files, socket, SessionACL::All, config())?;
         fusefd::replace(session.as_fd(), self.fuse.as_fd())?;

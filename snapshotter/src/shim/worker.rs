@@ -26,16 +26,32 @@ pub(super) fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> io::Re
     builder.spawn(body).map(drop)
 }
 
+/// Whether the kernel can hand out requests again that a dead server had read: from Linux 6.9.
+fn kernel_resends() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease");
+    release.is_ok_and(|release| resends(&release))
+}
+
+fn resends(release: &str) -> bool {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    let mut number = || numbers.next().and_then(|text| text.parse::<u32>().ok());
+    let version = (number(), number());
+    matches!(version, (Some(major), Some(minor)) if (major, minor) >= (6, 9))
+}
+
 /// Runs the worker whose holder is at the other end of standard input.
 ///
 /// Returns only when it cannot start; its holder then tries again.
-pub fn run(run_dir: &Path) -> io::Result<std::convert::Infallible> {
+///
+/// `journal`: keep the requests of new mounts in memory that outlives it also where the kernel could hand them
+/// out again.
+pub fn run(run_dir: &Path, journal: bool) -> io::Result<std::convert::Infallible> {
     process::keep_allocator_small();
     process::spare_from_oom();
     if let Err(error) = process::raise_open_files() {
         tracing::warn!(%error, "raise the limit of open files");
     }
-    let (keeper, inheritance) = Keeper::inherit(run_dir)?;
+    let (keeper, inheritance) = Keeper::inherit(run_dir, journal)?;
     let Inheritance {
         entries,
         holder_pid,
@@ -52,6 +68,7 @@ pub fn run(run_dir: &Path) -> io::Result<std::convert::Infallible> {
     let serving = Serving {
         devices: OpenDevices::default(),
         waiting: waiting.clone(),
+        journaled: journal || !kernel_resends(),
     };
     let mounts = Mounts::new(keeper.clone(), serving);
     for (entry, fds) in entries {
@@ -60,4 +77,26 @@ pub fn run(run_dir: &Path) -> io::Result<std::convert::Infallible> {
         }
     }
     Link::new(run_dir, keeper, mounts, waiting)?.run()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_that_resend_are_told_by_their_release() {
+        for (release, expected) in [
+            ("6.9.0\n", true),
+            ("6.10-rc1", true),
+            ("6.18.44+deb13", true),
+            ("7.0.0", true),
+            ("6.8.12-generic", false),
+            ("5.14.0-503.el9", false),
+            ("6", false),
+            ("", false),
+            ("x.y", false),
+        ] {
+            assert_eq!(resends(release), expected, "{release:?}");
+        }
+    }
 }

@@ -16,6 +16,10 @@ use super::fdpass::PacketSocket;
 
 /// Bytes of a FUSE_INIT request: header (40) and `fuse_init_in` of protocol 7.36 and later (64).
 const INIT_REQUEST_BYTES: u32 = 104;
+/// Bytes of a request's header.
+const HEADER_BYTES: u32 = 40;
+/// Opcode of FUSE_DESTROY.
+const FUSE_DESTROY: u32 = 38;
 /// Opcode of FUSE_INIT (`include/uapi/linux/fuse.h`).
 const FUSE_INIT: u32 = 26;
 /// Notification that makes the kernel hand out unanswered requests again (Linux 6.9).
@@ -45,7 +49,19 @@ pub fn synthetic_connection() -> io::Result<(OwnedFd, PacketSocket)> {
     Ok((session.into_owned(), kernel))
 }
 
-fn init_request() -> Vec<u8> {
+/// A FUSE_DESTROY request: a thread of a session that reads it ends.
+pub fn destroy_request() -> Vec<u8> {
+    let mut words = vec![0u32; HEADER_BYTES as usize / 4];
+    words[0] = HEADER_BYTES;
+    words[1] = FUSE_DESTROY;
+    // The kernel counts from 2 up, and never comes here.
+    words[2] = u32::MAX - 1;
+    words[3] = u32::MAX;
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+/// A FUSE_INIT request, as the kernel would write it.
+pub fn init_request() -> Vec<u8> {
     let mut words = vec![0u32; INIT_REQUEST_BYTES as usize / 4];
     words[0] = INIT_REQUEST_BYTES;
     words[1] = FUSE_INIT;

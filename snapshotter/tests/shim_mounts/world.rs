@@ -91,6 +91,7 @@ pub struct World {
     pub expected: PathBuf,
     pub fills: Arc<Fills>,
     daemon: Option<(Runtime, Arc<ShimClient>)>,
+    journal: bool,
     specs: Vec<DeviceSpec>,
     watchdog: Watchdog,
     _store: Store,
@@ -111,7 +112,17 @@ impl World {
         World::with_image(|whole| image::build(seed, whole, Xattrs::Usual))
     }
 
+    /// As on a kernel that cannot hand requests out again.
+    pub fn journaled(seed: u64) -> World {
+        println!("seed {seed}, with a journal");
+        World::with(true, |whole| image::build(seed, whole, Xattrs::Usual))
+    }
+
     pub fn with_image(build: impl FnOnce(&Path) -> Image) -> World {
+        World::with(false, build)
+    }
+
+    fn with(journal: bool, build: impl FnOnce(&Path) -> Image) -> World {
         let dir = tempfile::Builder::new()
             .prefix("shim-test-")
             .tempdir()
@@ -134,6 +145,7 @@ impl World {
             expected,
             fills: Arc::new(fills),
             daemon: None,
+            journal,
             specs,
             watchdog,
             _store: store,
@@ -145,7 +157,10 @@ impl World {
     pub fn start_daemon(&mut self) {
         let runtime = Runtime::new().unwrap();
         let binary = PathBuf::from(env!("CARGO_BIN_EXE_sluice-shim"));
-        let options = ShimOptions::new(self.dir.path().join("run"), binary);
+        let options = ShimOptions {
+            journal: self.journal,
+            ..ShimOptions::new(self.dir.path().join("run"), binary)
+        };
         let client = runtime.block_on(ShimClient::start_or_attach(options, self.fills.clone()));
         let client = client.unwrap_or_else(|error| {
             let log = std::fs::read_to_string(self.dir.path().join("run/shim.log"));

@@ -11,9 +11,9 @@ use std::time::Duration;
 use tokio::net::UnixListener;
 use tokio::process::Command;
 
-use super::{Presence, Shared, ShimError};
+use super::{Presence, Shared, ShimError, ShimOptions};
 use crate::shim::log::LOG_BYTES;
-use crate::shim::{LOCK_NAME, LOG_NAME, SOCKET_NAME};
+use crate::shim::{JOURNAL_FLAG, LOCK_NAME, LOG_NAME, SOCKET_NAME};
 
 /// How often the supervisor looks when no worker is attached. A worker's restart takes a fraction
 /// of it; a whole shim's start is rare.
@@ -64,7 +64,7 @@ pub(super) async fn supervise(shared: Arc<Shared>) {
         } else {
             match is_locked(&shared.options.run_dir) {
                 Ok(true) => {}
-                Ok(false) => match start_holder(&shared.options.run_dir, &shared.options.binary) {
+                Ok(false) => match start_holder(&shared.options) {
                     Ok(child) => {
                         tracing::info!(pid = child.id(), "shim holder started");
                         children.push(child);
@@ -109,7 +109,8 @@ fn is_locked(run_dir: &Path) -> Result<bool, ShimError> {
 }
 
 /// Starts `sluice-shim holder`, which detaches itself.
-fn start_holder(run_dir: &Path, binary: &Path) -> Result<tokio::process::Child, ShimError> {
+fn start_holder(options: &ShimOptions) -> Result<tokio::process::Child, ShimError> {
+    let (run_dir, binary) = (&options.run_dir, &options.binary);
     let io = |what, path: &Path, source| ShimError::Io {
         what,
         path: path.to_owned(),
@@ -122,6 +123,7 @@ fn start_holder(run_dir: &Path, binary: &Path) -> Result<tokio::process::Child, 
         .arg("holder")
         .arg("--run-dir")
         .arg(run_dir)
+        .args(options.journal.then_some(JOURNAL_FLAG))
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(log)
