@@ -148,6 +148,8 @@ pub struct Config {
     pub log_level: String,
     /// How merged trees are mounted.
     pub mount_backend: MountBackend,
+    /// Keep FUSE requests in memory that outlives a worker also where the kernel could hand them out again.
+    pub mount_journal: bool,
     /// How long a mount that nobody uses is kept.
     pub mount_grace: Duration,
     /// The cluster that this node is in; `None`: it is by itself.
@@ -284,6 +286,7 @@ impl Written {
                 deadline: check.nonzero("prewarm.deadline", &prewarm.deadline)?,
             },
             notifications: notifications.validate(&check)?,
+            mount_journal: mount.journal,
             mount_grace: check.duration("mount.grace", &mount.grace)?,
             docker_config,
             registry_hosts: hosts.collect::<Result<_, ConfigError>>()?,

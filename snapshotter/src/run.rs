@@ -10,7 +10,6 @@ mod cluster;
 mod lazy;
 mod lock;
 mod mirror;
-mod notify;
 mod peers;
 mod remembered;
 mod sockets;
@@ -23,6 +22,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus_client::registry::Registry;
+use sd_notify::NotifyState;
 use sluice_fetcher::blob_cache::PieceGivers;
 use sluice_fetcher::cluster::node::View;
 use sluice_fetcher::peer::{BlobNodes, Peers};
@@ -219,7 +219,7 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Ru
     let mut server = tokio::spawn(server);
     let pulls = mirror.as_ref().and_then(MirrorSide::serve);
     health.set(true);
-    notify::systemd("READY=1");
+    notify(NotifyState::Ready);
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         root = ?config.root,
@@ -232,7 +232,7 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Ru
         result = &mut server => Some(result),
     };
     health.set(false);
-    notify::systemd("STOPPING=1");
+    notify(NotifyState::Stopping);
     stop.cancel();
     let begun = Instant::now();
     let left = |deadline: Duration| deadline.saturating_sub(begun.elapsed());
@@ -275,6 +275,13 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Ru
     }
     tracing::info!("stopped");
     result
+}
+
+/// Tells the service manager how far the daemon is, if there is one.
+fn notify(state: NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        tracing::warn!(%error, "the service manager is not notified");
+    }
 }
 
 /// Makes a directory that only its owner may enter.

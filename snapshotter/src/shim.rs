@@ -12,10 +12,12 @@
 //! - The **worker** ([`worker`]) serves; all that it needs to go on after a death is, for each
 //!   mount, the `/dev/fuse` descriptor and a mount record ([`record`]), both with the holder; before
 //!   Linux 6.9 also a `journal` of the requests that were read and not answered, filled by a `pump`.
-//! - The **client** ([`client`]) is `sluiced`'s side.
+//! - The **client** ([`client`]) is `sluiced`'s side. It keeps duplicates of all that the holder keeps, and so
+//!   does systemd where it runs the daemon ([`client::reserve`]): worker and holder may die at once, and with
+//!   systemd all three.
 //!
 //! What a death costs: of the daemon, a delay for reads of missing data; of the worker, a delay for
-//! all reads of its mounts; of the holder, nothing until the worker dies too. Inode numbers are
+//! all reads of its mounts; of the holder, nothing, and of both a delay. Inode numbers are
 //! EROFS nids, so a new worker has no table to restore.
 //!
 //! Files below the run directory: `shim.sock` (the daemon listens, 0600), `shim.lock` (an `flock`
@@ -50,6 +52,8 @@ pub const READS_VERSION: u32 = 2;
 
 /// Name of the socket below the run directory on which the daemon waits for the worker.
 pub const SOCKET_NAME: &str = "shim.sock";
+/// Name of the socket below the run directory on which the daemon keeps descriptors, too.
+pub const KEEP_SOCKET_NAME: &str = "keep.sock";
 /// Name of the lock below the run directory that a living shim holds.
 pub const LOCK_NAME: &str = "shim.lock";
 /// Argument of holder and worker: keep requests also where the kernel could hand them out again.

@@ -6,6 +6,7 @@
 #![allow(unsafe_code, reason = "system calls; each block says why it is sound")]
 
 pub mod fdpass;
+pub mod fdstore;
 pub mod fusefd;
 pub mod map;
 pub mod mountpoint;

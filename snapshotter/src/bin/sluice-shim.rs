@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use sluice_snapshotter::shim::holder::{self, Origin};
 use sluice_snapshotter::shim::log::BoundedLog;
-use sluice_snapshotter::shim::{holder, worker};
+use sluice_snapshotter::shim::worker;
 use tracing_subscriber::EnvFilter;
 
 #[derive(Debug, Parser)]
@@ -26,6 +27,9 @@ enum Role {
         /// Take over from a dead holder the worker at standard input.
         #[arg(long)]
         adopt: bool,
+        /// Take what the daemon at standard input has kept: worker and holder died.
+        #[arg(long, conflicts_with = "adopt")]
+        restore: bool,
         /// Keep requests in memory that outlives a worker also where the kernel could hand them out again.
         #[arg(long)]
         journal: bool,
@@ -56,8 +60,16 @@ fn main() -> ExitCode {
         Role::Holder {
             run_dir,
             adopt,
+            restore,
             journal,
-        } => holder::run(&run_dir, adopt, journal),
+        } => {
+            let origin = match (adopt, restore) {
+                (true, _) => Origin::Worker,
+                (_, true) => Origin::Daemon,
+                _ => Origin::New,
+            };
+            holder::run(&run_dir, origin, journal)
+        }
         Role::Worker { run_dir, journal } => {
             worker::run(&run_dir, journal).map(|never| match never {})
         }

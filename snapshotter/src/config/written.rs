@@ -141,6 +141,7 @@ section! {
     /// `[mount]`
     Mount {
         backend: String = "auto".into(),
+        journal: bool = false,
         grace: String = "30s".into(),
     }
 }

@@ -34,7 +34,9 @@ use crate::prewarm::Prewarms;
 use crate::resolve::{Containerd, ContainerdContent};
 use crate::shelf::NodeShelf;
 use crate::shim::client::ShimOptions;
+use crate::shim::client::reserve::Reserve;
 use crate::snapshots::LazyLayers;
+use crate::sys::fdstore::FdStore;
 use crate::trees::TreeFiles;
 use crate::trust::Trust;
 
@@ -118,7 +120,12 @@ impl LazySide {
             shelf.attach(peers);
         }
 
-        let shim = ShimOptions::new(config.run_dir.clone(), shim_program()?);
+        let (store, stored) = FdStore::take();
+        let shim = ShimOptions {
+            reserve: Arc::new(Reserve::restored(store, stored)),
+            journal: config.mount_journal,
+            ..ShimOptions::new(config.run_dir.clone(), shim_program()?)
+        };
         let backend = Arc::new(AttachedMount::new(shim, layers.clone()));
         let mounts = Arc::new(Mounts::new(backend.clone(), &config.root.join("mnt")));
         let boot_metrics = BootMetrics::default();

@@ -9,6 +9,7 @@
 //! **Locks** `State` is locked for map operations only, never across an await.
 
 mod connection;
+pub mod reserve;
 mod start;
 
 use std::collections::HashMap;
@@ -27,6 +28,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use self::reserve::{Keeping, Reserve};
 use super::protocol::{self, ProtocolError};
 use crate::mount::errno::FillErrno;
 use crate::mount::{FirstReads, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome};
@@ -46,6 +48,8 @@ pub struct ShimOptions {
     pub parallel_fills: usize,
     /// Have a shim that is started keep its requests also where the kernel could hand them out again.
     pub journal: bool,
+    /// What is kept here of the shim's descriptors; the same one for as long as the process lives.
+    pub reserve: Arc<Reserve>,
 }
 
 impl ShimOptions {
@@ -60,6 +64,7 @@ impl ShimOptions {
             // Far above what readers of one node wait for at once; each costs a task.
             parallel_fills: 1024,
             journal: false,
+            reserve: Arc::default(),
         }
     }
 }
@@ -151,6 +156,8 @@ pub struct ShimClient {
     shared: Arc<Shared>,
     /// Owns the accept loop and the supervisor: dropped, they end.
     _tasks: JoinSet<()>,
+    /// Keeps descriptors for as long as it lives.
+    _keeping: Keeping,
 }
 
 #[derive(Debug)]
@@ -196,6 +203,9 @@ impl ShimClient {
         options: ShimOptions,
         fills: Arc<dyn FillService>,
     ) -> Result<ShimClient, ShimError> {
+        // First: a worker looks for it as soon as it is connected.
+        let keeping = start::listen_for_descriptors(&options.run_dir)?;
+        let keeping = Keeping::start(keeping, Arc::clone(&options.reserve));
         let listener = start::listen(&options.run_dir)?;
         let deadline = Instant::now() + options.start_deadline;
         let log = options.run_dir.join(super::LOG_NAME);
@@ -213,6 +223,7 @@ impl ShimClient {
         let client = ShimClient {
             shared,
             _tasks: tasks,
+            _keeping: keeping,
         };
         match client.presence(deadline).await {
             Some(Presence::Attached(_)) => Ok(client),

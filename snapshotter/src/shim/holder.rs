@@ -53,11 +53,21 @@ struct Worker {
     child: Option<Child>,
 }
 
+/// Where a holder's entries come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// Nowhere: there are none.
+    New,
+    /// A living worker, whose holder died: it is at the other end of standard input, and hands them over.
+    Worker,
+    /// The daemon, which has kept them while worker and holder died: as above, but there is no worker.
+    Daemon,
+}
+
 /// Runs a holder until its worker retires.
 ///
-/// With `adopt`, standard input is a socket to a living worker that will hand us its entries. With `journal`,
-/// workers keep their requests also where the kernel could hand them out again.
-pub fn run(run_dir: &Path, adopt: bool, journal: bool) -> io::Result<()> {
+/// With `journal`, workers keep their requests also where the kernel could hand them out again.
+pub fn run(run_dir: &Path, origin: Origin, journal: bool) -> io::Result<()> {
     // Not to end with the daemon's terminal or process group. Fails only for a group leader, who
     // has a group of his own already.
     let _leader = nix::unistd::setsid();
@@ -68,17 +78,24 @@ pub fn run(run_dir: &Path, adopt: bool, journal: bool) -> io::Result<()> {
     }
     let binary = std::env::current_exe()?;
     let mut entries = Entries::new();
-    let mut worker = if adopt {
+    let mut worker = if origin == Origin::Worker {
         adopt_worker()?
     } else {
         let Some(lock) = take_lock(run_dir)? else {
             tracing::info!("another shim serves this directory");
             return Ok(());
         };
+        if origin == Origin::Daemon {
+            entries = entries_of_daemon()?;
+            tracing::warn!(
+                entries = entries.len(),
+                "worker and holder died: the daemon kept all"
+            );
+        }
         entries.insert(LOCK_ENTRY.to_owned(), vec![lock]);
-        start_worker(&binary, run_dir, journal)?
+        start_worker_until_it_works(&binary, run_dir, journal)
     };
-    let mut handed_over = adopt;
+    let mut handed_over = origin == Origin::Worker;
     let mut quick_deaths = 0u32;
     loop {
         let started = Instant::now();
@@ -162,11 +179,31 @@ fn start_worker_until_it_works(binary: &PathBuf, run_dir: &Path, journal: bool) 
     }
 }
 
+/// What was standard input; from now on that is nothing.
+fn take_stdin() -> io::Result<PacketSocket> {
+    let socket = PacketSocket::from_owned(io::stdin().as_fd().try_clone_to_owned()?);
+    nix::unistd::dup2_stdin(File::open("/dev/null")?)?;
+    Ok(socket)
+}
+
+/// All that the daemon hands over.
+fn entries_of_daemon() -> io::Result<Entries> {
+    let socket = take_stdin()?;
+    let mut entries = Entries::new();
+    loop {
+        let packet = socket.recv()?.ok_or(io::ErrorKind::UnexpectedEof)?;
+        let body = wire::HolderPacket::decode(packet.bytes.as_slice()).map_err(io::Error::other)?;
+        match body.body {
+            Some(Body::Inherit(inherit)) => entries.insert(inherit.name, packet.fds),
+            Some(Body::InheritEnd(_)) => return Ok(entries),
+            _ => return Err(io::Error::other("a packet that makes no sense here")),
+        };
+    }
+}
+
 /// The worker at the other end of standard input.
 fn adopt_worker() -> io::Result<Worker> {
-    let socket = PacketSocket::from_owned(io::stdin().as_fd().try_clone_to_owned()?);
-    let null = File::open("/dev/null")?;
-    nix::unistd::dup2_stdin(null)?;
+    let socket = take_stdin()?;
     let peer = getsockopt(&socket, PeerCredentials)?;
     let pid = u32::try_from(peer.pid()).map_err(io::Error::other)?;
     Ok(Worker {
@@ -180,7 +217,11 @@ fn packet(body: Body) -> Vec<u8> {
     wire::HolderPacket { body: Some(body) }.encode_to_vec()
 }
 
-fn hand_over(socket: &PacketSocket, entries: &Entries) -> io::Result<()> {
+/// Sends entries, and that these were all.
+pub(super) fn hand_over(
+    socket: &PacketSocket,
+    entries: &BTreeMap<String, Vec<OwnedFd>>,
+) -> io::Result<()> {
     for (name, fds) in entries {
         let fds: Vec<BorrowedFd<'_>> = fds.iter().map(OwnedFd::as_fd).collect();
         socket.send(

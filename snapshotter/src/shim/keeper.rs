@@ -17,7 +17,8 @@ use prost::Message;
 use sluice_proto::shim as wire;
 use sluice_proto::shim::holder_packet::Body;
 
-use super::JOURNAL_FLAG;
+use super::holder::LOCK_ENTRY;
+use super::{JOURNAL_FLAG, KEEP_SOCKET_NAME, PROTOCOL_VERSION};
 use crate::sys::fdpass::PacketSocket;
 use crate::sys::process;
 
@@ -52,6 +53,8 @@ struct Inner {
     kept: BTreeMap<String, Vec<OwnedFd>>,
     /// A holder that we have started ourselves, to be reaped.
     child: Option<Child>,
+    /// The daemon, which keeps all of it too; `None` while there is none.
+    reserve: Option<PacketSocket>,
 }
 
 fn duplicate(fds: &[BorrowedFd<'_>]) -> io::Result<Vec<OwnedFd>> {
@@ -94,6 +97,7 @@ impl Keeper {
             holder_pid,
             kept,
             child: None,
+            reserve: None,
         };
         let binary = std::env::current_exe()?;
         let keeper = Keeper {
@@ -133,8 +137,46 @@ impl Keeper {
         );
         if told.is_err() {
             inner.kept.remove(name);
+            return told;
         }
-        told
+        inner.tell_reserve(
+            Body::Keep(wire::Keep {
+                name: name.to_owned(),
+            }),
+            name,
+            fds,
+        );
+        Ok(())
+    }
+
+    /// Has the daemon keep all of it too. To be called whenever a daemon has come; **blocks** for a moment.
+    pub fn attach_reserve(&self) {
+        let path = self.run_dir.join(KEEP_SOCKET_NAME);
+        let connected = PacketSocket::connect(&path).and_then(|socket| {
+            set_answer_deadline(&socket)?;
+            Ok(socket)
+        });
+        let socket = match connected {
+            Ok(socket) => socket,
+            Err(error) => {
+                tracing::warn!(%error, "the daemon keeps no descriptors: only the holder does");
+                return;
+            }
+        };
+        let mut inner = self.inner();
+        inner.reserve = Some(socket);
+        let kept = std::mem::take(&mut inner.kept);
+        // The lock says that a shim lives: the daemon is none.
+        for (name, fds) in kept.iter().filter(|(name, _)| *name != LOCK_ENTRY) {
+            let fds: Vec<BorrowedFd<'_>> = fds.iter().map(OwnedFd::as_fd).collect();
+            inner.tell_reserve(Body::Keep(wire::Keep { name: name.clone() }), name, &fds);
+        }
+        inner.kept = kept;
+        let end = wire::InheritEnd {
+            version: PROTOCOL_VERSION,
+            holder_pid: inner.holder_pid,
+        };
+        inner.tell_reserve(Body::InheritEnd(end), "", &[]);
     }
 
     /// Has a name forgotten. A failure leaves the entry with the holder, which costs descriptors and
@@ -145,9 +187,10 @@ impl Keeper {
         let forget = Body::Forget(wire::Forget {
             name: name.to_owned(),
         });
-        if let Err(error) = inner.tell(forget, name, &[]) {
+        if let Err(error) = inner.tell(forget.clone(), name, &[]) {
             tracing::warn!(%error, name, "have the holder forget an entry");
         }
+        inner.tell_reserve(forget, name, &[]);
     }
 
     /// Says that this worker ends on purpose.
@@ -217,27 +260,42 @@ impl Keeper {
 }
 
 impl Inner {
-    /// Sends one packet and waits for its Done.
     fn tell(&mut self, body: Body, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-        let packet = wire::HolderPacket { body: Some(body) }.encode_to_vec();
-        self.socket.send(&packet, fds)?;
-        loop {
-            let Some(packet) = self.socket.recv()? else {
-                return Err(io::ErrorKind::BrokenPipe.into());
-            };
-            let body = wire::HolderPacket::decode(packet.bytes.as_slice())
-                .ok()
-                .and_then(|p| p.body);
-            match body {
-                Some(Body::Done(done)) if done.name == name && done.error.is_empty() => {
-                    return Ok(());
-                }
-                Some(Body::Done(done)) if done.name == name => {
-                    return Err(io::Error::other(done.error));
-                }
-                // The late answer to something that we gave up.
-                _ => {}
+        tell(&self.socket, body, name, fds)
+    }
+
+    /// Tells the daemon, if there is one. One that does not answer is told all anew when it comes back.
+    fn tell_reserve(&mut self, body: Body, name: &str, fds: &[BorrowedFd<'_>]) {
+        let Some(reserve) = &self.reserve else {
+            return;
+        };
+        if let Err(error) = tell(reserve, body, name, fds) {
+            tracing::info!(%error, "the daemon keeps no descriptors any more");
+            self.reserve = None;
+        }
+    }
+}
+
+/// Sends one packet and waits for its Done.
+fn tell(socket: &PacketSocket, body: Body, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let packet = wire::HolderPacket { body: Some(body) }.encode_to_vec();
+    socket.send(&packet, fds)?;
+    loop {
+        let Some(packet) = socket.recv()? else {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        };
+        let body = wire::HolderPacket::decode(packet.bytes.as_slice())
+            .ok()
+            .and_then(|p| p.body);
+        match body {
+            Some(Body::Done(done)) if done.name == name && done.error.is_empty() => {
+                return Ok(());
             }
+            Some(Body::Done(done)) if done.name == name => {
+                return Err(io::Error::other(done.error));
+            }
+            // The late answer to something that we gave up.
+            _ => {}
         }
     }
 }

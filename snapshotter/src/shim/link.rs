@@ -171,7 +171,16 @@ impl Link {
                 tracing::error!(error = reply.error, "the daemon does not understand us");
                 return false;
             }
-            Some(Body::HelloReply(_)) => self.waiting.connected(outgoing.clone()),
+            Some(Body::HelloReply(_)) => {
+                self.waiting.connected(outgoing.clone());
+                let keeper = Arc::clone(&self.keeper);
+                // Readers do not wait for it.
+                if let Err(error) =
+                    super::worker::thread("reserve", move || keeper.attach_reserve())
+                {
+                    tracing::warn!(%error, "have the daemon keep descriptors");
+                }
+            }
             Some(Body::FillReply(reply)) => self.waiting.answered(id, &reply),
             Some(
                 body @ (Body::Mount(_)

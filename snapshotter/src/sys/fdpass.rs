@@ -6,11 +6,13 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
 
 use nix::cmsg_space;
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
-    sendmsg, socketpair,
+    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, Shutdown, SockFlag,
+    SockType, UnixAddr, accept4, bind, connect, listen, recvmsg, sendmsg, shutdown, socket,
+    socketpair,
 };
 
 /// Largest packet. All our packets hold a name and a few numbers; bulk stands in memfds.
@@ -22,6 +24,50 @@ pub const PACKET_FDS: usize = 4;
 /// One end of a packet socket pair.
 #[derive(Debug)]
 pub struct PacketSocket(OwnedFd);
+
+/// A socket below a path, to which others connect.
+#[derive(Debug)]
+pub struct PacketListener(OwnedFd);
+
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 8;
+
+fn unconnected() -> io::Result<OwnedFd> {
+    Ok(socket(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?)
+}
+
+impl PacketListener {
+    /// Listens below `path`, which is not there yet.
+    pub fn bind(path: &Path) -> io::Result<PacketListener> {
+        let socket = unconnected()?;
+        bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+        listen(&socket, Backlog::new(BACKLOG)?)?;
+        Ok(PacketListener(socket))
+    }
+
+    /// Waits for the next connection; `None` when [`Self::end`] was called.
+    pub fn accept(&self) -> io::Result<Option<PacketSocket>> {
+        loop {
+            match accept4(self.0.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
+                // SAFETY: the kernel has just installed this number for us; nobody else knows it.
+                Ok(fd) => return Ok(Some(PacketSocket(unsafe { OwnedFd::from_raw_fd(fd) }))),
+                Err(nix::errno::Errno::EINTR | nix::errno::Errno::ECONNABORTED) => continue,
+                Err(nix::errno::Errno::EINVAL) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Accepts nobody any more, and wakes who waits for it.
+    pub fn end(&self) {
+        let _ended = shutdown(self.0.as_raw_fd(), Shutdown::Both);
+    }
+}
 
 /// A packet as received.
 #[derive(Debug)]
@@ -42,6 +88,19 @@ impl PacketSocket {
             SockFlag::SOCK_CLOEXEC,
         )?;
         Ok((PacketSocket(a), PacketSocket(b)))
+    }
+
+    /// Connects to a [`PacketListener`].
+    pub fn connect(path: &Path) -> io::Result<PacketSocket> {
+        let socket = unconnected()?;
+        connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+        Ok(PacketSocket(socket))
+    }
+
+    /// Ends the connection for both ends, also for who waits on it now.
+    pub fn end(&self) {
+        // One that has ended already is fine.
+        let _ended = shutdown(self.0.as_raw_fd(), Shutdown::Both);
     }
 
     /// Takes over a descriptor that is one end of a pair.
@@ -161,6 +220,27 @@ mod tests {
             b.send(b"late", &[]).unwrap_err().kind(),
             io::ErrorKind::BrokenPipe
         );
+    }
+
+    #[test]
+    fn who_connects_is_accepted_until_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = PacketListener::bind(&path).unwrap();
+        let client = PacketSocket::connect(&path).unwrap();
+        let server = listener.accept().unwrap().unwrap();
+        client.send(b"hello", &[]).unwrap();
+        assert_eq!(server.recv().unwrap().unwrap().bytes, b"hello");
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| listener.accept().unwrap().is_none());
+            let reading = scope.spawn(|| server.recv().unwrap().is_none());
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            listener.end();
+            server.end();
+            assert!(waiting.join().unwrap() && reading.join().unwrap());
+        });
+        assert!(client.recv().unwrap().is_none());
+        assert!(PacketListener::bind(&path).is_err(), "the path is taken");
     }
 
     #[test]

@@ -3,6 +3,8 @@
 
 use std::time::{Duration, Instant};
 
+use sluice_snapshotter::mount::{UnmountMode, UnmountOutcome};
+
 use super::LONG;
 use super::reader::{Reader, Task};
 use super::world::{Behaviour, World, can_run};
@@ -108,4 +110,30 @@ fn no_read_fails_when_the_holder_dies_and_then_the_worker() {
         world.kill_worker();
     }
     finish(&world, readers, Duration::from_secs(20));
+}
+
+#[test]
+fn no_read_fails_when_worker_and_holder_die_at_once() {
+    if !can_run() {
+        return;
+    }
+    for world in [World::new(15), World::journaled(16)] {
+        world.behave(Behaviour::Slow(Duration::from_millis(20)));
+        let mount = world.mount("a");
+        let readers = storm(&world, &mount, 4);
+        let begun = Instant::now();
+        let mut deaths = 0;
+        while begun.elapsed() < STORM {
+            std::thread::sleep(Duration::from_millis(700));
+            world.kill_shim();
+            deaths += 1;
+        }
+        assert!(deaths >= 3, "{deaths}");
+        finish(&world, readers, Duration::from_secs(20));
+        assert_eq!(world.client().peer().unwrap().mounts, 1);
+        let unmounted =
+            world.run(async { world.client().unmount("a", UnmountMode::IfUnused).await });
+        assert_eq!(unmounted, Ok(UnmountOutcome::Done));
+        world.nothing_is_kept();
+    }
 }

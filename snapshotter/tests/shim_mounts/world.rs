@@ -21,7 +21,10 @@ use sluice_blockindex::digest::{ChunkDigest, DiffId, IndexDigest, StrongAlgorith
 use sluice_fetcher::store::{Device, DeviceKey, Store, StoreOptions};
 use sluice_snapshotter::mount::errno::FillErrno;
 use sluice_snapshotter::mount::{DeviceSpec, MountSpec};
-use sluice_snapshotter::shim::client::{FillRequest, FillService, ShimClient, ShimOptions};
+use sluice_snapshotter::shim::client::reserve::Reserve;
+use sluice_snapshotter::shim::client::{
+    FillRequest, FillService, ShimClient, ShimOptions, ShimPeer,
+};
 use sluice_snapshotter::sys::mountpoint;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
@@ -92,6 +95,8 @@ pub struct World {
     pub fills: Arc<Fills>,
     daemon: Option<(Runtime, Arc<ShimClient>)>,
     journal: bool,
+    /// The daemon's.
+    reserve: Arc<Reserve>,
     specs: Vec<DeviceSpec>,
     watchdog: Watchdog,
     _store: Store,
@@ -146,6 +151,7 @@ impl World {
             fills: Arc::new(fills),
             daemon: None,
             journal,
+            reserve: Arc::default(),
             specs,
             watchdog,
             _store: store,
@@ -157,8 +163,10 @@ impl World {
     pub fn start_daemon(&mut self) {
         let runtime = Runtime::new().unwrap();
         let binary = PathBuf::from(env!("CARGO_BIN_EXE_sluice-shim"));
+        self.reserve = Arc::default();
         let options = ShimOptions {
             journal: self.journal,
+            reserve: Arc::clone(&self.reserve),
             ..ShimOptions::new(self.dir.path().join("run"), binary)
         };
         let client = runtime.block_on(ShimClient::start_or_attach(options, self.fills.clone()));
@@ -231,6 +239,38 @@ impl World {
             .is_none_or(|peer| peer.worker_pid == before)
         {
             assert!(Instant::now() < deadline, "no new worker\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Kills worker and holder at once, when the daemon keeps what they have, and waits until another shim is
+    /// attached.
+    pub fn kill_shim(&self) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while self.reserve.is_empty() {
+            assert!(Instant::now() < deadline, "nothing is kept\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let before = self.client().peer().expect("a worker is attached");
+        // A holder that runs on would start another worker.
+        let holder = Pid::from_raw(i32::try_from(before.holder_pid).unwrap());
+        kill(holder, Signal::SIGSTOP).unwrap();
+        kill_pid(before.worker_pid);
+        kill_pid(before.holder_pid);
+        let replaced = |peer: ShimPeer| {
+            peer.worker_pid != before.worker_pid && peer.holder_pid != before.holder_pid
+        };
+        while !self.client().peer().is_some_and(replaced) {
+            assert!(Instant::now() < deadline, "no new shim\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Waits until the daemon keeps no descriptor any more.
+    pub fn nothing_is_kept(&self) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !self.reserve.is_empty() {
+            assert!(Instant::now() < deadline, "still kept\n{}", self.log());
             std::thread::sleep(Duration::from_millis(5));
         }
     }
