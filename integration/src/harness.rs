@@ -8,6 +8,7 @@ pub mod daemon;
 pub mod http;
 pub mod images;
 pub mod layout;
+pub mod manager;
 pub mod mounts;
 pub mod nerdctl;
 pub mod network;

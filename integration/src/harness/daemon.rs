@@ -10,6 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::command::{self, Output};
+use super::manager::Manager;
 use super::process::Process;
 use super::registry::free_address;
 use super::root::Root;
@@ -27,11 +28,22 @@ pub struct Daemon {
     state: PathBuf,
     log: PathBuf,
     telemetry: std::net::SocketAddr,
+    manager: Option<Manager>,
 }
 
 impl Daemon {
     /// Writes a config below `root` and starts the daemon. `extra` is TOML appended to the config.
     pub fn start(root: &Root, containerd_socket: &Path, extra: &str) -> Result<Self> {
+        Self::start_under(None, root, containerd_socket, extra)
+    }
+
+    /// As [`Self::start`], as a service of `manager`.
+    pub fn start_under(
+        manager: Option<Manager>,
+        root: &Root,
+        containerd_socket: &Path,
+        extra: &str,
+    ) -> Result<Self> {
         let run_dir = root.directory("run")?;
         let state = root.directory("sluice")?;
         let telemetry = free_address()?;
@@ -53,6 +65,7 @@ impl Daemon {
             state,
             log,
             telemetry,
+            manager,
         };
         daemon.start_again()?;
         Ok(daemon)
@@ -60,13 +73,13 @@ impl Daemon {
 
     /// Starts it after [`Self::kill`] or [`Self::stop`].
     pub fn start_again(&mut self) -> Result<()> {
-        let mut process = Process::start(
-            "sluiced",
-            Command::new(tools::binary("sluiced")?)
-                .arg("--config")
-                .arg(&self.config),
-            &self.log,
-        )?;
+        let program = tools::binary("sluiced")?;
+        let mut command = match &self.manager {
+            Some(manager) => manager.command(&program)?,
+            None => Command::new(program),
+        };
+        let command = command.arg("--config").arg(&self.config);
+        let mut process = Process::start("sluiced", command, &self.log)?;
         let telemetry = self.telemetry;
         let socket = self.snapshots_socket();
         process.wait_ready(Duration::from_secs(20), || {
@@ -108,9 +121,27 @@ impl Daemon {
     /// The last lines of the log.
     #[must_use]
     pub fn log_tail(&self) -> String {
-        let log = self.log();
-        let lines: Vec<&str> = log.lines().collect();
-        lines[lines.len().saturating_sub(30)..].join("\n")
+        tail(&self.log())
+    }
+
+    /// The last lines of the shim's log.
+    #[must_use]
+    pub fn shim_log_tail(&self) -> String {
+        tail(&std::fs::read_to_string(self.run_dir.join("shim.log")).unwrap_or_default())
+    }
+
+    /// Where its sockets are.
+    #[must_use]
+    pub fn run_dir(&self) -> &Path {
+        &self.run_dir
+    }
+
+    /// Whether the daemon has duplicates of the shim's descriptors, and its manager too.
+    #[must_use]
+    pub fn keeps_descriptors(&self) -> bool {
+        let kept = self.metric("sluice_shim_kept_entries", &[]);
+        let stored = self.manager.as_ref().is_none_or(|it| it.stored() > 0);
+        kept.is_ok_and(|kept| kept > 0.0) && stored
     }
 
     /// A `sluice` command that talks to this daemon.
@@ -170,17 +201,33 @@ impl Daemon {
     }
 }
 
-/// The processes of the shim that serves `run_dir`: those whose arguments name it. Only of processes
-/// with the shim's name are the arguments read: to read those of one that hangs in a mount would hang too.
+fn tail(log: &str) -> String {
+    let lines: Vec<&str> = log.lines().collect();
+    lines[lines.len().saturating_sub(30)..].join("\n")
+}
+
+/// The processes of the shim that serves `run_dir`.
 #[must_use]
 pub fn shim_pids(run_dir: &Path) -> Vec<Pid> {
-    let is_shim = |pid: &Pid| {
+    shims(run_dir).into_iter().map(|(pid, _)| pid).collect()
+}
+
+/// The same, each with what it is: `holder` or `worker`. They are those whose arguments name the directory. Only
+/// of processes with the shim's name are the arguments read: to read those of one that hangs in a mount would
+/// hang too.
+#[must_use]
+pub fn shims(run_dir: &Path) -> Vec<(Pid, String)> {
+    let role_of = |pid: Pid| {
         let process = Path::new("/proc").join(pid.to_string());
-        let arguments = || std::fs::read(process.join("cmdline")).unwrap_or_default();
-        std::fs::read(process.join("comm")).is_ok_and(|comm| comm == b"sluice-shim\n")
-            && arguments()
-                .split(|byte| *byte == 0)
-                .any(|argument| argument == run_dir.as_os_str().as_encoded_bytes())
+        let comm = std::fs::read(process.join("comm")).ok()?;
+        if comm != b"sluice-shim\n" {
+            return None;
+        }
+        let arguments = std::fs::read(process.join("cmdline")).ok()?;
+        let arguments: Vec<&[u8]> = arguments.split(|byte| *byte == 0).collect();
+        let ours = arguments.contains(&run_dir.as_os_str().as_encoded_bytes());
+        let role = String::from_utf8_lossy(arguments.get(1)?).into_owned();
+        ours.then_some((pid, role))
     };
     std::fs::read_dir("/proc")
         .into_iter()
@@ -188,7 +235,7 @@ pub fn shim_pids(run_dir: &Path) -> Vec<Pid> {
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
         .map(Pid::from_raw)
-        .filter(is_shim)
+        .filter_map(role_of)
         .collect()
 }
 

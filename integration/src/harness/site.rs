@@ -10,6 +10,7 @@ use super::containerd::{Containerd, Release};
 use super::containers::Containers;
 use super::daemon::Daemon;
 use super::images;
+use super::manager::Manager;
 use super::nerdctl::Nerdctl;
 use super::proxy::Line;
 use super::registry::Registry;
@@ -33,10 +34,26 @@ pub struct Site {
 impl Site {
     /// Starts everything below a new root named after `name`, with `extra` appended to sluiced's config.
     pub fn start(name: &str, release: Release, line: Line, extra: &str) -> Result<Self> {
+        Self::start_in(Root::new(name)?, None, release, line, extra)
+    }
+
+    /// As [`Self::start`]; a service manager starts sluiced, and keeps descriptors for it.
+    pub fn start_managed(name: &str, release: Release, line: Line, extra: &str) -> Result<Self> {
         let root = Root::new(name)?;
+        let manager = Manager::start(&root)?;
+        Self::start_in(root, Some(manager), release, line, extra)
+    }
+
+    fn start_in(
+        root: Root,
+        manager: Option<Manager>,
+        release: Release,
+        line: Line,
+        extra: &str,
+    ) -> Result<Self> {
         let registry = Registry::start(&root, line)?;
         let socket = root.directory("c")?.join("c.sock");
-        let daemon = Daemon::start(&root, &socket, extra)?;
+        let daemon = Daemon::start_under(manager, &root, &socket, extra)?;
         let containers = Containers::of(&root);
         let containerd = Containerd::start(&root, release, &daemon.snapshots_socket())?;
         Ok(Self {

@@ -121,8 +121,10 @@ impl LazySide {
         }
 
         let (store, stored) = FdStore::take();
+        let reserve = Arc::new(Reserve::restored(store, stored));
+        reserve.register(registry);
         let shim = ShimOptions {
-            reserve: Arc::new(Reserve::restored(store, stored)),
+            reserve,
             journal: config.mount_journal,
             ..ShimOptions::new(config.run_dir.clone(), shim_program()?)
         };

@@ -12,6 +12,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
 use prost::Message as _;
 use sluice_proto::shim as wire;
 use sluice_proto::shim::holder_packet::Body;
@@ -25,6 +27,7 @@ use crate::sys::fdstore::{FdStore, Stored};
 pub struct Reserve {
     table: Mutex<Table>,
     store: FdStore,
+    kept: Gauge,
 }
 
 #[derive(Debug, Default)]
@@ -45,7 +48,17 @@ impl Reserve {
         Reserve {
             table: Mutex::new(table),
             store,
+            kept: Gauge::default(),
         }
+    }
+
+    /// Makes the number of entries a metric.
+    pub fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "shim_kept_entries",
+            "Mounts whose descriptors the daemon keeps beside the shim",
+            self.kept.clone(),
+        );
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -117,6 +130,8 @@ impl Reserve {
                 }
                 Body::Inherit(_) | Body::Done(_) | Body::Retire(_) => continue,
             };
+            let kept = table.entries.len();
+            self.kept.set(i64::try_from(kept).unwrap_or(i64::MAX));
             drop(table);
             let done = wire::HolderPacket {
                 body: Some(Body::Done(wire::Done {
