@@ -14,6 +14,7 @@
 //! - [`cluster`]: many nodes, each byte once.
 //! - [`clock`]: time, in one place.
 
+mod backoff;
 pub mod blob_cache;
 pub mod block_source;
 pub mod boot;

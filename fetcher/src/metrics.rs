@@ -6,6 +6,7 @@
 //! | `fetched_bytes` | source, priority | bytes | compressed bytes that arrived, wanted or not |
 //! | `fetch_requests` | source, priority | | requests opened |
 //! | `fetch_failures` | source, class | | requests that failed, before or within the body |
+//! | `fetch_pauses` | source | | times that a mirror or Dragonfly began to be left alone |
 //! | `fetch_stalls` | source | | of these, because no byte came for too long |
 //! | `corrupt_chunks` | source | | chunks dropped because they were not what the index says |
 //! | `committed_chunks` | source | | chunks that became present, by where they came from |
@@ -80,6 +81,7 @@ pub struct Metrics {
     requests: Family<Flow, Counter>,
     failures: Family<FailureLabels, Counter>,
     stalls: Family<SourceLabel, Counter>,
+    pauses: Family<SourceLabel, Counter>,
     corrupt: Family<SourceLabel, Counter>,
     committed: Family<SourceLabel, Counter>,
     fill_seconds: Family<PriorityLabel, Histogram, fn() -> Histogram>,
@@ -104,6 +106,7 @@ impl Default for Metrics {
             requests: Family::default(),
             failures: Family::default(),
             stalls: Family::default(),
+            pauses: Family::default(),
             corrupt: Family::default(),
             committed: Family::default(),
             fill_seconds: Family::new_with_constructor(fill_buckets),
@@ -161,6 +164,11 @@ impl Metrics {
             "fetch_stalls",
             "Transfers without a byte for too long",
             self.stalls.clone(),
+        );
+        registry.register(
+            "fetch_pauses",
+            "Times that a mirror began to be left alone",
+            self.pauses.clone(),
         );
         registry.register(
             "corrupt_chunks",
@@ -240,6 +248,14 @@ impl Metrics {
 
     pub(crate) fn stalled(&self, source: SourceKind) {
         self.stalls
+            .get_or_create(&SourceLabel {
+                source: source.as_str(),
+            })
+            .inc();
+    }
+
+    pub(crate) fn left_alone(&self, source: SourceKind) {
+        self.pauses
             .get_or_create(&SourceLabel {
                 source: source.as_str(),
             })
@@ -360,6 +376,15 @@ impl Metrics {
     /// Transfers from `source` on which no byte came for too long.
     pub fn stalls(&self, source: SourceKind) -> u64 {
         self.stalls
+            .get_or_create(&SourceLabel {
+                source: source.as_str(),
+            })
+            .get()
+    }
+
+    /// Times that a mirror, or Dragonfly, began to be left alone.
+    pub fn pauses(&self, source: SourceKind) -> u64 {
+        self.pauses
             .get_or_create(&SourceLabel {
                 source: source.as_str(),
             })

@@ -12,6 +12,8 @@
 //! - **Ranges** are single; an answer of 200 is the whole blob, handed on as such and remembered.
 //! - **Every wait is bounded**: connect, head of the answer, stalls in the body, the caller's
 //!   deadline. 429 and 5xx are retried with growing pauses, `Retry-After` honoured.
+//! - **Mirrors** (`hosts.toml`, Dragonfly) are asked before the registry for what is read, with credentials
+//!   of their own; each costs a bounded time, and the registry is always asked last.
 //! - **In flight** per host are at most so many requests, of which some are kept for readers.
 //!
 //! Nothing here is written to disk; a crash leaves at most an unfinished upload at the registry.
@@ -21,17 +23,22 @@ use std::sync::Arc;
 
 use url::Url;
 
+use crate::metrics::Metrics;
 use crate::source::{Attempts, ReadContext};
 
 mod auth;
 mod blobs;
 mod challenge;
 mod credentials;
+mod dragonfly;
+mod endpoint;
 mod error;
 #[cfg(any(test, feature = "test-support"))]
 pub mod fake;
+mod hosts;
 mod manifests;
 mod media;
+mod mirrors;
 mod options;
 mod passing;
 mod reference;
@@ -40,6 +47,8 @@ mod transport;
 mod upload;
 
 use auth::{Authorizer, Entry};
+use endpoint::Endpoint;
+use mirrors::Mirrors;
 use remembered::{RangeMemory, Redirects};
 use transport::{Answer, Call, Transport};
 
@@ -49,7 +58,7 @@ pub use credentials::{
 pub use error::RegistryError;
 pub use manifests::{FetchedManifest, ManifestBody, Resolved};
 pub use media::{MANIFEST_TYPES, is_image_index, is_image_manifest};
-pub use options::{HostOptions, RegistryOptions};
+pub use options::{DragonflyOptions, HostOptions, MirrorOptions, RegistryOptions};
 pub use passing::{Passed, PassedAnswer, PassedBlob, Shown};
 pub use reference::{
     DOCKER_HUB, ImageReference, ReferenceError, Repository, api_host, host_name,
@@ -73,6 +82,7 @@ struct Inner {
     authorizer: Authorizer,
     redirects: Redirects,
     ranges: RangeMemory,
+    mirrors: Arc<Mirrors>,
 }
 
 impl fmt::Debug for RegistryClient {
@@ -91,17 +101,30 @@ impl RegistryClient {
         options: RegistryOptions,
         credentials: Arc<dyn CredentialProvider>,
     ) -> Result<Self, RegistryError> {
+        Self::counted(options, credentials, Metrics::new())
+    }
+
+    /// As [`Self::new`], counting what mirrors fail to give in `metrics`.
+    ///
+    /// **Errors** as [`Self::new`].
+    pub fn counted(
+        options: RegistryOptions,
+        credentials: Arc<dyn CredentialProvider>,
+        metrics: Metrics,
+    ) -> Result<Self, RegistryError> {
         let options = Arc::new(options);
         let transport = Arc::new(Transport::new(Arc::clone(&options))?);
         let authorizer = Authorizer::new(Arc::clone(&options), Arc::clone(&transport), credentials);
         let redirects = Redirects::new(options.redirect_ttl);
         let ranges = RangeMemory::new(options.range_memory);
+        let mirrors = Arc::new(Mirrors::new(Arc::clone(&options), metrics));
         let inner = Inner {
             options,
             transport,
             authorizer,
             redirects,
             ranges,
+            mirrors,
         };
         Ok(RegistryClient {
             inner: Arc::new(inner),
@@ -148,13 +171,25 @@ impl Inner {
         place: &Repository,
         scope: &str,
     ) -> Result<Answer, RegistryError> {
-        let home = self.home(place)?;
-        let mut entry = Entry::new(place.host(), scope);
+        let origin = Endpoint::origin(&self.options, place.host())?;
+        self.exchange_at(context, call, &origin, scope).await
+    }
+
+    /// As [`Inner::exchange`], at an endpoint.
+    async fn exchange_at(
+        &self,
+        context: &ReadContext,
+        call: &Call,
+        at: &Endpoint,
+        scope: &str,
+    ) -> Result<Answer, RegistryError> {
+        let home = &at.base;
+        let mut entry = Entry::new(at, scope);
         let mut header = self.authorizer.first(context, &mut entry).await?;
         loop {
             let answer = self
                 .transport
-                .send(context, call, &home, header.as_ref())
+                .send(context, call, home, header.as_ref())
                 .await?;
             let status = answer.status().as_u16();
             if answer.redirected.is_some() || !matches!(status, 401 | 403) {
@@ -186,9 +221,24 @@ impl Inner {
         scope: &str,
         accepted: &[u16],
     ) -> Result<Answer, RegistryError> {
+        let origin = Endpoint::origin(&self.options, place.host())?;
+        self.ask_at(context, call, &origin, scope, accepted, false)
+            .await
+    }
+
+    /// As [`Inner::ask`], at an endpoint; a failure in passing ends it where it is to be asked `once`.
+    async fn ask_at(
+        &self,
+        context: &ReadContext,
+        call: &Call,
+        at: &Endpoint,
+        scope: &str,
+        accepted: &[u16],
+        once: bool,
+    ) -> Result<Answer, RegistryError> {
         let mut attempts = Attempts::new(&self.options.retry);
         loop {
-            let outcome = match self.exchange(context, call, place, scope).await {
+            let outcome = match self.exchange_at(context, call, at, scope).await {
                 Ok(answer) => {
                     self.transport
                         .accept(context, answer, accepted, &call.what)
@@ -198,6 +248,7 @@ impl Inner {
             };
             match outcome {
                 Ok(answer) => return Ok(answer),
+                Err(error) if once => return Err(error),
                 Err(error) => attempts.wait_after(context, error).await?,
             }
         }

@@ -45,11 +45,13 @@ mod file;
 pub mod memory;
 mod registry;
 mod retry;
+mod served;
 
 pub use file::FileSource;
 pub use registry::{OriginSet, RegistryBlobSource};
 pub(crate) use retry::Attempts;
 pub use retry::{RetryPolicy, RetrySource};
+pub use served::{Blame, Served, read_checked};
 
 /// How urgent a read is. Orders from most to least urgent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -74,6 +76,8 @@ pub enum SourceKind {
     OtherZone,
     /// Another registry endpoint with the same content.
     Mirror,
+    /// A Dragonfly daemon, which fetches on behalf of its own network of nodes.
+    Dragonfly,
     /// The registry that the image names.
     Origin,
 }
@@ -86,6 +90,7 @@ impl SourceKind {
             SourceKind::Peer => "peer",
             SourceKind::OtherZone => "other_zone",
             SourceKind::Mirror => "mirror",
+            SourceKind::Dragonfly => "dragonfly",
             SourceKind::Origin => "origin",
         }
     }
@@ -354,6 +359,8 @@ pub struct BlobStream {
     pub extent: Extent<BlobSpace>,
     /// The bytes, in order. Pieces are never empty.
     pub body: BoxStream<'static, Result<Bytes, SourceError>>,
+    /// Who gives them, where the source is another one than it says of itself.
+    pub served: Option<Served>,
 }
 
 impl fmt::Debug for BlobStream {
@@ -379,7 +386,15 @@ impl BlobStream {
         BlobStream {
             extent,
             body: body.boxed(),
+            served: None,
         }
+    }
+
+    /// The same stream, given by `served`.
+    #[must_use]
+    pub fn served_by(mut self, served: Option<Served>) -> Self {
+        self.served = served;
+        self
     }
 
     /// An empty stream.
@@ -408,6 +423,7 @@ impl BlobStream {
         Ok(BlobStream {
             extent: wanted,
             body: body.boxed(),
+            served: self.served,
         })
     }
 

@@ -42,10 +42,11 @@ use url::Url;
 use super::RegistryError;
 use super::challenge::{Challenge, parse_challenges};
 use super::credentials::{Credential, CredentialProvider, Secret};
+use super::endpoint::Endpoint;
 use super::options::RegistryOptions;
 use super::reference::is_plain_http_default;
-use super::transport::{Call, Transport, endpoint_of, host_of};
-use crate::source::{Attempts, Priority, ReadContext};
+use super::transport::{Call, Own, Transport, endpoint_of, host_of};
+use crate::source::{Attempts, Priority, ReadContext, SourceKind};
 
 /// Tokens, schemes and working credentials that are remembered. A node has tens of repositories; an
 /// entry is some kilobytes.
@@ -149,6 +150,10 @@ struct TokenUse {
 #[derive(Debug)]
 pub(super) struct Entry {
     host: String,
+    /// Whether the host speaks plain HTTP, so that its own token service may.
+    plain: bool,
+    /// How the host, and its own token service, is reached.
+    own: Option<(Url, Own)>,
     scope: String,
     queue: VecDeque<Candidate>,
     loaded: bool,
@@ -159,9 +164,13 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    pub(super) fn new(host: &str, scope: &Scope) -> Self {
+    pub(super) fn new(endpoint: &Endpoint, scope: &Scope) -> Self {
+        let own = (endpoint.kind != SourceKind::Dragonfly && endpoint.own.client.is_some())
+            .then(|| (endpoint.base.clone(), endpoint.own.clone()));
         Entry {
-            host: host.to_owned(),
+            host: endpoint.account.clone(),
+            plain: endpoint.plain,
+            own,
             scope: scope.to_owned(),
             queue: VecDeque::new(),
             loaded: false,
@@ -418,7 +427,7 @@ impl Authorizer {
         if let Some(token) = self.live_token(&key) {
             return Ok(token);
         }
-        let flight = self.flight(&key, scheme, candidate);
+        let flight = self.flight(&key, scheme, candidate, entry);
         let outcome = context.bound(flight).await?;
         lock(&self.flights)
             .retain(|_, flight| flight.upgrade().is_some_and(|f| f.peek().is_none()));
@@ -431,7 +440,13 @@ impl Authorizer {
     }
 
     /// The one request for this token that is under way, or a new one.
-    fn flight(&self, key: &TokenKey, scheme: &Scheme, candidate: Candidate) -> Shared<Flight> {
+    fn flight(
+        &self,
+        key: &TokenKey,
+        scheme: &Scheme,
+        candidate: Candidate,
+        entry: &Entry,
+    ) -> Shared<Flight> {
         let mut flights = lock(&self.flights);
         if let Some(flight) = flights.get(key).and_then(WeakShared::upgrade) {
             return flight;
@@ -442,6 +457,8 @@ impl Authorizer {
             scheme: scheme.clone(),
             scope: key.scope.clone(),
             host: key.host.clone(),
+            plain: entry.plain,
+            own: entry.own.clone(),
             candidate,
         };
         let flight = request.run().boxed().shared();
@@ -521,6 +538,8 @@ struct TokenRequest {
     scheme: Scheme,
     scope: String,
     host: String,
+    plain: bool,
+    own: Option<(Url, Own)>,
     candidate: Candidate,
 }
 
@@ -536,7 +555,13 @@ impl TokenRequest {
     async fn run(self) -> Result<Token, RegistryError> {
         let context =
             ReadContext::new(Priority::Foreground).with_timeout(self.options.token_timeout);
-        let call = self.call()?;
+        let mut call = self.call()?;
+        if let Some((base, own)) = &self.own
+            && base.origin() == call.url.origin()
+        {
+            // Its certificates; its headers are for the registry's API.
+            call.own.client.clone_from(&own.client);
+        }
         let mut attempts = Attempts::new(&self.options.retry);
         loop {
             match self.once(&context, &call).await {
@@ -660,7 +685,7 @@ impl TokenRequest {
                 && (self.candidate.credential.is_none()
                     || is_plain_http_default(&service)
                     || self.options.is_configured_plain(&service)
-                    || (service == self.host && self.options.is_plain(&self.host))));
+                    || (service == self.host && self.plain)));
         if safe && realm.host_str().is_some() {
             return Ok(());
         }

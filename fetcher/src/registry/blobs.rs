@@ -7,12 +7,17 @@ use reqwest::header::{HeaderValue, RANGE};
 use sluice_blockindex::digest::BlobDigest;
 use sluice_blockindex::extent::{BlobSpace, Extent};
 
+use super::endpoint::Endpoint;
+use super::mirrors::Attempt;
 use super::transport::{Answer, Call};
-use super::{RegistryClient, RegistryError, Repository, pull_scope};
+use super::{Inner, RegistryClient, RegistryError, Repository, pull_scope};
 use crate::source::{
-    Attempts, BlobSource, BlobStream, Class, OriginSet, ReadContext, RegistryBlobSource,
+    Attempts, BlobSource, BlobStream, Class, OriginSet, Priority, ReadContext, RegistryBlobSource,
     SourceError,
 };
+
+/// What a reader lets pass of a mirror that gives a blob only whole; beyond it the registry is quicker.
+const LET_PASS_BYTES: u64 = 4 << 20;
 
 impl RegistryClient {
     /// The size of `blob` in `place`, `None` where it is not there (HEAD).
@@ -107,14 +112,62 @@ impl RegistryClient {
 
     /// Whether `place` is known to answer ranges of this blob with all of it.
     pub fn ignores_ranges(&self, place: &Repository, blob: BlobDigest) -> bool {
-        self.inner.ranges.ignores(place, blob)
+        Endpoint::origin(&self.inner.options, place.host())
+            .is_ok_and(|origin| self.inner.ranges.ignores(&origin, place, blob))
     }
 
-    /// One attempt to open a part of `blob`, which has `size_bytes` in all.
+    /// One attempt to open a part of `blob`, which has `size_bytes` in all, at each mirror that is admitted.
+    /// `None`: none gives it.
     ///
-    /// The target of a redirect is tried directly while it is fresh. A 400, 401 or 403 of any target
-    /// means that it has expired; whatever else is wrong with a remembered one (gone, its server down)
-    /// may be wrong with it alone: the registry is asked once more for another.
+    /// **Errors** only [`Class::Cancelled`]. **Cancel** safe.
+    pub(crate) async fn open_at_mirrors(
+        &self,
+        context: &ReadContext,
+        place: &Repository,
+        blob: BlobDigest,
+        size_bytes: u64,
+        extent: Extent<BlobSpace>,
+    ) -> Result<Option<BlobStream>, RegistryError> {
+        let inner = &self.inner;
+        let endpoints = inner.mirrors.of(context, place.host()).await?;
+        let can_wait = context.priority == Priority::Background || extent.start() <= LET_PASS_BYTES;
+        for at in &endpoints.mirrors {
+            if !at.can.pull || !inner.mirrors.admits(at, place, Some(blob), can_wait) {
+                continue;
+            }
+            let attempt = Attempt::begin(&inner.mirrors, at, place, Some(blob));
+            let open = inner.open(context, at, place, blob, size_bytes, extent);
+            let (comes, answer) = match attempt.bounded(context, open).await {
+                Ok(opened) => opened,
+                Err(error) => {
+                    tracing::debug!(mirror = %at.label, %place, %blob, "mirror gives nothing: {error}");
+                    let cancelled = error.class() == Class::Cancelled;
+                    attempt.failed(context, &error);
+                    if cancelled {
+                        return Err(error);
+                    }
+                    continue;
+                }
+            };
+            if comes != extent {
+                attempt.whole_only();
+                if !can_wait {
+                    attempt.declined(context);
+                    continue;
+                }
+            }
+            let stall = inner.options.mirrors.stall;
+            let (start, end) = (comes.start(), comes.end());
+            let body = inner
+                .transport
+                .body_within(context, answer, start, end, stall);
+            let (body, served) = attempt.watch(comes, size_bytes, body);
+            return Ok(Some(BlobStream::new(comes, body).served_by(Some(served))));
+        }
+        Ok(None)
+    }
+
+    /// One attempt to open a part of `blob`, which has `size_bytes` in all, at the registry itself.
     pub(crate) async fn open_blob(
         &self,
         context: &ReadContext,
@@ -124,10 +177,41 @@ impl RegistryClient {
         extent: Extent<BlobSpace>,
     ) -> Result<BlobStream, RegistryError> {
         let inner = &self.inner;
-        let url = inner.url(place, &format!("blobs/{blob}"))?;
-        let mut call = Call::new(Method::GET, url, format!("blob {blob} of {place}"));
+        let endpoints = inner.mirrors.of(context, place.host()).await?;
+        let at = &endpoints.origin;
+        let (comes, answer) = inner
+            .open(context, at, place, blob, size_bytes, extent)
+            .await?;
+        if comes != extent && !inner.ranges.ignores(at, place, blob) {
+            tracing::info!(%place, %blob, "registry ignores ranges: the whole blob is streamed");
+            inner.ranges.note(at, place, blob);
+        }
+        let body = inner
+            .transport
+            .body(context, answer, comes.start(), comes.end());
+        Ok(BlobStream::new(comes, body))
+    }
+}
+
+impl Inner {
+    /// Asks an endpoint for a part of `blob`. Says what comes.
+    ///
+    /// The target of a redirect is tried directly while it is fresh. A 400, 401 or 403 of any target
+    /// means that it has expired; whatever else is wrong with a remembered one (gone, its server down)
+    /// may be wrong with it alone: the endpoint is asked once more for another.
+    async fn open(
+        &self,
+        context: &ReadContext,
+        at: &Endpoint,
+        place: &Repository,
+        blob: BlobDigest,
+        size_bytes: u64,
+        extent: Extent<BlobSpace>,
+    ) -> Result<(Extent<BlobSpace>, Answer), RegistryError> {
+        let what = format!("blob {blob} of {place}");
+        let mut call = at.call(Method::GET, place, &format!("blobs/{blob}"), what)?;
         let whole = extent.start() == 0 && extent.end() == size_bytes;
-        let ranged = !whole && !inner.ranges.ignores(place, blob);
+        let ranged = !whole && !self.ranges.ignores(at, place, blob);
         if ranged {
             // The one place where a range becomes inclusive.
             let range = format!(
@@ -147,7 +231,7 @@ impl RegistryClient {
             let remembered = if refreshed {
                 None
             } else {
-                inner.redirects.get(place, blob)
+                self.redirects.get(at, place, blob)
             };
             let from_memory = remembered.is_some();
             let answer = match remembered {
@@ -156,19 +240,17 @@ impl RegistryClient {
                         url: target,
                         ..call.clone()
                     };
-                    let home = inner.home(place)?;
-                    inner.transport.send(context, &direct, &home, None).await
+                    self.transport.send(context, &direct, &at.base, None).await
                 }
                 None => {
-                    inner
-                        .exchange(context, &call, place, &pull_scope(place))
+                    self.exchange_at(context, &call, at, &pull_scope(place))
                         .await
                 }
             };
             let answer = match answer {
                 Ok(answer) => answer,
                 Err(error) => {
-                    inner.redirects.forget(place, blob);
+                    self.redirects.forget(at, place, blob);
                     if from_memory && error.class() != Class::Cancelled {
                         refreshed = true;
                         continue;
@@ -180,7 +262,7 @@ impl RegistryClient {
             let expired = matches!(status, 400 | 401 | 403);
             let useless = from_memory && matches!(status, 404 | 410 | 500..=599);
             if answer.redirected.is_some() && (expired || useless) && !refreshed {
-                inner.redirects.forget(place, blob);
+                self.redirects.forget(at, place, blob);
                 refreshed = true;
                 continue;
             }
@@ -189,24 +271,17 @@ impl RegistryClient {
         if let Some(target) = &answer.redirected
             && answer.status().is_success()
         {
-            inner.redirects.put(place, blob, target.clone());
+            self.redirects.put(at, place, blob, target.clone());
         }
         if answer.status().as_u16() == 416 {
             return Err(SourceError::BeyondEnd { asked: extent }.into());
         }
-        let answer = inner
+        let answer = self
             .transport
             .accept(context, answer, &[200, 206], &call.what)
             .await?;
         let comes = judge_extent(&answer, extent, size_bytes, ranged)?;
-        if ranged && comes != extent {
-            tracing::info!(%place, %blob, "registry ignores ranges: the whole blob is streamed");
-            inner.ranges.note(place, blob);
-        }
-        let body = inner
-            .transport
-            .body(context, answer, comes.start(), comes.end());
-        Ok(BlobStream::new(comes, body))
+        Ok((comes, answer))
     }
 }
 

@@ -40,6 +40,15 @@ pub struct Seen {
     pub range: Option<String>,
     /// The `Authorization` header.
     pub authorization: Option<String>,
+    /// All headers that are text, by lower-case name.
+    pub headers: BTreeMap<String, String>,
+}
+
+impl Seen {
+    /// A header, by lower-case name.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name).map(String::as_str)
+    }
 }
 
 /// What goes wrong with a request.

@@ -3,18 +3,22 @@
 //!
 //! A manifest's bytes are kept exactly as they came: its digest is of those.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use oci_spec::image::{ImageIndex, ImageManifest};
 use reqwest::Method;
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderValue};
 use serde::Deserialize;
-use sluice_blockindex::digest::ManifestDigest;
+use sluice_blockindex::digest::{BlobDigest, ManifestDigest};
 
+use super::endpoint::Endpoint;
 use super::media::{self, MANIFEST_TYPES};
+use super::mirrors::Attempt;
 use super::reference::ImageReference;
 use super::transport::{Answer, Call};
 use super::{RegistryClient, RegistryError, pull_scope, push_scope};
-use crate::source::{Attempts, ReadContext};
+use crate::source::{Attempts, Class, ReadContext, SourceKind};
 
 /// What a reference stands for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,7 +63,8 @@ struct Kind {
 }
 
 impl RegistryClient {
-    /// What `reference` stands for, without reading it (HEAD; GET where HEAD is not supported).
+    /// What `reference` stands for, without reading it (HEAD; GET where HEAD is not supported). Mirrors that
+    /// may say so are asked first.
     ///
     /// **Errors** [`RegistryError::NotFound`], [`RegistryError::Denied`]; transient ones are repeated before.
     pub async fn resolve(
@@ -67,27 +72,12 @@ impl RegistryClient {
         context: &ReadContext,
         reference: &ImageReference,
     ) -> Result<Resolved, RegistryError> {
-        let call = self.manifest_call(Method::HEAD, reference)?;
-        let place = reference.place();
-        let scope = pull_scope(place);
-        // 400 and 405: seen from registries and proxies that know no HEAD here.
-        let answer = self
-            .inner
-            .ask(context, &call, place, &scope, &[200, 400, 405, 501])
-            .await?;
-        if let Some(resolved) = resolved_by(&answer, reference) {
-            return Ok(resolved);
-        }
-        drop(answer);
-        let manifest = self.manifest(context, reference).await?;
-        Ok(Resolved {
-            digest: manifest.digest,
-            media_type: manifest.media_type,
-            size_bytes: u64::try_from(manifest.bytes.len()).unwrap_or(u64::MAX),
-        })
+        let resolve =
+            |at: Arc<Endpoint>, _| async move { self.resolve_at(context, &at, reference).await };
+        self.first_of(context, reference, resolve).await
     }
 
-    /// The manifest or index that `reference` stands for, verified.
+    /// The manifest or index that `reference` stands for, verified. Mirrors that may say so are asked first.
     ///
     /// **Errors** [`RegistryError::TooLarge`] over [`super::RegistryOptions::manifest_cap_bytes`];
     /// [`RegistryError::DigestMismatch`] where the bytes are not those of the digest asked for or of
@@ -97,15 +87,103 @@ impl RegistryClient {
         context: &ReadContext,
         reference: &ImageReference,
     ) -> Result<FetchedManifest, RegistryError> {
-        let call = self.manifest_call(Method::GET, reference)?;
+        let read = |at: Arc<Endpoint>, once| async move {
+            self.manifest_at(context, &at, reference, once).await
+        };
+        self.first_of(context, reference, read).await
+    }
+
+    /// Asks each mirror that may answer once, then the registry, which is asked again where it fails in passing.
+    async fn first_of<T, F>(
+        &self,
+        context: &ReadContext,
+        reference: &ImageReference,
+        ask: impl Fn(Arc<Endpoint>, bool) -> F,
+    ) -> Result<T, RegistryError>
+    where
+        F: Future<Output = Result<T, RegistryError>>,
+    {
+        let mirrors = &self.inner.mirrors;
         let place = reference.place();
-        let scope = pull_scope(place);
+        let endpoints = mirrors.of(context, place.host()).await?;
+        // By digest anybody's answer is as good; what a tag stands for is a matter of trust.
+        let pinned = reference.digest();
+        let blob = pinned.map(|digest| BlobDigest::from_bytes(*digest.as_bytes()));
+        for at in &endpoints.mirrors {
+            let can = match pinned {
+                Some(_) => at.can.pull,
+                None => at.can.resolve,
+            };
+            // Dragonfly distributes blobs.
+            if !can || at.kind == SourceKind::Dragonfly || !mirrors.admits(at, place, blob, true) {
+                continue;
+            }
+            let mut attempt = Attempt::begin(mirrors, at, place, blob);
+            match attempt.bounded(context, ask(Arc::clone(at), true)).await {
+                Ok(answer) => {
+                    attempt.succeeded();
+                    return Ok(answer);
+                }
+                Err(error) => {
+                    tracing::debug!(mirror = %at.label, %reference, "mirror gives nothing: {error}");
+                    let cancelled = error.class() == Class::Cancelled;
+                    // A tag that it does not have says nothing of what it has.
+                    if pinned.is_none() && matches!(error, RegistryError::NotFound { .. }) {
+                        attempt.succeeded();
+                    } else {
+                        attempt.failed(context, &error);
+                    }
+                    if cancelled {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        ask(Arc::clone(&endpoints.origin), false).await
+    }
+
+    async fn resolve_at(
+        &self,
+        context: &ReadContext,
+        at: &Endpoint,
+        reference: &ImageReference,
+    ) -> Result<Resolved, RegistryError> {
+        let call = manifest_call(Method::HEAD, at, reference)?;
+        let scope = pull_scope(reference.place());
+        let once = at.kind != SourceKind::Origin;
+        // 400 and 405: seen from registries and proxies that know no HEAD here.
+        let accepted = &[200, 400, 405, 501];
+        let answer = self
+            .inner
+            .ask_at(context, &call, at, &scope, accepted, once)
+            .await?;
+        if let Some(resolved) = resolved_by(&answer, reference) {
+            return Ok(resolved);
+        }
+        drop(answer);
+        let manifest = self.manifest_at(context, at, reference, once).await?;
+        Ok(Resolved {
+            digest: manifest.digest,
+            media_type: manifest.media_type,
+            size_bytes: u64::try_from(manifest.bytes.len()).unwrap_or(u64::MAX),
+        })
+    }
+
+    async fn manifest_at(
+        &self,
+        context: &ReadContext,
+        at: &Endpoint,
+        reference: &ImageReference,
+        once: bool,
+    ) -> Result<FetchedManifest, RegistryError> {
+        let call = manifest_call(Method::GET, at, reference)?;
+        let scope = pull_scope(reference.place());
         let cap_bytes = self.inner.options.manifest_cap_bytes;
         let mut attempts = Attempts::new(&self.inner.options.retry);
         loop {
             let answer = self
                 .inner
-                .ask(context, &call, place, &scope, &[200])
+                .ask_at(context, &call, at, &scope, &[200], once)
                 .await?;
             let stated = answer.header("docker-content-digest").map(str::to_owned);
             let content_type = answer.header("content-type").map(media::of_content_type);
@@ -116,6 +194,7 @@ impl RegistryClient {
                 .await
             {
                 Ok(bytes) => bytes,
+                Err(error) if once => return Err(error),
                 Err(error) => {
                     attempts.wait_after(context, error).await?;
                     continue;
@@ -153,7 +232,11 @@ impl RegistryClient {
         bytes: Bytes,
     ) -> Result<ManifestDigest, RegistryError> {
         let digest = ManifestDigest::of(&bytes);
-        let mut call = self.manifest_call(Method::PUT, reference)?;
+        let mut call = manifest_call(
+            Method::PUT,
+            &Endpoint::origin(&self.inner.options, reference.host())?,
+            reference,
+        )?;
         let mismatch = |what: &str, expected: ManifestDigest| RegistryError::DigestMismatch {
             what: what.to_owned(),
             expected: expected.to_string(),
@@ -203,21 +286,21 @@ impl RegistryClient {
         self.put_manifest(context, &named, &manifest.media_type, manifest.bytes)
             .await
     }
+}
 
-    fn manifest_call(
-        &self,
-        method: Method,
-        reference: &ImageReference,
-    ) -> Result<Call, RegistryError> {
-        let rest = format!("manifests/{}", reference.target());
-        let url = self.inner.url(reference.place(), &rest)?;
-        let mut call = Call::new(method, url, format!("manifest {reference}"));
-        let accept = MANIFEST_TYPES.join(", ");
-        if let Ok(accept) = HeaderValue::from_str(&accept) {
-            call.headers.insert(ACCEPT, accept);
-        }
-        Ok(call)
+fn manifest_call(
+    method: Method,
+    at: &Endpoint,
+    reference: &ImageReference,
+) -> Result<Call, RegistryError> {
+    let rest = format!("manifests/{}", reference.target());
+    let what = format!("manifest {reference}");
+    let mut call = at.call(method, reference.place(), &rest, what)?;
+    let accept = MANIFEST_TYPES.join(", ");
+    if let Ok(accept) = HeaderValue::from_str(&accept) {
+        call.headers.insert(ACCEPT, accept);
     }
+    Ok(call)
 }
 
 /// What the head of an answer to HEAD says, if it says all.

@@ -2,8 +2,11 @@
 //! What an administrator can say about registries.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
+
+use url::Url;
 
 use super::reference::{api_host, is_plain_http_default};
 use crate::source::RetryPolicy;
@@ -20,6 +23,76 @@ pub struct HostOptions {
     pub ca_files: Vec<PathBuf>,
     /// Most requests in flight. `None`: [`RegistryOptions::max_in_flight`].
     pub max_in_flight: Option<usize>,
+}
+
+/// Where else than at registries their content may be read.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct MirrorOptions {
+    /// Directories with a directory for each registry, and a `hosts.toml` in it; the first that has one for
+    /// a registry counts. None: no file is looked at.
+    pub directories: Vec<PathBuf>,
+    /// Where this node's own mirror listens: what `hosts.toml` says of it is for others.
+    pub own: Option<SocketAddr>,
+    /// A Dragonfly daemon, which is asked for parts of blobs before all mirrors.
+    pub dragonfly: Option<DragonflyOptions>,
+    /// Longest wait for the head of a mirror's answer; the wait for others begins anew.
+    pub patience: Duration,
+    /// Longest silence inside a body of a mirror.
+    pub stall: Duration,
+    /// First pause after a failure of a mirror, doubled for each further one.
+    pub first_pause: Duration,
+    /// The longest pause: a mirror that is back is noticed within it.
+    pub longest_pause: Duration,
+    /// How long a mirror is not asked for what it lacks, or denies.
+    pub lack_memory: Duration,
+    /// How often files are looked at for changes, at most.
+    pub look_every: Duration,
+}
+
+impl Default for MirrorOptions {
+    fn default() -> Self {
+        MirrorOptions {
+            directories: Vec::new(),
+            own: None,
+            dragonfly: None,
+            // A mirror is near; one that takes longer is no better than the registry. Two fit into a Prepare.
+            patience: Duration::from_secs(2),
+            // Shorter than the scheduler's 10 s: the mirror is known to be bad when others are asked.
+            stall: Duration::from_secs(5),
+            first_pause: Duration::from_secs(2),
+            longest_pause: Duration::from_secs(60),
+            // A cache that fetches what it lacks has it soon.
+            lack_memory: Duration::from_secs(30),
+            look_every: Duration::from_secs(5),
+        }
+    }
+}
+
+/// A Dragonfly daemon (dfdaemon).
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DragonflyOptions {
+    /// The address of its HTTP proxy.
+    pub endpoint: Url,
+    /// The application that its tasks belong to; empty: none.
+    pub application: String,
+    /// The tag of its tasks; empty: none.
+    pub tag: String,
+    /// Longest wait for the head of an answer: it comes with the first piece, of 4 MiB at least.
+    pub patience: Duration,
+}
+
+impl DragonflyOptions {
+    /// The daemon at `endpoint`.
+    pub fn new(endpoint: Url) -> Self {
+        DragonflyOptions {
+            endpoint,
+            application: String::new(),
+            tag: String::new(),
+            patience: Duration::from_secs(5),
+        }
+    }
 }
 
 /// Options of a [`super::RegistryClient`].
@@ -56,6 +129,8 @@ pub struct RegistryOptions {
     pub manifest_cap_bytes: u64,
     /// Size of the pieces in which blobs of unknown length are uploaded; held in memory per upload.
     pub upload_piece_bytes: usize,
+    /// Where else content may be read.
+    pub mirrors: MirrorOptions,
 }
 
 impl Default for RegistryOptions {
@@ -79,6 +154,7 @@ impl Default for RegistryOptions {
             range_memory: Duration::from_secs(600),
             manifest_cap_bytes: 4 * 1024 * 1024,
             upload_piece_bytes: 8 * 1024 * 1024,
+            mirrors: MirrorOptions::default(),
         }
     }
 }

@@ -48,6 +48,17 @@ pub(super) struct Call {
     pub(super) body: Bytes,
     /// What is asked, for errors.
     pub(super) what: String,
+    /// What goes to the endpoint asked, and not along a redirect to another.
+    pub(super) own: Own,
+}
+
+/// How an endpoint is reached, where that is not as its host is known to be.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Own {
+    /// With its TLS options. `None`: as every host.
+    pub(super) client: Option<reqwest::Client>,
+    /// Further headers. They may be secret.
+    pub(super) headers: HeaderMap,
 }
 
 impl Call {
@@ -61,6 +72,7 @@ impl Call {
             headers,
             body: Bytes::new(),
             what: what.into(),
+            own: Own::default(),
         }
     }
 }
@@ -175,7 +187,8 @@ impl Transport {
         for _ in 0..=MAX_REDIRECTS {
             left_home |= url.origin() != home.origin();
             let header = authorization.filter(|_| !left_home);
-            let (response, permit) = self.send_once(context, call, &url, header).await?;
+            let own = (!left_home).then_some(&call.own);
+            let (response, permit) = self.send_once(context, call, &url, header, own).await?;
             let endpoint = endpoint_of(&url);
             let follows = matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308)
                 && (call.method == Method::GET || call.method == Method::HEAD);
@@ -206,7 +219,8 @@ impl Transport {
         context: &ReadContext,
         call: &Call,
     ) -> Result<Answer, RegistryError> {
-        let (response, permit) = self.send_once(context, call, &call.url, None).await?;
+        let own = Some(&call.own);
+        let (response, permit) = self.send_once(context, call, &call.url, None, own).await?;
         let endpoint = endpoint_of(&call.url);
         Ok(Answer {
             response,
@@ -252,12 +266,14 @@ impl Transport {
         call: &Call,
         url: &Url,
         authorization: Option<&HeaderValue>,
+        own: Option<&Own>,
     ) -> Result<(reqwest::Response, Permit), RegistryError> {
         context.check()?;
         let permit = self.permit(context, url).await?;
         let host = host_of(url);
         let configured = self.options.host(&host);
-        let client = match configured.and_then(|(name, _)| self.special.get(name)) {
+        let special = configured.and_then(|(name, _)| self.special.get(name));
+        let client = match own.and_then(|own| own.client.as_ref()).or(special) {
             Some(client) => client,
             None if is_plain_http_default(&host) => &self.local,
             None => &self.common,
@@ -266,6 +282,9 @@ impl Transport {
         let mut request = client
             .request(call.method.clone(), url.clone())
             .headers(call.headers.clone());
+        if let Some(own) = own {
+            request = request.headers(own.headers.clone());
+        }
         if let Some(value) = authorization {
             request = request.header(AUTHORIZATION, value);
         }
@@ -393,11 +412,22 @@ impl Transport {
         answer: Answer,
         start: u64,
         end: u64,
-    ) -> impl Stream<Item = Result<Bytes, SourceError>> + Send + 'static {
+    ) -> impl Stream<Item = Result<Bytes, SourceError>> + Send + use<> {
+        self.body_within(context, answer, start, end, self.options.stall_timeout)
+    }
+
+    /// As [`Self::body`], with a time-out of its own for stalls.
+    pub(super) fn body_within(
+        &self,
+        context: &ReadContext,
+        answer: Answer,
+        start: u64,
+        end: u64,
+        stall: Duration,
+    ) -> impl Stream<Item = Result<Bytes, SourceError>> + Send + use<> {
         let Answer {
             response, permit, ..
         } = answer;
-        let stall = self.options.stall_timeout;
         let body = Box::pin(response.bytes_stream());
         let state = (body, permit, context.clone(), start);
         stream::try_unfold(state, move |(mut body, permit, context, at)| async move {
@@ -482,7 +512,7 @@ impl Transport {
 }
 
 /// What all clients have in common.
-fn base(options: &RegistryOptions) -> reqwest::ClientBuilder {
+pub(super) fn base(options: &RegistryOptions) -> reqwest::ClientBuilder {
     reqwest::Client::builder()
         // A body that is not read (background, while a reader receives) keeps its window of an HTTP/2
         // connection full, and with it the readers' bodies that share the connection. Over HTTP/1.1
@@ -536,7 +566,7 @@ fn connect_error(endpoint: String, error: &reqwest::Error) -> RegistryError {
 }
 
 /// The error and its causes, without the URL (its query may hold a signature).
-fn describe(error: &reqwest::Error) -> String {
+pub(super) fn describe(error: &reqwest::Error) -> String {
     let mut text = String::new();
     let mut cause: Option<&dyn std::error::Error> = std::error::Error::source(error);
     while let Some(present) = cause {

@@ -45,6 +45,8 @@ pub struct LayerTraffic {
     pub peer_bytes: u64,
     /// Compressed bytes from mirrors.
     pub mirror_bytes: u64,
+    /// Compressed bytes from a Dragonfly daemon.
+    pub dragonfly_bytes: u64,
     /// Compressed bytes from the image's own registry.
     pub origin_bytes: u64,
     /// Device bytes that were in the store already, under another index or from before a reboot.
@@ -56,6 +58,7 @@ struct Traffic {
     local: AtomicU64,
     peer: AtomicU64,
     mirror: AtomicU64,
+    dragonfly: AtomicU64,
     origin: AtomicU64,
     store: AtomicU64,
 }
@@ -172,6 +175,7 @@ impl LayerHandle {
             local_bytes: of(&self.traffic.local),
             peer_bytes: of(&self.traffic.peer),
             mirror_bytes: of(&self.traffic.mirror),
+            dragonfly_bytes: of(&self.traffic.dragonfly),
             origin_bytes: of(&self.traffic.origin),
             store_bytes: of(&self.traffic.store),
         }
@@ -182,6 +186,7 @@ impl LayerHandle {
             SourceKind::Local => &self.traffic.local,
             SourceKind::Peer | SourceKind::OtherZone => &self.traffic.peer,
             SourceKind::Mirror => &self.traffic.mirror,
+            SourceKind::Dragonfly => &self.traffic.dragonfly,
             SourceKind::Origin => &self.traffic.origin,
         };
         counter.fetch_add(bytes, Ordering::Relaxed);

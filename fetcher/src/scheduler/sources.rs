@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::error::FetchFailure;
+use crate::backoff::{Backoff, moment_after, pause_after};
 use crate::clock;
 use crate::source::{BlobSource, Class, SourceError};
 use crate::store::lock;
@@ -26,9 +27,6 @@ const TRANSIENT_PAUSE: Duration = Duration::from_millis(100);
 const PERMANENT_PAUSE: Duration = Duration::from_secs(1);
 /// The longest pause: a source that is back is noticed within it.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// The longest pause that a source may ask for: a mistaken or spiteful `Retry-After` must not outlast
-/// readers' deadlines.
-const LONGEST_ASKED_PAUSE: Duration = Duration::from_secs(60);
 /// Corrupt chunks remembered per layer; beyond it the memory starts anew.
 const CORRUPT_CHUNKS: usize = 4096;
 
@@ -50,10 +48,7 @@ pub(crate) enum Choice {
 #[derive(Debug)]
 struct Entry {
     source: Arc<dyn BlobSource>,
-    failures: u32,
-    /// When a failure was last counted, or the source added.
-    counted: Option<Instant>,
-    not_before: Option<Instant>,
+    backoff: Backoff,
 }
 
 /// What is known of a chunk that a source sent corrupt.
@@ -73,22 +68,9 @@ impl Entries {
     /// When the source may be asked for `chunk`, or at all; `None` when it always might.
     fn not_before(&self, at: usize, chunk: Option<u32>) -> Option<Instant> {
         let corrupt = chunk.and_then(|chunk| self.corrupt.get(&(chunk, at)));
-        let of_source = self.list.get(at).and_then(|entry| entry.not_before);
+        let of_source = self.list.get(at).and_then(|it| it.backoff.not_before());
         of_source.max(corrupt.and_then(|it| it.not_before))
     }
-}
-
-/// The pause after one more of these failures.
-fn pause_after(first: Duration, failures: u32) -> Duration {
-    first
-        .saturating_mul(1 << failures.min(10))
-        .min(LONGEST_PAUSE)
-}
-
-/// `pause` from now; one that the clock cannot say is the longest of our own.
-fn moment_after(now: Instant, pause: Duration) -> Option<Instant> {
-    now.checked_add(pause)
-        .or_else(|| now.checked_add(LONGEST_PAUSE))
 }
 
 /// The sources.
@@ -118,9 +100,7 @@ impl SourceSet {
         let known = entries.list.iter_mut().find(same);
         let new = Entry {
             source: Arc::clone(&source),
-            failures: 0,
-            counted: Some(clock::now()),
-            not_before: None,
+            backoff: Backoff::new(clock::now()),
         };
         match known {
             Some(entry) => *entry = new,
@@ -174,8 +154,7 @@ impl SourceSet {
     /// The sources know of further places: they may be asked at once.
     pub(crate) fn refresh(&self) {
         for entry in &mut lock(&self.entries).list {
-            entry.failures = 0;
-            entry.not_before = None;
+            entry.backoff.succeeded();
         }
         self.changed.send_replace(());
     }
@@ -183,8 +162,7 @@ impl SourceSet {
     /// A source gave what was asked of it.
     pub(crate) fn succeeded(&self, id: SourceId) {
         if let Some(entry) = lock(&self.entries).list.get_mut(id.0) {
-            entry.failures = 0;
-            entry.not_before = None;
+            entry.backoff.succeeded();
         }
     }
 
@@ -214,16 +192,9 @@ impl SourceSet {
             | FetchFailure::Store(_)
             | FetchFailure::Cancelled => return,
         };
-        let asked = asked.unwrap_or_default().min(LONGEST_ASKED_PAUSE);
-        let mut pause = asked;
-        if entry.counted.is_none_or(|counted| began >= counted) {
-            pause = pause.max(pause_after(first, entry.failures));
-            entry.failures = entry.failures.saturating_add(1);
-            entry.counted = Some(now);
-        }
-        if !pause.is_zero() {
-            entry.not_before = entry.not_before.max(moment_after(now, pause));
-        }
+        entry
+            .backoff
+            .failed(first, LONGEST_PAUSE, asked, began, now);
     }
 
     /// A source sent this chunk corrupt: it is not asked for it for a while.
@@ -233,7 +204,10 @@ impl SourceSet {
             entries.corrupt.clear();
         }
         let corrupt = entries.corrupt.entry((chunk, id.0)).or_default();
-        corrupt.not_before = moment_after(now, pause_after(PERMANENT_PAUSE, corrupt.times));
+        corrupt.not_before = moment_after(
+            now,
+            pause_after(PERMANENT_PAUSE, LONGEST_PAUSE, corrupt.times),
+        );
         corrupt.times = corrupt.times.saturating_add(1);
     }
 }
@@ -241,6 +215,7 @@ impl SourceSet {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backoff::LONGEST_ASKED_PAUSE;
     use crate::registry::RegistryError;
     use crate::source::memory::MemorySource;
     use crate::source::{BlobStream, ReadContext, SourceKind};

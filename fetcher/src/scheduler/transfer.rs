@@ -35,7 +35,9 @@ use crate::clock;
 use crate::metrics::FROM_STORE;
 use crate::peer::Reach;
 use crate::peer::wire::Form;
-use crate::source::{BlobSource, BlobStream, Priority, ReadContext, SourceError};
+use crate::source::{
+    BlobSource, BlobStream, Priority, ReadContext, Served, SourceError, SourceKind,
+};
 use crate::store::{Committed, Rechecked, StoreError, lock};
 
 /// Chunks of one transfer that are decoded or wait for it; beyond it the body is not read on. Bounds
@@ -161,9 +163,9 @@ impl Run {
         self.core.options.stall.saturating_mul(1 << doublings)
     }
 
-    fn stalled(&self, id: SourceId, source: &Arc<dyn BlobSource>) {
+    fn stalled(&self, id: SourceId, kind: SourceKind) {
         *lock(&self.stalls).entry(id).or_default() += 1;
-        self.core.metrics.stalled(source.kind());
+        self.core.metrics.stalled(kind);
     }
 
     /// Runs `work` unless it is called off.
@@ -242,21 +244,23 @@ impl Run {
         urgency.receiving(&self.core.gate, false);
         match &result {
             Ok(()) => self.layer.sources.succeeded(id),
-            Err(FetchFailure::Store(_) | FetchFailure::Cancelled) => {}
-            Err(failure) => {
-                if let Some(known) = &mut *lock(&self.route) {
-                    known.way.origin_failed();
+            Err((_, FetchFailure::Store(_) | FetchFailure::Cancelled)) => {}
+            Err((by, failure)) => {
+                // What a mirror did says nothing of the source: it asks others at once.
+                if *by == source.kind() {
+                    if let Some(known) = &mut *lock(&self.route) {
+                        known.way.origin_failed();
+                    }
+                    self.transfer.reask();
+                    self.layer.sources.failed(id, failure, began, clock::now());
                 }
-                self.transfer.reask();
-                self.core.metrics.failed(source.kind(), failure.class());
-                self.layer.sources.failed(id, failure, began, clock::now());
                 tracing::warn!(
-                    device = %self.layer.key(), source = source.label(), extent = %piece.extent,
-                    "failed to fetch chunks: {failure}"
+                    device = %self.layer.key(), source = source.label(), %by,
+                    extent = %piece.extent, "failed to fetch chunks: {failure}"
                 );
             }
         }
-        result
+        result.map_err(|(_, failure)| failure)
     }
 
     /// What to ask for next; `None` when nothing is left to bring.
@@ -338,30 +342,50 @@ impl Run {
         }
     }
 
+    /// **Errors** with the kind of place that failed, which may be a mirror of the source.
     async fn request(
         &self,
         id: SourceId,
         source: &Arc<dyn BlobSource>,
         piece: &Piece,
         lent: &Lent,
-    ) -> Result<(), FetchFailure> {
+    ) -> Result<(), (SourceKind, FetchFailure)> {
         let priority = self.transfer.urgency.effective();
         let context = ReadContext::new(priority).with_cancel(self.layer.cancel.clone());
-        self.core.metrics.requested(source.kind(), priority);
         let stall = self.patience(id);
         let opening = tokio::time::timeout(stall, source.open(&context, piece.extent));
         let label: Arc<str> = source.label().into();
-        let opened = self.unless_called_off(opening).await?.unwrap_or_else(|_| {
-            self.stalled(id, source);
-            Err(SourceError::Stalled {
-                after: stall,
-                offset: piece.extent.start(),
+        let opened = self.unless_called_off(opening).await.map(|in_time| {
+            in_time.unwrap_or_else(|_| {
+                self.stalled(id, source.kind());
+                Err(SourceError::Stalled {
+                    after: stall,
+                    offset: piece.extent.start(),
+                })
+            })
+        });
+        let metrics = &self.core.metrics;
+        let source_label = Arc::clone(&label);
+        let opened = opened.and_then(|opened| {
+            opened.map_err(|error| FetchFailure::Source {
+                label: source_label,
+                error,
             })
         });
         let stream = match opened {
             Ok(stream) => stream,
-            Err(error) => return Err(FetchFailure::Source { label, error }),
+            Err(failure) => {
+                // What mirrors failed to give is counted where they are asked.
+                metrics.requested(source.kind(), priority);
+                if !matches!(failure, FetchFailure::Cancelled) {
+                    metrics.failed(source.kind(), failure.class());
+                }
+                return Err((source.kind(), failure));
+            }
         };
+        let served = stream.served.clone();
+        let kind = served.as_ref().map_or(source.kind(), Served::kind);
+        metrics.requested(kind, priority);
         let whole = stream.extent != piece.extent;
         if whole && !self.become_whole() {
             return Ok(());
@@ -369,17 +393,23 @@ impl Run {
         let receiving = Receiving {
             run: self,
             id,
-            source,
+            kind,
+            served,
             lent,
             label,
             corrupt: None,
         };
         let result = receiving.receive(stream).await;
+        if let Err(failure) = &result
+            && !matches!(failure, FetchFailure::Store(_) | FetchFailure::Cancelled)
+        {
+            metrics.failed(kind, failure.class());
+        }
         if whole {
             // Before `drive` looks at the claims again: what was handed over until now is seen.
             *lock(&self.layer.whole) = None;
         }
-        result
+        result.map_err(|failure| (kind, failure))
     }
 }
 
@@ -393,7 +423,9 @@ struct Lent {
 struct Receiving<'a> {
     run: &'a Run,
     id: SourceId,
-    source: &'a Arc<dyn BlobSource>,
+    /// What kind of place gives it, which may be a mirror of the source.
+    kind: SourceKind,
+    served: Option<Served>,
     lent: &'a Lent,
     label: Arc<str>,
     corrupt: Option<FetchFailure>,
@@ -422,7 +454,9 @@ impl Receiving<'_> {
         let (run, layer) = (self.run, &self.run.layer);
         let (gate, urgency) = (&run.core.gate, &run.transfer.urgency);
         let (stall, lull) = (run.patience(self.id), run.core.options.lull);
-        let BlobStream { extent, mut body } = stream;
+        let BlobStream {
+            extent, mut body, ..
+        } = stream;
         let missing = layer.chunks_in(extent).map(|chunk| chunk.ordinal);
         layer.flights.claim(
             &run.transfer,
@@ -488,7 +522,7 @@ impl Receiving<'_> {
                     urgency.receiving(gate, false);
                 }
                 () = tokio::time::sleep_until(quiet_since + stall), if reading => {
-                    run.stalled(self.id, self.source);
+                    run.stalled(self.id, self.kind);
                     let error = SourceError::Stalled { after: stall, offset: cutter.at() };
                     return Err(FetchFailure::Source { label: self.label.clone(), error });
                 }
@@ -501,10 +535,8 @@ impl Receiving<'_> {
         let run = self.run;
         let count = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
         let priority = run.transfer.urgency.effective();
-        run.core
-            .metrics
-            .arrived(self.source.kind(), priority, count);
-        run.layer.arrived(self.source.kind(), count);
+        run.core.metrics.arrived(self.kind, priority, count);
+        run.layer.arrived(self.kind, count);
         let device = &run.layer.device;
         for (chunk, frame) in cutter.push(bytes, |chunk| !device.is_present(chunk.ordinal)) {
             let (core, device) = (Arc::clone(&run.core), Arc::clone(device));
@@ -536,18 +568,22 @@ impl Receiving<'_> {
         match result {
             Ok(committed) => {
                 if committed == Committed::Stored {
-                    run.core.metrics.committed(self.source.kind().as_str());
+                    run.core.metrics.committed(self.kind.as_str());
                 }
                 run.layer.flights.finish(chunk, None);
             }
             Err(DecodeFailure::Store(error)) => return Err(FetchFailure::Store(Arc::new(error))),
             Err(DecodeFailure::Corrupt(error)) => {
                 tracing::warn!(
-                    device = %run.layer.key(), source = self.source.label(), chunk,
+                    device = %run.layer.key(), source = %self.label, given_by = %self.kind, chunk,
                     "drop corrupt chunk: {error}"
                 );
-                run.core.metrics.corrupt(self.source.kind().as_str());
-                run.layer.sources.sent_corrupt(self.id, chunk, clock::now());
+                run.core.metrics.corrupt(self.kind.as_str());
+                match &self.served {
+                    // The next attempt asks another place.
+                    Some(served) => served.blame(),
+                    None => run.layer.sources.sent_corrupt(self.id, chunk, clock::now()),
+                }
                 let failure = FetchFailure::Corrupt {
                     label: self.label.clone(),
                     error,

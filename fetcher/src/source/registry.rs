@@ -221,7 +221,7 @@ impl BlobSource for Round {
 }
 
 impl Round {
-    /// Asks the place at `at`, for a share of the time when `left` more may be asked after it.
+    /// Asks the mirrors of the place at `at`, then the place itself, for a share of the time when `left` more may be asked after it.
     async fn ask(
         &self,
         context: &ReadContext,
@@ -230,6 +230,13 @@ impl Round {
         extent: Extent<BlobSpace>,
         left: usize,
     ) -> Result<BlobStream, SourceError> {
+        let (blob, size_bytes) = (self.blob, self.size_bytes);
+        let mirrored = self
+            .client
+            .open_at_mirrors(context, &places[at], blob, size_bytes, extent);
+        if let Some(stream) = mirrored.await? {
+            return Ok(stream);
+        }
         let share = self.client.options().place_timeout;
         let patience = Patience {
             round: self,

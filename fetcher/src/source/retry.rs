@@ -218,7 +218,7 @@ impl<S: BlobSource + 'static> BlobSource for RetrySource<S> {
                 Err(error) => attempts.wait_after(context, error).await?,
             }
         };
-        let comes = first.extent;
+        let (comes, served) = (first.extent, first.served);
         let resumed = Resumed {
             below: Arc::clone(&self.below),
             context: context.clone(),
@@ -228,10 +228,7 @@ impl<S: BlobSource + 'static> BlobSource for RetrySource<S> {
             end: comes.end(),
             attempts,
         };
-        Ok(BlobStream::new(
-            comes,
-            stream::try_unfold(resumed, Resumed::next),
-        ))
+        Ok(BlobStream::new(comes, stream::try_unfold(resumed, Resumed::next)).served_by(served))
     }
 }
 

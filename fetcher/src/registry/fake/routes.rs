@@ -35,6 +35,11 @@ pub(super) async fn answer(
         query: head.uri.query().unwrap_or_default().to_owned(),
         range: header("range"),
         authorization: header("authorization"),
+        headers: head
+            .headers
+            .iter()
+            .filter_map(|(name, value)| Some((name.to_string(), value.to_str().ok()?.to_owned())))
+            .collect(),
     };
     let fault = {
         let mut inner = shared.lock();
