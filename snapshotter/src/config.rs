@@ -6,13 +6,13 @@
 mod cluster;
 mod mirror;
 mod notifications;
+mod registry;
 mod units;
 mod written;
 
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Component, Path, PathBuf};
@@ -20,6 +20,7 @@ use std::time::Duration;
 
 pub use cluster::{ClusterConfig, ClusterTlsConfig};
 pub use mirror::MirrorConfig;
+pub use registry::{DragonflyConfig, RegistryConfig, RegistryHost};
 pub use written::Written;
 
 use crate::boot::BootOptions;
@@ -89,17 +90,6 @@ pub enum MountBackend {
     Fuse,
 }
 
-/// What is known of one registry host.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct RegistryHost {
-    /// Plain HTTP; `None`: for this machine's own addresses only.
-    pub plain_http: Option<bool>,
-    /// Accept any certificate.
-    pub insecure_skip_verify: bool,
-    /// PEM files of further certificate authorities.
-    pub ca_files: Vec<PathBuf>,
-}
-
 /// The configuration as meant.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
@@ -134,10 +124,8 @@ pub struct Config {
     pub prewarm: PrewarmOptions,
     /// Notifications of registries; `None`: they are not taken.
     pub notifications: Option<NotificationOptions>,
-    /// Docker's `config.json` with credentials; `None`: where docker itself looks.
-    pub docker_config: Option<PathBuf>,
-    /// By `host[:port]`.
-    pub registry_hosts: BTreeMap<String, RegistryHost>,
+    /// Where images are read from.
+    pub registry: RegistryConfig,
     /// Patterns of `host/repository` that may be lazy.
     pub trusted_lazy: Vec<String>,
     /// Where metrics and health are served; `None`: nowhere.
@@ -237,23 +225,6 @@ impl Written {
         let check = Check { path };
         let read_deadline = check.duration("fetch.read_deadline", &fetch.read_deadline)?;
         let store_budget = check.value("store.budget", &store.budget, units::parse_bytes)?;
-        let hosts = registry.hosts.into_iter().map(|(host, written)| {
-            check.value("registry.hosts", &host, is_host)?;
-            for file in &written.ca_files {
-                check.absolute("registry.hosts.*.ca_files", file)?;
-            }
-            let known = RegistryHost {
-                plain_http: written.plain_http,
-                insecure_skip_verify: written.insecure_skip_verify,
-                ca_files: written.ca_files,
-            };
-            Ok((host, known))
-        });
-        let docker_config = PathBuf::from(registry.docker_config);
-        let docker_config = (!docker_config.as_os_str().is_empty()).then_some(docker_config);
-        if let Some(file) = &docker_config {
-            check.absolute("registry.docker_config", file)?;
-        }
         for pattern in &trust.lazy {
             check.value("trust.lazy", pattern, is_pattern)?;
         }
@@ -288,8 +259,7 @@ impl Written {
             notifications: notifications.validate(&check)?,
             mount_journal: mount.journal,
             mount_grace: check.duration("mount.grace", &mount.grace)?,
-            docker_config,
-            registry_hosts: hosts.collect::<Result<_, ConfigError>>()?,
+            registry: registry.validate(&check)?,
             trusted_lazy: trust.lazy,
             telemetry: check.value("telemetry.address", &telemetry.address, loopback)?,
             log_format: check.value("log.format", &log.format, |format| match format {

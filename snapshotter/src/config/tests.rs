@@ -51,7 +51,7 @@ fn the_documented_defaults_are_the_defaults_of_every_key() {
 fn the_second_example_has_every_key_of_a_host() {
     let config = parse(example(1)).unwrap();
     assert_eq!(
-        config.registry_hosts["registry.example:5000"],
+        config.registry.hosts["registry.example:5000"],
         RegistryHost {
             plain_http: Some(false),
             insecure_skip_verify: false,
@@ -128,6 +128,34 @@ fn errors_name_the_file_and_the_key() {
         (
             "[registry]\ndocker_config = \"x\"",
             &["registry.docker_config"],
+        ),
+        (
+            "[registry]\nhosts_dirs = [\"certs.d\"]",
+            &["registry.hosts_dirs"],
+        ),
+        (
+            "[registry]\nengine = \"x\"",
+            &["registry.engine", "dragonfly"],
+        ),
+        (
+            "[registry.dragonfly]\nendpoint = \"http://d.example:4001\"",
+            &["registry.dragonfly.endpoint", "loopback"],
+        ),
+        (
+            "[registry.dragonfly]\nendpoint = \"http://u:p@127.0.0.1\"",
+            &["registry.dragonfly.endpoint"],
+        ),
+        (
+            "[registry.dragonfly]\nendpoint = \"http://127.0.0.1/v2\"",
+            &["registry.dragonfly.endpoint"],
+        ),
+        (
+            "[registry.dragonfly]\ntag = \"a\\nb\"",
+            &["registry.dragonfly.tag"],
+        ),
+        (
+            "[registry.dragonfly]\ntimeout = \"0s\"",
+            &["registry.dragonfly.timeout"],
         ),
         ("[registry.hosts.\"a/b\"]", &["registry.hosts", "a/b"]),
         (

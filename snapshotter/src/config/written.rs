@@ -119,7 +119,19 @@ section! {
     /// `[registry]`
     Registry {
         docker_config: String = String::new(),
+        hosts_dirs: Vec<PathBuf> = vec!["/etc/containerd/certs.d".into()],
+        engine: String = String::new(),
+        dragonfly: Dragonfly = Dragonfly::default(),
         hosts: BTreeMap<String, Host> = BTreeMap::new(),
+    }
+}
+section! {
+    /// `[registry.dragonfly]`
+    Dragonfly {
+        endpoint: String = "http://127.0.0.1:4001".into(),
+        application: String = String::new(),
+        tag: String = String::new(),
+        timeout: String = "5s".into(),
     }
 }
 section! {

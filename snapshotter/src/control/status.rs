@@ -167,6 +167,7 @@ impl ControlService {
         let kinds = [
             SourceKind::Origin,
             SourceKind::Mirror,
+            SourceKind::Dragonfly,
             SourceKind::Peer,
             SourceKind::OtherZone,
             SourceKind::Local,

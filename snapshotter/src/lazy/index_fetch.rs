@@ -19,6 +19,7 @@ use sluice_fetcher::peer::wire::WantedObject;
 use sluice_fetcher::registry::Repository;
 use sluice_fetcher::source::{
     BlobSource, BlobStream, Class, OriginSet, Priority, ReadContext, SourceError, SourceKind,
+    read_checked,
 };
 use tokio::time::{Instant, sleep_until};
 
@@ -177,14 +178,10 @@ async fn fetch(
     let mut context = ReadContext::new(Priority::Foreground);
     context.deadline = Some(deadline);
     let extent = annotations.index_extent;
-    let payload = async {
-        let stream = place.open(&context, extent).await?.narrow(extent)?;
-        stream.collect(extent.len()).await
-    };
-    let payload = payload.await.map_err(|error| refused(&error))?;
     // What answers at a guessed port may be anything: only the right bytes win.
-    check_digest(&payload, annotations.index_digest).map_err(invalid)?;
-    Ok(payload)
+    let check = |payload: &[u8]| check_digest(payload, annotations.index_digest);
+    let payload = read_checked(place, &context, extent, check).await;
+    payload.map_err(|error| refused(&error))?.map_err(invalid)
 }
 
 fn refused(error: &SourceError) -> Refusal {

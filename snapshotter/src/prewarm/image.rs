@@ -10,7 +10,7 @@ use sluice_blockindex::extent::Extent;
 use sluice_fetcher::registry::{
     FetchedManifest, ImageReference, ManifestBody, RegistryClient, RegistryError,
 };
-use sluice_fetcher::source::{Priority, ReadContext, SourceError};
+use sluice_fetcher::source::{Priority, ReadContext, SourceError, read_checked};
 
 use crate::layers::Layers;
 use crate::plan::{Layout, LayoutLayer};
@@ -162,16 +162,13 @@ async fn config(
         return Err(contradiction(problem));
     };
     let source = layers.source(digest, bytes, std::slice::from_ref(origin));
-    let read = async {
-        let stream = source.open(context, extent).await?.narrow(extent)?;
-        stream.collect(bytes).await
+    let check = |read: &[u8]| match BlobDigest::of(read) == digest {
+        true => Ok(()),
+        false => Err(contradiction(format!("its config is not {digest}"))),
     };
-    let read = read.await.map_err(|source| ImageError::Config {
+    let read = read_checked(&*source, context, extent, check).await;
+    read.map_err(|source| ImageError::Config {
         reference: reference.to_string(),
         source,
-    })?;
-    match BlobDigest::of(&read) == digest {
-        true => Ok(read),
-        false => Err(contradiction(format!("its config is not {digest}"))),
-    }
+    })?
 }

@@ -12,7 +12,8 @@ use std::time::Duration;
 
 use sluice_fetcher::metrics::Metrics;
 use sluice_fetcher::registry::{
-    CredentialProvider, DockerConfig, HostOptions, RegistryClient, RegistryOptions,
+    CredentialProvider, DockerConfig, DragonflyOptions, HostOptions, MirrorOptions, RegistryClient,
+    RegistryOptions,
 };
 use sluice_fetcher::scheduler::{Fetcher, FetcherOptions};
 use sluice_fetcher::store::{Reclaim, Store, StoreOptions};
@@ -97,12 +98,17 @@ impl LazySide {
         metrics.register(registry);
         let lazy_metrics = LazyMetrics::default();
         lazy_metrics.register(registry);
-        let fetcher = Fetcher::new(FetcherOptions::default(), Arc::clone(&chunks), metrics);
-        let options = registry_options(config);
+        let fetcher = Fetcher::new(
+            FetcherOptions::default(),
+            Arc::clone(&chunks),
+            metrics.clone(),
+        );
+        let mut options = registry_options(config);
+        options.mirrors = mirror_options(config);
         let retry = options.retry.clone();
         let credentials: Arc<dyn CredentialProvider> =
-            Arc::new(DockerConfig::new(config.docker_config.clone()));
-        let client = RegistryClient::new(options, credentials)?;
+            Arc::new(DockerConfig::new(config.registry.docker_config.clone()));
+        let client = RegistryClient::counted(options, credentials, metrics)?;
         let layers = Arc::new(Layers::new(
             fetcher.clone(),
             client.clone(),
@@ -163,7 +169,7 @@ impl LazySide {
             LazyOptions {
                 root: config.root.clone(),
                 trust: trust.clone(),
-                registry_hosts: config.registry_hosts.keys().cloned().collect(),
+                registry_hosts: config.registry.hosts.keys().cloned().collect(),
                 read_deadline: config.read_deadline,
                 mount_grace: config.mount_grace,
                 file_grace: config.store_grace,
@@ -298,9 +304,26 @@ fn open_files(root: PathBuf, reclaim: Reclaim) -> Result<Files, Failure> {
     })
 }
 
+/// Where else than at registries this daemon reads what it fetches for itself and its zone.
+fn mirror_options(config: &Config) -> MirrorOptions {
+    let mut options = MirrorOptions::default();
+    options.directories.clone_from(&config.registry.hosts_dirs);
+    options.own = config.mirror.as_ref().map(|mirror| mirror.listen);
+    options.dragonfly = config.registry.dragonfly.as_ref().map(|written| {
+        let mut dragonfly = DragonflyOptions::new(written.endpoint.clone());
+        dragonfly.application.clone_from(&written.application);
+        dragonfly.tag.clone_from(&written.tag);
+        dragonfly.patience = written.timeout;
+        dragonfly
+    });
+    options
+}
+
+/// How registries are asked, without mirrors: what the node's own mirror asks proves that the registry lets its
+/// client in.
 pub(super) fn registry_options(config: &Config) -> RegistryOptions {
     let mut options = RegistryOptions::default();
-    for (host, written) in &config.registry_hosts {
+    for (host, written) in &config.registry.hosts {
         let known: &mut HostOptions = options.host_mut(host);
         known.plain_http = written.plain_http;
         known.insecure_skip_verify = written.insecure_skip_verify;
