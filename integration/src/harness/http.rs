@@ -49,6 +49,18 @@ pub fn manifest(host: &str, repository: &str, tag: &str) -> Result<Value> {
     Ok(serde_json::from_slice(&body)?)
 }
 
+/// The answer to a request for a blob, or for a range of it (`bytes=0-9`): its status and its body.
+pub fn blob(
+    host: &str,
+    repository: &str,
+    digest: &str,
+    range: Option<&str>,
+) -> Result<(u16, Vec<u8>)> {
+    let range = range.map_or_else(String::new, |range| format!("\r\nRange: {range}"));
+    let head = format!("GET /v2/{repository}/blobs/{digest} HTTP/1.0{range}");
+    exchange(host, &head, b"")
+}
+
 /// Puts `manifest` as `repository:tag`.
 pub fn put_manifest(host: &str, repository: &str, tag: &str, manifest: &Value) -> Result<()> {
     let (status, body) = exchange(

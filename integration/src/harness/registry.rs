@@ -34,6 +34,12 @@ impl Registry {
         Self::start_configured(root, free_address()?, LOOPBACK, line, &notifications)
     }
 
+    /// A pull-through cache of the registry at `upstream` (`host:port`), below a root of its own.
+    pub fn start_cache(root: &Root, line: Line, upstream: &str) -> Result<Self> {
+        let proxy = format!("proxy:\n  remoteurl: http://{upstream}\n");
+        Self::start_configured(root, free_address()?, LOOPBACK, line, &proxy)
+    }
+
     /// Starts it at `direct`, with the line listening at `listen`; both in the network of the calling thread.
     pub fn start_at(
         root: &Root,
@@ -89,6 +95,11 @@ impl Registry {
     #[must_use]
     pub fn direct(&self) -> String {
         self.direct.to_string()
+    }
+
+    /// SIGKILL; the line stays and fails.
+    pub fn kill(&mut self) -> Result<()> {
+        self.process.kill()
     }
 
     /// Ends the registry; the line stays and fails.
