@@ -85,6 +85,9 @@ soak: tools images ## the full matrix: long end-to-end forms, ten minutes per fu
 	@SLUICE_LONG=1 $(MAKE) --no-print-directory e2e
 	@echo "== soak: many daemons, one image; writes docs/benchmarks/cluster-real.json"
 	@cargo test --locked --workspace --test cluster -- --ignored --nocapture --test-threads 1 long_
+	@echo "== soak: chunks through Spegel"
+	@integration/scripts/go-tools.sh target/tools spegel
+	@cargo test --locked --workspace --test mirrors -- --ignored --nocapture long_
 	@$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=600
 
 clean: ## remove everything that was built or cached

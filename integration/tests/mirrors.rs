@@ -3,18 +3,21 @@
 //! real registry. The cache has a line of its own to the registry, so that both ways are counted.
 #![allow(clippy::unwrap_used, reason = "a test may stop where it stands")]
 
+use std::net::TcpStream;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use sha2::{Digest as _, Sha256};
 use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::layout::{self, Attributes, Layer};
+use sluice_integration::harness::process::Process;
 use sluice_integration::harness::proxy::{LOOPBACK, Line, Proxy};
-use sluice_integration::harness::registry::Registry;
+use sluice_integration::harness::registry::{Registry, free_address};
 use sluice_integration::harness::root::Root;
 use sluice_integration::harness::site::Site;
-use sluice_integration::harness::{command, http};
+use sluice_integration::harness::{command, http, tools};
 
 /// Bytes of each large file, which do not compress.
 const FILE_BYTES: usize = 8_000_000;
@@ -103,7 +106,7 @@ impl Cached {
         Ok(())
     }
 
-    fn sum_command(&self, file: &str) -> Result<std::process::Command> {
+    fn sum_command(&self, file: &str) -> Result<Command> {
         let mut command = self.site.nerdctl("mirrors").command()?;
         command.args(["run", "--rm", "--net", "none", &self.reference]);
         command.args(["/bin/sha256sum", file]);
@@ -253,5 +256,91 @@ fn a_cache_that_gives_no_ranges_yet_does_not_hold_readers() -> Result<()> {
     for file in ["/a", "/b", "/c"] {
         cached.read(file)?;
     }
+    Ok(())
+}
+
+/// Some peer, which Spegel wants to be told of; nobody is there.
+const NOBODY: &str = "QmNnooDu7bfjPFoTZYxMNLWUQJyrVwtbZg5gBMjTezGAJN";
+
+/// Spegel takes from containerd's content store, its own node's here: what one snapshotter pulled whole,
+/// `sluiced` reads in ranges.
+#[test]
+#[ignore = "long: Spegel is built for it"]
+fn long_chunks_come_through_spegel() -> Result<()> {
+    let files = tempfile::tempdir()?;
+    let config = format!(
+        "\n[registry]\nhosts_dirs = [\"{}\"]\n\n[prefetch]\nenabled = false\n",
+        files.path().display()
+    );
+    let site = Site::start("spegel", Release::V2, Line::OPEN, &config)?;
+    let reference = push(&site)?;
+    site.nerdctl_with("whole", "overlayfs")
+        .ok(&["pull", "--quiet", &reference])?;
+    let (spegel, router, metrics) = (free_address()?, free_address()?, free_address()?);
+    let content = site
+        .containerd
+        .root()
+        .join("io.containerd.content.v1.content");
+    let mut process = Process::start(
+        "spegel",
+        Command::new(tools::go_tool("spegel")?)
+            .arg("registry")
+            .args(["--registry-addr", &spegel.to_string()])
+            .args(["--router-addr", &router.to_string()])
+            .args(["--metrics-addr", &metrics.to_string()])
+            .arg("--containerd-sock")
+            .arg(site.containerd.socket())
+            .args(["--containerd-namespace", "whole"])
+            .arg("--containerd-content-path")
+            .arg(&content)
+            .args(["--bootstrap-kind", "static", "--static-bootstrap-peers"])
+            .arg(format!("/ip4/127.0.0.1/tcp/9/p2p/{NOBODY}")),
+        &site.root.join("spegel.log")?,
+    )?;
+    process.wait_ready(Duration::from_secs(30), || {
+        TcpStream::connect(spegel).is_ok()
+    })?;
+    write_hosts(files.path(), &site.registry.host(), &spegel.to_string())?;
+    let node = site.registry.line.bytes();
+    site.nerdctl("mirrors")
+        .ok(&["pull", "--quiet", &reference])?;
+    let read = |file: &str| -> Result<()> {
+        let mut command = site.nerdctl("mirrors").command()?;
+        command.args([
+            "run",
+            "--rm",
+            "--net",
+            "none",
+            &reference,
+            "/bin/sha256sum",
+            file,
+        ]);
+        let output = command::run(&mut command, Duration::from_secs(120))?;
+        let expected = hex::encode(Sha256::digest(noise(file)));
+        ensure!(output.stdout.starts_with(&expected), "{file}: {output:?}");
+        Ok(())
+    };
+    read("/a")?;
+    let fetched = |source: &str| {
+        let label = format!("source=\"{source}\"");
+        site.daemon.metric("sluice_fetched_bytes_total", &[&label])
+    };
+    let direct = site.registry.line.bytes() - node;
+    println!(
+        "{} bytes through Spegel, {} from the registry, whose line carried {direct}",
+        fetched("mirror")?,
+        fetched("origin")?
+    );
+    ensure!(
+        fetched("mirror")? >= FILE_BYTES as f64
+            && fetched("origin")? == 0.0
+            && direct < SMALL_BYTES,
+        "{}\n{}",
+        site.daemon.log_tail(),
+        process.log_tail()
+    );
+    process.kill()?;
+    read("/b")?;
+    ensure!(fetched("origin")? >= FILE_BYTES as f64, "from where else?");
     Ok(())
 }
