@@ -17,6 +17,8 @@ use crate::source::{
     read_checked,
 };
 
+mod tls;
+
 /// A registry with a blob, and mirrors that have it too.
 struct Rig {
     origin: FakeRegistry,
@@ -66,8 +68,9 @@ impl Rig {
             },
             mirrors: MirrorOptions {
                 directories: vec![self.files.path().to_owned()],
-                patience: Duration::from_millis(300),
-                stall: Duration::from_millis(300),
+                // Long enough for a machine that is busy with other tests.
+                patience: Duration::from_secs(1),
+                stall: Duration::from_secs(1),
                 look_every: Duration::from_millis(20),
                 ..MirrorOptions::default()
             },
@@ -207,7 +210,7 @@ async fn a_mirror_that_fails_is_left_alone_and_the_registry_serves() {
         let (bytes, _) = read(&source, wanted).await.unwrap();
         assert_eq!(bytes, rig.bytes.slice(1000..3000), "{name}");
         let took = began.elapsed();
-        assert!(took < Duration::from_secs(3), "{name}: {took:?}");
+        assert!(took < Duration::from_secs(8), "{name}: {took:?}");
         let counts = rig.counts();
         assert_eq!(counts, [1, 1], "{name}");
         // The next one does not ask it.
@@ -593,7 +596,7 @@ fn with_dragonfly(rig: &Rig, daemon: &FakeRegistry) -> RegistryOptions {
     options.mirrors.dragonfly = Some(DragonflyOptions {
         application: "sluice".into(),
         tag: "t1".into(),
-        patience: Duration::from_millis(300),
+        patience: Duration::from_secs(1),
         ..DragonflyOptions::new(endpoint)
     });
     options
