@@ -43,12 +43,15 @@ pub mod waiting;
 pub mod worker;
 
 /// Newest version of the shim protocol that we speak.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 /// Oldest version of the shim protocol that we speak.
 pub const OLDEST_PROTOCOL_VERSION: u32 = 1;
 
 /// The version in which the worker began to record first reads.
 pub const READS_VERSION: u32 = 2;
+
+/// The version in which the worker began to say which binary it is, and to go on as another.
+pub const UPGRADE_VERSION: u32 = 3;
 
 /// Name of the socket below the run directory on which the daemon waits for the worker.
 pub const SOCKET_NAME: &str = "shim.sock";

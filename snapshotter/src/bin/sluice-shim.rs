@@ -34,6 +34,8 @@ enum Role {
         #[arg(long)]
         journal: bool,
     },
+    /// Does nothing, to see whether the program runs.
+    Probe,
     /// Serves; its holder is at standard input.
     Worker {
         /// Holds socket, lock and log.
@@ -47,7 +49,9 @@ enum Role {
 
 fn main() -> ExitCode {
     let role = Arguments::parse().role;
-    let (Role::Holder { run_dir, .. } | Role::Worker { run_dir, .. }) = &role;
+    let (Role::Holder { run_dir, .. } | Role::Worker { run_dir, .. }) = &role else {
+        return ExitCode::SUCCESS;
+    };
     let filter = EnvFilter::try_from_env("SLUICE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -57,6 +61,7 @@ fn main() -> ExitCode {
         Err(_) => log.with_writer(std::io::stderr).init(),
     }
     let ended = match role {
+        Role::Probe => Ok(()),
         Role::Holder {
             run_dir,
             adopt,

@@ -39,9 +39,14 @@ impl AttachedMount {
     pub async fn attach(&self) -> Result<&Arc<ShimClient>, ShimError> {
         let start = || async {
             let fills = Arc::clone(&self.fills);
-            ShimClient::start_or_attach(self.options.clone(), fills)
-                .await
-                .map(Arc::new)
+            let client = ShimClient::start_or_attach(self.options.clone(), fills).await?;
+            match client.upgrade().await {
+                Ok(true) => tracing::info!("the shim goes on as the new program"),
+                Ok(false) => {}
+                // It serves on as the old one.
+                Err(error) => tracing::error!("failed to upgrade the shim: {error}"),
+            }
+            Ok(Arc::new(client))
         };
         self.client.get_or_try_init(start).await
     }

@@ -32,6 +32,7 @@ use self::reserve::{Keeping, Reserve};
 use super::protocol::{self, ProtocolError};
 use crate::mount::errno::FillErrno;
 use crate::mount::{FirstReads, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome};
+use crate::sys::process;
 
 /// How the client finds and starts the shim.
 #[derive(Debug, Clone)]
@@ -133,6 +134,8 @@ pub struct ShimPeer {
     pub version: u32,
     /// Version of the crate that the worker was built from.
     pub build: String,
+    /// Tells its binary from others; empty if it does not say.
+    pub program: String,
     /// The worker.
     pub worker_pid: u32,
     /// The holder.
@@ -352,6 +355,32 @@ impl ShimClient {
                     })
             }
             _ => Err(unexpected(key)),
+        }
+    }
+
+    /// Has worker and holder go on as the binary of the options, if they run another: says whether they do so.
+    ///
+    /// Readers wait for a moment, as after a death. A shim of before [`super::UPGRADE_VERSION`] goes on as it is.
+    pub async fn upgrade(&self) -> Result<bool, MountError> {
+        let binary = &self.shared.options.binary;
+        let refused = |reason: String| MountError::Refused {
+            key: binary.display().to_string(),
+            reason,
+        };
+        let ours = process::identity(binary).map_err(|error| refused(error.to_string()))?;
+        let Some(peer) = self.peer() else {
+            return Ok(false);
+        };
+        if peer.version < super::UPGRADE_VERSION || peer.program == ours {
+            return Ok(false);
+        }
+        let upgrade = wire::Upgrade {
+            binary: binary.display().to_string(),
+        };
+        match self.call(Body::Upgrade(upgrade)).await? {
+            Body::UpgradeReply(reply) if reply.error.is_empty() => Ok(true),
+            Body::UpgradeReply(reply) => Err(refused(reply.error)),
+            _ => Err(unexpected("")),
         }
     }
 

@@ -6,9 +6,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
@@ -24,6 +24,8 @@ use crate::sys::process;
 
 /// How long the holder may take to answer. It does nothing else; only a stopped one is this slow.
 const ANSWER_DEADLINE_SECONDS: i64 = 5;
+/// How long a program that is to take over may take to say that it runs.
+const PROBE_DEADLINE: Duration = Duration::from_secs(5);
 
 /// What the holder gave to this worker.
 #[derive(Debug)]
@@ -207,7 +209,7 @@ impl Keeper {
         loop {
             self.wait_for_death();
             tracing::warn!("the holder died, starting another");
-            while let Err(error) = self.start_holder() {
+            while let Err(error) = self.start_holder(&self.binary) {
                 tracing::error!(%error, "start a holder");
                 std::thread::sleep(Duration::from_secs(1));
             }
@@ -227,10 +229,36 @@ impl Keeper {
         }
     }
 
-    fn start_holder(&self) -> io::Result<()> {
+    /// Has a holder of another binary keep all, and the present one end with this process. The caller ends it
+    /// then: the new holder starts a worker of its own binary.
+    ///
+    /// **Errors** the binary cannot be run, or does not take over: all stays as it is. **Blocks** for some seconds
+    /// at most.
+    pub fn upgrade(&self, binary: &Path) -> io::Result<()> {
+        probe(binary)?;
+        let before = {
+            let mut inner = self.inner();
+            let socket = inner.socket.try_clone()?;
+            (socket, inner.holder_pid, inner.child.take())
+        };
+        if let Err(error) = self.start_holder(binary) {
+            let mut inner = self.inner();
+            if let Some(mut child) = inner.child.take() {
+                let _gone = child.kill();
+                let _status = child.wait();
+            }
+            (inner.socket, inner.holder_pid, inner.child) = before;
+            return Err(error);
+        }
+        let retire = Body::Retire(wire::Retire {});
+        let packet = wire::HolderPacket { body: Some(retire) }.encode_to_vec();
+        before.0.send(&packet, &[])
+    }
+
+    fn start_holder(&self, binary: &Path) -> io::Result<()> {
         let (ours, theirs) = PacketSocket::pair()?;
         let mut inner = self.inner();
-        let child = Command::new(&self.binary)
+        let child = Command::new(binary)
             .arg("holder")
             .arg("--adopt")
             .arg("--run-dir")
@@ -256,6 +284,28 @@ impl Keeper {
         );
         inner.kept = kept;
         result
+    }
+}
+
+/// Runs a binary that is to take over, to see whether it can be run at all.
+fn probe(binary: &Path) -> io::Result<()> {
+    let mut child = Command::new(binary)
+        .arg("probe")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()?;
+    let begun = Instant::now();
+    loop {
+        match child.try_wait()? {
+            Some(status) if status.success() => return Ok(()),
+            Some(status) => return Err(io::Error::other(format!("its probe ends with {status}"))),
+            None if begun.elapsed() > PROBE_DEADLINE => {
+                let _gone = child.kill();
+                let _status = child.wait();
+                return Err(io::Error::other("its probe does not end"));
+            }
+            None => std::thread::sleep(Duration::from_millis(5)),
+        }
     }
 }
 

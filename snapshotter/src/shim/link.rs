@@ -19,6 +19,7 @@ use super::protocol::{self, Unframer};
 use super::waiting::WaitingReads;
 use super::{OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, SOCKET_NAME};
 use crate::mount::{MountSpec, UnmountMode, UnmountOutcome};
+use crate::sys::process;
 
 /// First pause between attempts: a daemon that restarts is back within seconds.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
@@ -63,7 +64,7 @@ impl Link {
                 // A broken link: the daemon asks again on the next.
                 let _gone = operation.answer.send(protocol::frame(operation.id, answer));
                 if last {
-                    // The answer is on its way; the holder ends when we do.
+                    // The answer is on its way; a holder that was told to ends when we do.
                     std::thread::sleep(Duration::from_millis(100));
                     std::process::exit(0);
                 }
@@ -142,6 +143,7 @@ impl Link {
             worker_pid: std::process::id(),
             holder_pid: self.keeper.holder_pid(),
             mounts: u32::try_from(self.mounts.count()).unwrap_or(u32::MAX),
+            program: process::identity(process::OWN_BINARY.as_ref()).unwrap_or_default(),
         };
         let _gone = outgoing.send(protocol::frame(0, Body::Hello(hello)));
         let mut reader = stream;
@@ -188,6 +190,7 @@ impl Link {
                 | Body::List(_)
                 | Body::Check(_)
                 | Body::Reads(_)
+                | Body::Upgrade(_)
                 | Body::Shutdown(_)),
             ) => {
                 let operation = Operation {
@@ -207,6 +210,7 @@ impl Link {
                 | Body::ListReply(_)
                 | Body::CheckReply(_)
                 | Body::ReadsReply(_)
+                | Body::UpgradeReply(_)
                 | Body::ShutdownReply(_),
             ) => tracing::debug!(id, "ignore a message that is not for us"),
         }
@@ -252,6 +256,14 @@ fn operate(keeper: &Keeper, mounts: &Arc<Mounts>, body: Body) -> (Body, bool) {
         Body::Shutdown(_) => {
             let busy = !mounts.is_empty() || keeper.retire().is_err();
             (Body::ShutdownReply(wire::ShutdownReply { busy }), !busy)
+        }
+        Body::Upgrade(upgrade) => {
+            let upgraded = keeper.upgrade(upgrade.binary.as_ref());
+            let error = upgraded.err().map(|error| error.to_string());
+            let error = error.unwrap_or_default();
+            tracing::warn!(upgrade.binary, error, "go on as another program");
+            let done = error.is_empty();
+            (Body::UpgradeReply(wire::UpgradeReply { error }), done)
         }
         Body::Check(check) => {
             let serving = mounts.is_serving(&check.key).unwrap_or_else(|error| {

@@ -97,6 +97,11 @@ impl PacketSocket {
         Ok(PacketSocket(socket))
     }
 
+    /// Another handle on the same end.
+    pub fn try_clone(&self) -> io::Result<PacketSocket> {
+        self.0.try_clone().map(PacketSocket)
+    }
+
     /// Ends the connection for both ends, also for who waits on it now.
     pub fn end(&self) {
         // One that has ended already is fine.

@@ -3,8 +3,26 @@
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+/// Tells a program's binary from others, also from one that took its path: device, inode, size, time.
+pub fn identity(binary: &Path) -> io::Result<String> {
+    let file = std::fs::metadata(binary)?;
+    Ok(format!(
+        "{:x}:{:x}:{:x}:{:x}.{:x}",
+        file.dev(),
+        file.ino(),
+        file.len(),
+        file.mtime(),
+        file.mtime_nsec()
+    ))
+}
+
+/// The binary that this process runs, whatever its path names now.
+pub const OWN_BINARY: &str = "/proc/self/exe";
 
 /// A descriptor that polls readable once the process `pid` has ended, every thread of it.
 ///

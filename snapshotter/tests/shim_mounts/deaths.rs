@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Deaths under readers: of worker, daemon and holder, one at a time.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use sluice_snapshotter::mount::{UnmountMode, UnmountOutcome};
@@ -135,5 +136,62 @@ fn no_read_fails_when_worker_and_holder_die_at_once() {
             world.run(async { world.client().unmount("a", UnmountMode::IfUnused).await });
         assert_eq!(unmounted, Ok(UnmountOutcome::Done));
         world.nothing_is_kept();
+    }
+}
+
+/// What worker and holder run; `None` while one of them is being replaced.
+fn programs(world: &World) -> Option<[PathBuf; 2]> {
+    let peer = world.client().peer()?;
+    let of = |pid: u32| std::fs::read_link(format!("/proc/{pid}/exe")).ok();
+    Some([of(peer.worker_pid)?, of(peer.holder_pid)?])
+}
+
+/// A new version is installed and the daemon started again, while readers read.
+#[test]
+fn no_read_fails_when_the_shim_is_upgraded() {
+    if !can_run() {
+        return;
+    }
+    for mut world in [World::new(17), World::journaled(18)] {
+        world.behave(Behaviour::Slow(Duration::from_millis(20)));
+        let mount = world.mount("a");
+        let readers = storm(&world, &mount, 4);
+        for version in 0..4 {
+            let new = world.dir.path().join(format!("shim-{version}"));
+            std::fs::copy(env!("CARGO_BIN_EXE_sluice-shim"), &new).unwrap();
+            world.kill_daemon();
+            world.shim = new.clone();
+            world.start_daemon();
+            let client = world.client();
+            assert_eq!(world.run(async { client.upgrade().await }), Ok(true));
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while programs(&world) != Some([new.clone(), new.clone()]) {
+                assert!(
+                    Instant::now() < deadline,
+                    "{:?} {}",
+                    programs(&world),
+                    world.log()
+                );
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            assert_eq!(world.run(async { client.upgrade().await }), Ok(false));
+            std::thread::sleep(Duration::from_millis(500));
+        }
+        // What cannot run takes nothing over.
+        let broken = world.dir.path().join("broken");
+        std::fs::write(&broken, "no program").unwrap();
+        world.kill_daemon();
+        world.shim = broken;
+        world.start_daemon();
+        let client = world.client();
+        let before = programs(&world);
+        assert!(before.is_some());
+        let refused = world.run(async { client.upgrade().await });
+        assert!(refused.is_err(), "{refused:?}");
+        assert_eq!(programs(&world), before);
+        world.kill_holder();
+        world.kill_worker();
+        finish(&world, readers, Duration::from_secs(20));
+        assert_eq!(programs(&world), before);
     }
 }

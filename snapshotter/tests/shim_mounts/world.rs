@@ -95,6 +95,8 @@ pub struct World {
     pub fills: Arc<Fills>,
     daemon: Option<(Runtime, Arc<ShimClient>)>,
     journal: bool,
+    /// The program of the next daemon's shim.
+    pub shim: PathBuf,
     /// The daemon's.
     reserve: Arc<Reserve>,
     specs: Vec<DeviceSpec>,
@@ -151,6 +153,7 @@ impl World {
             fills: Arc::new(fills),
             daemon: None,
             journal,
+            shim: PathBuf::from(env!("CARGO_BIN_EXE_sluice-shim")),
             reserve: Arc::default(),
             specs,
             watchdog,
@@ -162,12 +165,11 @@ impl World {
 
     pub fn start_daemon(&mut self) {
         let runtime = Runtime::new().unwrap();
-        let binary = PathBuf::from(env!("CARGO_BIN_EXE_sluice-shim"));
         self.reserve = Arc::default();
         let options = ShimOptions {
             journal: self.journal,
             reserve: Arc::clone(&self.reserve),
-            ..ShimOptions::new(self.dir.path().join("run"), binary)
+            ..ShimOptions::new(self.dir.path().join("run"), self.shim.clone())
         };
         let client = runtime.block_on(ShimClient::start_or_attach(options, self.fills.clone()));
         let client = client.unwrap_or_else(|error| {

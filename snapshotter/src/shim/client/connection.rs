@@ -111,6 +111,7 @@ impl Connection {
                 | Body::ListReply(_)
                 | Body::CheckReply(_)
                 | Body::ReadsReply(_)
+                | Body::UpgradeReply(_)
                 | Body::ShutdownReply(_)),
             ) => {
                 // A call that gave up has taken its waiter away.
@@ -128,6 +129,7 @@ impl Connection {
                 | Body::List(_)
                 | Body::Check(_)
                 | Body::Reads(_)
+                | Body::Upgrade(_)
                 | Body::Shutdown(_),
             ) => tracing::debug!(id, "ignore a message that is not for us"),
         }
@@ -162,6 +164,7 @@ impl Connection {
         let peer = ShimPeer {
             version,
             build: hello.build,
+            program: hello.program,
             worker_pid: hello.worker_pid,
             holder_pid: hello.holder_pid,
             mounts: hello.mounts,
