@@ -172,6 +172,34 @@ fn whole_life(release: Release) -> Result<()> {
         .ok(&["run", "--rm", "--net", "none", &reference])?;
     ensure!(again.stdout.contains("\"ready\": true"), "{again:?}");
 
+    // What is complete is the kernel's from the next mount on, where it is able to.
+    let status = site.status()?;
+    let sealed_backend = status["sealed_backend"].as_str().unwrap_or_default();
+    println!(
+        "complete images are mounted by {sealed_backend}: {}",
+        status["backend_reason"]
+    );
+    let expected = if sealed_backend == "erofs" {
+        "erofs"
+    } else {
+        "fuse.sluice"
+    };
+    let kinds: Vec<String> = image_mounts(&site).into_iter().map(|it| it.kind).collect();
+    ensure!(kinds == [expected], "{kinds:?}\n{}", site.daemon.log_tail());
+    ensure!(
+        status["mounts"][0]["backend"].as_str() == Some(sealed_backend),
+        "{status:#}"
+    );
+
+    // A daemon that starts finds the mount and keeps it, and neither shim nor daemon is needed to read.
+    site.daemon.kill()?;
+    site.daemon_again()?;
+    let again = site
+        .nerdctl("lazy")
+        .ok(&["run", "--rm", "--net", "none", &reference])?;
+    ensure!(again.stdout.contains("\"ready\": true"), "{again:?}");
+    ensure!(image_mounts(&site).len() == 1, "{:?}", image_mounts(&site));
+
     // Removal frees mounts and disk.
     site.nerdctl("lazy").ok(&["rmi", "-f", &reference])?;
     eventually("mounts go away", Duration::from_secs(60), || {

@@ -88,6 +88,8 @@ pub enum MountBackend {
     Auto,
     /// FUSE.
     Fuse,
+    /// As `Auto`, and it is an error worth a human's look when the kernel's EROFS cannot be used.
+    Erofs,
 }
 
 /// The configuration as meant.
@@ -276,7 +278,8 @@ impl Written {
             mount_backend: check.value("mount.backend", &mount.backend, |name| match name {
                 "auto" => Ok(MountBackend::Auto),
                 "fuse" => Ok(MountBackend::Fuse),
-                _ => Err("want \"auto\" or \"fuse\"".to_owned()),
+                "erofs" => Ok(MountBackend::Erofs),
+                _ => Err("want \"auto\", \"fuse\" or \"erofs\"".to_owned()),
             })?,
             cluster: cluster.validate(&check)?,
             mirror: mirror.validate(&check)?,

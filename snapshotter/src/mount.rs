@@ -7,8 +7,12 @@
 
 pub mod attached;
 pub mod bind;
+pub mod choice;
+pub mod erofs;
 pub mod errno;
 pub mod fuse;
+mod metrics;
+pub mod selftest;
 
 use std::fmt::Debug;
 use std::path::PathBuf;
@@ -17,6 +21,30 @@ use std::time::Duration;
 use async_trait::async_trait;
 use sluice_blockindex::digest::{DiffId, IndexDigest};
 use thiserror::Error;
+
+pub use metrics::MountMetrics;
+
+/// What serves a mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Backend {
+    /// The shim, over FUSE.
+    Fuse,
+    /// The kernel's own EROFS.
+    Erofs,
+    /// A bind mount, in tests.
+    Bind,
+}
+
+impl Backend {
+    /// The word for it in logs, metrics and the control API.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Backend::Fuse => "fuse",
+            Backend::Erofs => "erofs",
+            Backend::Bind => "bind",
+        }
+    }
+}
 
 /// What to mount where.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -152,9 +180,9 @@ impl MountError {
 /// specification succeeds and changes nothing; unmounting what is not mounted is [`UnmountOutcome::Done`].
 #[async_trait]
 pub trait ImageMount: Send + Sync + Debug {
-    /// Mounts; when it returns, the files are there. **Cancel**: the mount may be made all the same;
-    /// mount again or unmount to know.
-    async fn mount(&self, spec: &MountSpec) -> Result<(), MountError>;
+    /// Mounts; when it returns, the files are there, served by the back-end that it names. **Cancel**:
+    /// the mount may be made all the same; mount again or unmount to know.
+    async fn mount(&self, spec: &MountSpec) -> Result<Backend, MountError>;
 
     /// Says whether the mount is served. Touches no file on it.
     async fn check(&self, key: &str) -> Result<MountState, MountError>;

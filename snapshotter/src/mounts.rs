@@ -26,7 +26,9 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::chain::RunKey;
-use crate::mount::{ImageMount, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome};
+use crate::mount::{
+    Backend, ImageMount, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome,
+};
 
 /// How long a caller waits for another's mount or unmount of the same run. Above the shim client's
 /// own bound of a call, so that the owner's error is what is reported.
@@ -65,6 +67,8 @@ enum Phase {
 #[derive(Clone, Debug)]
 struct Entry {
     phase: Phase,
+    /// What serves it; none yet while it is being mounted for the first time.
+    backend: Option<Backend>,
     devices: Vec<DeviceKey>,
     last_used: Instant,
 }
@@ -86,6 +90,8 @@ pub struct MountedRun {
     pub key: RunKey,
     /// Where it is.
     pub mountpoint: PathBuf,
+    /// What serves it.
+    pub backend: Option<Backend>,
     /// How many layers it merges.
     pub layers: u32,
 }
@@ -149,17 +155,19 @@ impl Mounts {
         self.directory.join(key.to_string())
     }
 
-    /// Takes over mounts that the shim has already: those that it serves, and those that are only
-    /// leaving, whose devices are in use as well. The reaper asks for the end of either; a call that
-    /// wants one that is leaving finds it absent and mounts it again.
-    pub fn adopt(&self, served: &[MountSpec]) {
+    /// Takes over mounts that are there already: those that the kernel or the shim serves, and those
+    /// that are only leaving, whose devices are in use as well. The reaper asks for the end of either;
+    /// a call that wants one that is leaving finds it absent and mounts it again. Of a run that comes
+    /// twice the first counts.
+    pub fn adopt(&self, served: &[(MountSpec, Backend)]) {
         let mut table = self.table();
-        for spec in served {
+        for (spec, backend) in served {
             let Some(key) = RunKey::from_hex(&spec.key) else {
                 continue;
             };
             let entry = Entry {
                 phase: Phase::Mounted,
+                backend: Some(*backend),
                 devices: device_keys(spec),
                 last_used: Instant::now(),
             };
@@ -186,6 +194,7 @@ impl Mounts {
             .map(|(key, entry)| MountedRun {
                 key: *key,
                 mountpoint: self.mountpoint(*key),
+                backend: entry.backend,
                 layers: u32::try_from(entry.devices.len()).unwrap_or(u32::MAX),
             })
             .collect()
@@ -250,8 +259,9 @@ impl Mounts {
                 source,
             });
         }
-        self.backend.mount(&spec).await?;
+        let backend = self.backend.mount(&spec).await?;
         if let Some(entry) = self.table().get_mut(&turn.key) {
+            entry.backend = Some(backend);
             entry.devices = device_keys(&spec);
             entry.last_used = Instant::now();
         }
@@ -276,6 +286,7 @@ impl Mounts {
     fn claim(&self, table: &mut BTreeMap<RunKey, Entry>, key: RunKey) -> Turn<'_> {
         let entry = Entry {
             phase: Phase::Mounting,
+            backend: None,
             devices: Vec::new(),
             last_used: Instant::now(),
         };

@@ -6,6 +6,7 @@
 //! [`STOP_DEADLINE`], deletes no state and touches no mount; a second signal ends the process at
 //! once, which costs no more than a crash does.
 
+mod able;
 mod cluster;
 mod lazy;
 mod lock;

@@ -10,5 +10,6 @@ pub mod fdstore;
 pub mod fusefd;
 pub mod map;
 pub mod mountpoint;
+pub mod newmount;
 pub mod process;
 pub mod slots;

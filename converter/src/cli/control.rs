@@ -219,11 +219,27 @@ fn mirror_line(mirror: &Mirror) -> String {
     )
 }
 
+/// What serves images, and why not something better.
+fn backends(status: &StatusResponse) -> String {
+    let (backend, sealed) = (&status.backend, &status.sealed_backend);
+    let mut text = format!("backend {backend}");
+    // A daemon of before it could be told apart says nothing.
+    if !sealed.is_empty() && sealed != backend {
+        text += &format!(", {sealed} once complete");
+    }
+    if !status.backend_reason.is_empty() {
+        text += &format!(" ({})", status.backend_reason);
+    }
+    text
+}
+
 fn write_status(out: &mut impl Write, status: &StatusResponse, verbose: bool) -> io::Result<()> {
     writeln!(
         out,
-        "sluiced {}, backend {}, root {}",
-        status.version, status.backend, status.root
+        "sluiced {}, {}, root {}",
+        status.version,
+        backends(status),
+        status.root
     )?;
     writeln!(out, "store: {}", bytes(status.store_present_bytes))?;
     if let Some(mirror) = &status.mirror {
@@ -285,6 +301,8 @@ fn status_json(status: &StatusResponse) -> Value {
     json!({
         "version": status.version,
         "backend": status.backend,
+        "sealed_backend": status.sealed_backend,
+        "backend_reason": status.backend_reason,
         "root": status.root,
         "store_present_bytes": status.store_present_bytes,
         "images": status.images.iter().map(|image| json!({
@@ -467,6 +485,8 @@ mod tests {
         let status = StatusResponse {
             version: "0.1.0".into(),
             backend: "fuse".into(),
+            sealed_backend: "erofs".into(),
+            backend_reason: String::new(),
             root: "/var/lib/sluice".into(),
             store_present_bytes: 1024,
             images: vec![Image {
@@ -504,11 +524,18 @@ mod tests {
                 ..Mirror::default()
             }),
         };
+        let fallen = StatusResponse {
+            backend: "fuse".into(),
+            sealed_backend: "fuse".into(),
+            backend_reason: "no EROFS".into(),
+            ..StatusResponse::default()
+        };
+        assert_eq!(backends(&fallen), "backend fuse (no EROFS)");
         let mut out = Vec::new();
         write_status(&mut out, &status, true).unwrap();
         let text = String::from_utf8(out).unwrap();
         for expected in [
-            "sluiced 0.1.0, backend fuse, root /var/lib/sluice",
+            "sluiced 0.1.0, backend fuse, erofs once complete, root /var/lib/sluice",
             "default    a.test/b:1  1       1.00 KiB / 2.00 KiB (50 %)",
             "212 chunks, learned from 3 starts, 75 % of what it loaded was read",
             "origin  foreground  7 B",

@@ -18,7 +18,7 @@ use super::*;
 use crate::chain::RunKey;
 use crate::indexes::{IndexFiles, IndexPin, sample};
 use crate::mount::{
-    FirstRead, FirstReads, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome,
+    Backend, FirstRead, FirstReads, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome,
 };
 
 /// A back-end that mounts nothing and tells what was read.
@@ -51,8 +51,8 @@ impl Script {
 
 #[async_trait]
 impl ImageMount for Script {
-    async fn mount(&self, _: &MountSpec) -> Result<(), MountError> {
-        Ok(())
+    async fn mount(&self, _: &MountSpec) -> Result<Backend, MountError> {
+        Ok(Backend::Bind)
     }
 
     async fn check(&self, _: &str) -> Result<MountState, MountError> {

@@ -175,7 +175,7 @@ fn errors_name_the_file_and_the_key() {
         ("[log]\nlevel = \"a=b=c\"", &["log.level"]),
         (
             "[mount]\nbackend = \"nfs\"",
-            &["mount.backend", "nfs", "fuse"],
+            &["mount.backend", "nfs", "fuse", "erofs"],
         ),
         (
             "[snapshots]\nmount_options = [\"upperdir=/x\"]",

@@ -11,6 +11,7 @@ use sluice_proto::control::{Image, Layer, Mirror, Mount, SourceBytes, StatusResp
 use super::{ControlError, ControlService};
 use crate::layers::device_key;
 use crate::lazy::ImageDocument;
+use crate::mount::Backend;
 use crate::run::MirrorSide;
 use crate::snapshots::{LazyLayerRecord, SnapshotRecord};
 use crate::store::DocumentTable;
@@ -59,13 +60,19 @@ impl ControlService {
         let mounts = parts.mounts.mounted().into_iter().map(|run| Mount {
             key: run.key.to_string(),
             mountpoint: run.mountpoint.to_string_lossy().into_owned(),
-            backend: "fuse".into(),
+            backend: run.backend.map_or("", Backend::as_str).into(),
             layers: run.layers,
             users: users.get(&run.key).copied().unwrap_or(0),
         });
+        let sealed = match self.sealed {
+            Ok(()) => Backend::Erofs,
+            Err(_) => Backend::Fuse,
+        };
         Ok(StatusResponse {
             version: env!("CARGO_PKG_VERSION").into(),
-            backend: "fuse".into(),
+            backend: Backend::Fuse.as_str().into(),
+            sealed_backend: sealed.as_str().into(),
+            backend_reason: self.sealed.clone().err().unwrap_or_default(),
             root: self.lazy.root().to_string_lossy().into_owned(),
             store_present_bytes: held,
             images,

@@ -12,7 +12,7 @@ use tokio::sync::OnceCell;
 
 use super::fuse::FuseMount;
 use super::{
-    FirstReads, ImageMount, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome,
+    Backend, FirstReads, ImageMount, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome,
 };
 use crate::shim::client::{FillService, ShimClient, ShimError, ShimOptions};
 
@@ -65,7 +65,7 @@ impl AttachedMount {
 
 #[async_trait]
 impl ImageMount for AttachedMount {
-    async fn mount(&self, spec: &MountSpec) -> Result<(), MountError> {
+    async fn mount(&self, spec: &MountSpec) -> Result<Backend, MountError> {
         self.backend().await?.mount(spec).await
     }
 

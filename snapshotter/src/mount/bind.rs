@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use nix::mount::MsFlags;
 use tokio::sync::Mutex;
 
-use super::{ImageMount, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome};
+use super::{Backend, ImageMount, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome};
 use crate::sys::mountpoint::{self, Unmounted};
 
 /// Bind-mounts `spec.tree`, read-only, at `spec.mountpoint`.
@@ -28,11 +28,11 @@ fn refused(key: &str, error: &std::io::Error) -> MountError {
 
 #[async_trait]
 impl ImageMount for BindMount {
-    async fn mount(&self, spec: &MountSpec) -> Result<(), MountError> {
+    async fn mount(&self, spec: &MountSpec) -> Result<Backend, MountError> {
         spec.check()?;
         let mut mounted = self.mounted.lock().await;
         if mounted.contains_key(&spec.key) {
-            return Ok(());
+            return Ok(Backend::Bind);
         }
         let source = spec.tree.to_str().unwrap_or_default();
         let bind = |flags| mountpoint::attach(source, &spec.mountpoint, "none", flags, "");
@@ -44,7 +44,7 @@ impl ImageMount for BindMount {
             return Err(refused(&spec.key, &error));
         }
         mounted.insert(spec.key.clone(), spec.mountpoint.clone());
-        Ok(())
+        Ok(Backend::Bind)
     }
 
     async fn check(&self, key: &str) -> Result<MountState, MountError> {

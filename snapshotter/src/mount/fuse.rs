@@ -6,7 +6,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 use super::{
-    FirstReads, ImageMount, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome,
+    Backend, FirstReads, ImageMount, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome,
 };
 use crate::shim::client::ShimClient;
 
@@ -23,8 +23,8 @@ impl FuseMount {
 
 #[async_trait]
 impl ImageMount for FuseMount {
-    async fn mount(&self, spec: &MountSpec) -> Result<(), MountError> {
-        self.0.mount(spec).await
+    async fn mount(&self, spec: &MountSpec) -> Result<Backend, MountError> {
+        self.0.mount(spec).await.map(|()| Backend::Fuse)
     }
 
     async fn check(&self, key: &str) -> Result<MountState, MountError> {

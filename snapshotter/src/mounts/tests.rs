@@ -17,7 +17,7 @@ struct Memory {
 
 #[async_trait]
 impl ImageMount for Memory {
-    async fn mount(&self, spec: &MountSpec) -> Result<(), MountError> {
+    async fn mount(&self, spec: &MountSpec) -> Result<Backend, MountError> {
         self.mounts.fetch_add(1, Ordering::SeqCst);
         tokio::time::sleep(Duration::from_millis(20)).await;
         if self.refuse.load(Ordering::SeqCst) {
@@ -27,7 +27,7 @@ impl ImageMount for Memory {
             });
         }
         self.mounted.lock().unwrap().insert(spec.key.clone());
-        Ok(())
+        Ok(Backend::Bind)
     }
 
     async fn check(&self, key: &str) -> Result<MountState, MountError> {
@@ -218,7 +218,7 @@ async fn what_is_leaving_keeps_its_devices_until_it_has_left() {
         record: None,
     };
     assert!(!site.mounts.is_adopted());
-    site.mounts.adopt(std::slice::from_ref(&spec));
+    site.mounts.adopt(&[(spec.clone(), Backend::Fuse)]);
     assert!(site.mounts.is_adopted());
     let devices = || site.mounts.devices().len();
     // The back-end does not serve it, and a new mount of it fails: the old one is used all the same.

@@ -19,7 +19,7 @@ use sluice_fetcher::scheduler::{Fetcher, FetcherOptions};
 use sluice_fetcher::store::{Reclaim, Store, StoreOptions};
 use tokio::task::JoinHandle;
 
-use super::{Parts, bind_private};
+use super::{Parts, able, bind_private};
 use crate::background::Background;
 use crate::boot::{Boot, BootMetrics};
 use crate::config::Config;
@@ -29,6 +29,9 @@ use crate::indexes::IndexFiles;
 use crate::layers::Layers;
 use crate::lazy::{Lazy, LazyMetrics, LazyOptions, LazyParts, Reclaimer};
 use crate::mount::attached::AttachedMount;
+use crate::mount::choice::MountChoice;
+use crate::mount::erofs::KernelMounts;
+use crate::mount::{Backend, MountMetrics};
 use crate::mounts::Mounts;
 use crate::notifications::{NotificationMetrics, Receiver};
 use crate::prewarm::Prewarms;
@@ -86,12 +89,16 @@ impl LazySide {
         let root = config.root.clone();
         let reclaimer = Reclaimer::default();
         let reclaim = reclaimer.hook();
-        let files = tokio::task::spawn_blocking(move || open_files(root, reclaim)).await??;
+        let run_dir = config.run_dir.clone();
+        let open = move || open_files(root, run_dir, reclaim);
+        let files = tokio::task::spawn_blocking(open).await??;
         let Files {
             indexes,
             trees,
             chunks,
+            kernel,
         } = files;
+        let sealed = able::of_sealed(config).await;
 
         let registry = registry.sub_registry_with_prefix("sluice");
         let metrics = Metrics::new();
@@ -134,7 +141,15 @@ impl LazySide {
             journal: config.mount_journal,
             ..ShimOptions::new(config.run_dir.clone(), shim_program()?)
         };
-        let backend = Arc::new(AttachedMount::new(shim, layers.clone()));
+        let attached = Arc::new(AttachedMount::new(shim, layers.clone()));
+        let mount_metrics = MountMetrics::default();
+        mount_metrics.register(registry);
+        let backend = Arc::new(MountChoice::new(
+            attached.clone(),
+            Arc::clone(&kernel),
+            sealed.clone(),
+            mount_metrics,
+        ));
         let mounts = Arc::new(Mounts::new(backend.clone(), &config.root.join("mnt")));
         let boot_metrics = BootMetrics::default();
         boot_metrics.register(registry);
@@ -149,7 +164,7 @@ impl LazySide {
         if let Some(zone) = zone {
             boot.set_peers(zone);
         }
-        let attach = tokio::spawn(adopt(backend, Arc::clone(&mounts)));
+        let attach = tokio::spawn(adopt(attached, kernel, Arc::clone(&mounts)));
 
         let containerd = Containerd::new(&config.containerd_address, config.rpc_deadline);
         let reader = Containerd::new(&config.containerd_address, CONTENT_DEADLINE);
@@ -193,7 +208,15 @@ impl LazySide {
                 Some(tokio::spawn(receiver.serve(stop.clone())))
             }
         };
-        let service = ControlService::new(lazy.clone(), containerd, cluster, mirror, running, stop);
+        let service = ControlService::new(
+            lazy.clone(),
+            sealed,
+            containerd,
+            cluster,
+            mirror,
+            running,
+            stop,
+        );
         let control = tokio::spawn(async move {
             if let Err(error) = service.serve(listener).await {
                 tracing::error!("control service ended: {error}");
@@ -264,7 +287,7 @@ impl LazySide {
 
 /// Attaches to the shim and takes over its mounts, as often as it takes: a mount that is not known can
 /// neither be shared nor taken away, and nothing is swept before.
-async fn adopt(backend: Arc<AttachedMount>, mounts: Arc<Mounts>) {
+async fn adopt(backend: Arc<AttachedMount>, kernel: Arc<KernelMounts>, mounts: Arc<Mounts>) {
     let mut pause = FIRST_ATTACH_PAUSE;
     loop {
         let served = async {
@@ -273,8 +296,10 @@ async fn adopt(backend: Arc<AttachedMount>, mounts: Arc<Mounts>) {
         };
         match served.await {
             Ok(served) => {
-                let served: Vec<_> = served.into_iter().map(|mount| mount.spec).collect();
-                mounts.adopt(&served);
+                let kernels = kernel.specs().into_iter();
+                let kernels = kernels.map(|spec| (spec, Backend::Erofs));
+                let shims = served.into_iter().map(|it| (it.spec, Backend::Fuse));
+                mounts.adopt(&kernels.chain(shims).collect::<Vec<_>>());
                 return;
             }
             Err(error) => tracing::error!("failed to attach to the shim, will try again: {error}"),
@@ -288,10 +313,11 @@ struct Files {
     indexes: Arc<IndexFiles>,
     trees: Arc<TreeFiles>,
     chunks: Arc<Store>,
+    kernel: Arc<KernelMounts>,
 }
 
 /// Opens what is on disk. Blocks.
-fn open_files(root: PathBuf, reclaim: Reclaim) -> Result<Files, Failure> {
+fn open_files(root: PathBuf, run_dir: PathBuf, reclaim: Reclaim) -> Result<Files, Failure> {
     let options = StoreOptions {
         reclaim: Some(reclaim),
         ..StoreOptions::default()
@@ -301,6 +327,7 @@ fn open_files(root: PathBuf, reclaim: Reclaim) -> Result<Files, Failure> {
         indexes: Arc::new(IndexFiles::open(&root.join("indexes"))?),
         trees: Arc::new(TreeFiles::open(&root.join("trees"))?),
         chunks: Arc::new(Store::open(&root.join("devices"), options)?),
+        kernel: Arc::new(KernelMounts::open(&run_dir.join("mounts"))?),
     })
 }
 
@@ -412,9 +439,10 @@ mod tests {
         options.start_deadline = Duration::from_millis(300);
         let backend = Arc::new(AttachedMount::new(options, Arc::new(NoFills)));
         let mounts = Arc::new(Mounts::new(backend.clone(), dir.path()));
+        let kernel = Arc::new(KernelMounts::open(&dir.path().join("mounts")).unwrap());
         let failed = backend.attach().await.map(drop);
         assert!(failed.is_err());
-        let adopting = tokio::spawn(adopt(backend, Arc::clone(&mounts)));
+        let adopting = tokio::spawn(adopt(backend, kernel, Arc::clone(&mounts)));
         // Long enough for the first attempt to have failed.
         tokio::time::sleep(Duration::from_millis(700)).await;
         assert!(!mounts.is_adopted());

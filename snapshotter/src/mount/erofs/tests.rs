@@ -1,0 +1,291 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Kernel mounts over devices of a real chunk store. Need root and a kernel that mounts EROFS from
+//! files; print SKIPPED where there is none.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use sluice_blockindex::chunkmap::{ChunkMap, ChunkRecord, write_chunk_map};
+use sluice_blockindex::digest::{ChunkDigest, DiffId, IndexDigest, StrongAlgorithm};
+use sluice_blockindex::erofs::{DeviceSlot, write_tree};
+use sluice_blockindex::tree::{FileRun, Inode, InodeKind, Tree};
+use sluice_fetcher::store::{DeviceKey, SealStep, Store, StoreOptions};
+
+use super::*;
+use crate::mount::choice::{Ability, MountChoice};
+use crate::mount::{
+    Backend, ImageMount, MountError, MountMetrics, MountState, UnmountOutcome, selftest,
+};
+
+const CHUNK: usize = 16 * 1024;
+const DEVICE_BYTES: usize = 10 * CHUNK;
+
+/// A run of two layers, the second sealed when a test wants it.
+struct Site {
+    dir: tempfile::TempDir,
+    spec: MountSpec,
+    contents: Vec<Vec<u8>>,
+    store: Store,
+}
+
+fn chunk_map(bytes: &[u8]) -> ChunkMap {
+    let records: Vec<ChunkRecord> = (0u32..)
+        .zip(bytes.chunks(CHUNK))
+        .map(|(ordinal, chunk)| ChunkRecord {
+            ordinal,
+            device_bytes: u32::try_from(chunk.len()).unwrap(),
+            frame_bytes: 1,
+            crc32: crc32fast::hash(chunk),
+            digest: ChunkDigest::of(StrongAlgorithm::Blake3, chunk),
+        })
+        .collect();
+    ChunkMap::parse(write_chunk_map(StrongAlgorithm::Blake3, &records).unwrap()).unwrap()
+}
+
+fn site() -> Option<Site> {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(&dir.path().join("devices"), StoreOptions::default()).unwrap();
+    if let Err(reason) = selftest::kernel_serves_sealed(&dir.path().join("devices")) {
+        println!("SKIPPED: {reason}");
+        return None;
+    }
+    std::fs::create_dir(dir.path().join("mountpoint")).unwrap();
+    let (mut tree, mut slots, mut contents) = (Tree::new(), Vec::new(), Vec::new());
+    let mut devices = Vec::new();
+    for number in 1..=2u16 {
+        let bytes: Vec<u8> = (0..DEVICE_BYTES)
+            .map(|at| u8::try_from(at / 512 % 255 + 1).unwrap() ^ u8::try_from(number).unwrap())
+            .collect();
+        let key = DeviceKey {
+            diff_id: DiffId::of(&bytes),
+            index: IndexDigest::of(&[u8::try_from(number).unwrap()]),
+        };
+        let extent = Some(FileRun {
+            device: number,
+            start_block: 1,
+        });
+        let size_bytes = 100_000;
+        let file = Inode::new(InodeKind::Regular { size_bytes, extent });
+        let name = format!("f{number}");
+        tree.insert_new(tree.root(), name.as_bytes(), file).unwrap();
+        slots.push(DeviceSlot {
+            tag: [b'0'; 64],
+            blocks: (DEVICE_BYTES / 512) as u64,
+        });
+        store.device(key, &chunk_map(&bytes)).unwrap();
+        let data = store.device_paths(&key).unwrap().data;
+        devices.push(DeviceSpec {
+            diff_id: key.diff_id,
+            index_digest: key.index,
+            directory: data.parent().unwrap().to_owned(),
+        });
+        contents.push(bytes);
+    }
+    let path = dir.path().join("tree.erofs");
+    std::fs::write(&path, write_tree(&tree, &slots).unwrap()).unwrap();
+    let spec = MountSpec {
+        key: "run".into(),
+        mountpoint: dir.path().join("mountpoint"),
+        tree: path,
+        devices,
+        read_deadline: None,
+        record: None,
+    };
+    Some(Site {
+        dir,
+        spec,
+        contents,
+        store,
+    })
+}
+
+impl Site {
+    fn seal(&self, number: usize) {
+        let spec = &self.spec.devices[number];
+        let key = DeviceKey {
+            diff_id: spec.diff_id,
+            index: spec.index_digest,
+        };
+        let bytes = &self.contents[number];
+        let device = self.store.device(key, &chunk_map(bytes)).unwrap();
+        for (ordinal, chunk) in (0u32..).zip(bytes.chunks(CHUNK)) {
+            device.commit(ordinal, chunk).unwrap();
+        }
+        device.seal(&mut || SealStep::Continue).unwrap();
+    }
+
+    fn kernel(&self) -> Arc<KernelMounts> {
+        Arc::new(KernelMounts::open(&self.dir.path().join("notes")).unwrap())
+    }
+
+    fn assert_shown(&self) {
+        for (number, bytes) in self.contents.iter().enumerate() {
+            let path = self.spec.mountpoint.join(format!("f{}", number + 1));
+            assert!(
+                std::fs::read(path).unwrap() == bytes[512..100_512],
+                "{number}"
+            );
+        }
+    }
+
+    fn notes(&self) -> usize {
+        std::fs::read_dir(self.dir.path().join("notes"))
+            .unwrap()
+            .count()
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        while let Ok(Unmounted::Done) = mountpoint::detach(&self.spec.mountpoint, true) {}
+    }
+}
+
+#[test]
+fn a_sealed_run_is_mounted_known_again_and_unmounted() {
+    let Some(site) = site() else { return };
+    site.seal(0);
+    assert!(open_sealed(&site.spec).unwrap().is_none());
+    site.seal(1);
+    let devices = open_sealed(&site.spec).unwrap().unwrap();
+    let kernel = site.kernel();
+    for _ in 0..2 {
+        kernel.mount(&site.spec, &devices).unwrap();
+        site.assert_shown();
+    }
+    let at = |spec: &MountSpec| {
+        mountpoint::mounts()
+            .unwrap()
+            .iter()
+            .filter(|l| l.mountpoint == spec.mountpoint)
+            .count()
+    };
+    assert_eq!((at(&site.spec), site.notes()), (1, 1));
+    // A daemon that starts knows it by its note, and one without the note by its tree.
+    let again = site.kernel();
+    assert_eq!(again.specs(), [site.spec.clone()]);
+    assert_eq!(again.in_place("run").unwrap(), Some(site.spec.clone()));
+    std::fs::remove_file(site.dir.path().join("notes/run.mount")).unwrap();
+    let without = site.kernel();
+    assert_eq!(without.specs(), []);
+    without.mount(&site.spec, &devices).unwrap();
+    assert_eq!((at(&site.spec), site.notes()), (1, 1));
+    // What is in use stays; what is deleted is read on by who has it open.
+    let open = File::open(site.spec.mountpoint.join("f1")).unwrap();
+    assert_eq!(
+        without.unmount("run", UnmountMode::IfUnused).unwrap(),
+        Unmounted::Busy
+    );
+    assert_eq!(
+        without.unmount("run", UnmountMode::Detach).unwrap(),
+        Unmounted::Done
+    );
+    std::fs::remove_dir_all(&site.spec.devices[0].directory).unwrap();
+    std::fs::remove_file(&site.spec.tree).unwrap();
+    nix::fcntl::posix_fadvise(
+        &open,
+        0,
+        0,
+        nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED,
+    )
+    .unwrap();
+    let mut bytes = vec![0; 100_000];
+    std::os::unix::fs::FileExt::read_exact_at(&open, &mut bytes, 0).unwrap();
+    assert!(bytes == site.contents[0][512..100_512]);
+    assert_eq!(
+        without.unmount("run", UnmountMode::Detach).unwrap(),
+        Unmounted::Absent
+    );
+    assert_eq!((at(&site.spec), site.notes()), (0, 0));
+}
+
+#[test]
+fn notes_that_are_not_true_are_dropped() {
+    let Some(site) = site() else { return };
+    site.seal(0);
+    site.seal(1);
+    let devices = open_sealed(&site.spec).unwrap().unwrap();
+    let kernel = site.kernel();
+    kernel.mount(&site.spec, &devices).unwrap();
+    mountpoint::detach(&site.spec.mountpoint, true).unwrap();
+    assert_eq!(kernel.in_place("run").unwrap(), None);
+    std::fs::write(site.dir.path().join("notes/x.mount"), b"\xff").unwrap();
+    let copy = site.dir.path().join("notes/other.mount");
+    std::fs::copy(site.dir.path().join("notes/run.mount"), copy).unwrap();
+    assert_eq!(site.kernel().specs(), []);
+    assert_eq!(site.notes(), 0);
+}
+
+#[test]
+fn a_device_that_ends_early_is_not_mounted() {
+    let Some(site) = site() else { return };
+    site.seal(0);
+    site.seal(1);
+    let data = File::options()
+        .write(true)
+        .open(site.spec.devices[1].directory.join("data"))
+        .unwrap();
+    data.set_len(1024).unwrap();
+    assert!(open_sealed(&site.spec).is_err());
+}
+
+/// A shim of which it is said what it does.
+#[derive(Debug)]
+struct Shim {
+    state: MountState,
+    mounts: std::sync::atomic::AtomicUsize,
+}
+
+#[async_trait]
+impl ImageMount for Shim {
+    async fn mount(&self, _: &MountSpec) -> Result<Backend, MountError> {
+        self.mounts
+            .fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        Ok(Backend::Fuse)
+    }
+    async fn check(&self, _: &str) -> Result<MountState, MountError> {
+        Ok(self.state)
+    }
+    async fn unmount(&self, _: &str, _: UnmountMode) -> Result<UnmountOutcome, MountError> {
+        Ok(UnmountOutcome::Done)
+    }
+}
+
+fn choice(site: &Site, ability: Ability) -> (MountChoice, MountMetrics) {
+    let metrics = MountMetrics::default();
+    let shim = Shim {
+        state: MountState::Absent,
+        mounts: Default::default(),
+    };
+    let choice = MountChoice::new(Arc::new(shim), site.kernel(), ability, metrics.clone());
+    (choice, metrics)
+}
+
+#[tokio::test]
+async fn the_kernel_gets_what_is_sealed_and_the_shim_the_rest() {
+    let Some(site) = site() else { return };
+    let (chosen, metrics) = choice(&site, Ok(()));
+    assert_eq!(chosen.mount(&site.spec).await.unwrap(), Backend::Fuse);
+    site.seal(0);
+    site.seal(1);
+    let (unable, _) = choice(&site, Err("test".into()));
+    assert_eq!(unable.mount(&site.spec).await.unwrap(), Backend::Fuse);
+    assert_eq!(chosen.check("run").await.unwrap(), MountState::Absent);
+    assert_eq!(chosen.mount(&site.spec).await.unwrap(), Backend::Erofs);
+    assert_eq!(chosen.check("run").await.unwrap(), MountState::Serving);
+    site.assert_shown();
+    let made = [Backend::Fuse, Backend::Erofs].map(|backend| metrics.made_with(backend));
+    assert_eq!(made, [1, 1]);
+    // Also one that may not make any knows what is there, and takes it away.
+    let (unable, _) = choice(&site, Err("test".into()));
+    assert_eq!(unable.check("run").await.unwrap(), MountState::Serving);
+    assert_eq!(
+        unable.unmount("run", UnmountMode::IfUnused).await.unwrap(),
+        UnmountOutcome::Done
+    );
+    assert_eq!(chosen.check("run").await.unwrap(), MountState::Absent);
+    // What the kernel refuses is served all the same.
+    std::fs::write(&site.spec.tree, vec![1; 4096]).unwrap();
+    assert_eq!(chosen.mount(&site.spec).await.unwrap(), Backend::Fuse);
+    assert_eq!(mountpoint::mount_at(&site.spec.mountpoint).unwrap(), None);
+}
