@@ -33,7 +33,7 @@ use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status};
 
 use crate::lazy::Lazy;
-use crate::mount::choice::Ability;
+use crate::mount::choice::Abilities;
 use crate::prewarm::Prewarms;
 use crate::resolve::{Containerd, ContentError, ContentReader, ResolveError};
 use crate::run::MirrorSide;
@@ -124,8 +124,8 @@ fn status_of(error: &ControlError) -> Status {
 #[derive(Clone, Debug)]
 pub struct ControlService {
     lazy: Lazy,
-    /// Whether the kernel serves sealed runs.
-    sealed: Ability,
+    /// What the kernel serves.
+    abilities: Abilities,
     containerd: Containerd,
     content: Arc<dyn ContentReader>,
     cluster: Option<watch::Receiver<Arc<View>>>,
@@ -140,7 +140,7 @@ impl ControlService {
     #[must_use]
     pub fn new(
         lazy: Lazy,
-        sealed: Ability,
+        abilities: Abilities,
         containerd: Containerd,
         cluster: Option<watch::Receiver<Arc<View>>>,
         mirror: Option<MirrorSide>,
@@ -150,7 +150,7 @@ impl ControlService {
         let content = Arc::clone(&lazy.parts().content);
         Self {
             lazy,
-            sealed,
+            abilities,
             containerd,
             content,
             cluster,

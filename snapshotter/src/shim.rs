@@ -40,6 +40,7 @@ pub mod reads;
 pub mod record;
 pub mod session;
 pub mod waiting;
+mod watch;
 pub mod worker;
 
 /// Newest version of the shim protocol that we speak.
@@ -52,6 +53,8 @@ pub const READS_VERSION: u32 = 2;
 
 /// The version in which the worker began to say which binary it is, and to go on as another.
 pub const UPGRADE_VERSION: u32 = 3;
+/// The version in which the worker began to answer the kernel's events.
+pub const WATCH_VERSION: u32 = 3;
 
 /// Name of the socket below the run directory on which the daemon waits for the worker.
 pub const SOCKET_NAME: &str = "shim.sock";

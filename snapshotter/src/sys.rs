@@ -5,9 +5,11 @@
 //! leaves this module is close-on-exec.
 #![allow(unsafe_code, reason = "system calls; each block says why it is sound")]
 
+pub mod fanotify;
 pub mod fdpass;
 pub mod fdstore;
 pub mod fusefd;
+pub mod lease;
 pub mod map;
 pub mod mountpoint;
 pub mod newmount;

@@ -8,6 +8,8 @@ mod deaths;
 mod image;
 #[path = "shim_mounts/reader.rs"]
 mod reader;
+#[path = "shim_mounts/watches.rs"]
+mod watches;
 #[path = "shim_mounts/world.rs"]
 mod world;
 

@@ -12,6 +12,7 @@ use super::{ControlError, ControlService};
 use crate::layers::device_key;
 use crate::lazy::ImageDocument;
 use crate::mount::Backend;
+use crate::mount::choice::{Abilities, Ability};
 use crate::run::MirrorSide;
 use crate::snapshots::{LazyLayerRecord, SnapshotRecord};
 use crate::store::DocumentTable;
@@ -64,15 +65,16 @@ impl ControlService {
             layers: run.layers,
             users: users.get(&run.key).copied().unwrap_or(0),
         });
-        let sealed = match self.sealed {
-            Ok(()) => Backend::Erofs,
-            Err(_) => Backend::Fuse,
+        let backend = |ability: &Ability| match ability {
+            Ok(()) => Backend::Erofs.as_str().to_owned(),
+            Err(_) => Backend::Fuse.as_str().to_owned(),
         };
+        let Abilities { sealed, lazy } = &self.abilities;
         Ok(StatusResponse {
             version: env!("CARGO_PKG_VERSION").into(),
-            backend: Backend::Fuse.as_str().into(),
-            sealed_backend: sealed.as_str().into(),
-            backend_reason: self.sealed.clone().err().unwrap_or_default(),
+            backend: backend(lazy),
+            sealed_backend: backend(sealed),
+            backend_reason: lazy.clone().err().unwrap_or_default(),
             root: self.lazy.root().to_string_lossy().into_owned(),
             store_present_bytes: held,
             images,

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use tokio::sync::OnceCell;
 
+use super::choice::Watcher;
 use super::fuse::FuseMount;
 use super::{
     Backend, FirstReads, ImageMount, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome,
@@ -52,8 +53,12 @@ impl AttachedMount {
     }
 
     async fn backend(&self) -> Result<FuseMount, MountError> {
+        Ok(FuseMount::new(Arc::clone(self.shim().await?)))
+    }
+
+    async fn shim(&self) -> Result<&Arc<ShimClient>, MountError> {
         match self.attach().await {
-            Ok(client) => Ok(FuseMount::new(Arc::clone(client))),
+            Ok(client) => Ok(client),
             Err(error) => {
                 tracing::error!("failed to attach to the shim: {error}");
                 let reason = error.to_string();
@@ -84,5 +89,20 @@ impl ImageMount for AttachedMount {
         forget: bool,
     ) -> Result<FirstReads, MountError> {
         self.backend().await?.first_reads(key, from, forget).await
+    }
+}
+
+#[async_trait]
+impl Watcher for AttachedMount {
+    async fn watch(&self, spec: &MountSpec) -> Result<(), MountError> {
+        self.shim().await?.watch(spec).await
+    }
+
+    async fn unwatch(&self, key: &str) -> Result<UnmountOutcome, MountError> {
+        self.shim().await?.unwatch(key).await
+    }
+
+    async fn watched(&self) -> Result<Vec<String>, MountError> {
+        self.shim().await?.watched().await
     }
 }

@@ -4,14 +4,17 @@
 //! | run | made by |
 //! | --- | --- |
 //! | all layers sealed, kernel able | the kernel; no process of ours is needed from then on |
+//! | some not, kernel able to ask before they are read | the kernel, while the shim watches them |
 //! | anything else | the shim, over FUSE |
 //!
 //! What is mounted stays with what serves it: containers stand on it, and a mount below them cannot be
 //! exchanged. The next mount of the same run is chosen anew. A kernel that refuses a mount costs a
 //! warning, and the run is served over FUSE.
 
+use std::collections::BTreeSet;
+use std::fmt::Debug;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 
@@ -23,16 +26,41 @@ use super::{
 use crate::shim::session;
 use crate::sys::mountpoint::{self, Unmounted};
 
-/// Whether the kernel may serve sealed runs; if not, why not.
+/// Whether something may be done; if not, why not.
 pub type Ability = Result<(), String>;
+
+/// What the kernel may serve.
+#[derive(Debug, Clone)]
+pub struct Abilities {
+    /// Runs whose layers are all sealed.
+    pub sealed: Ability,
+    /// Others.
+    pub lazy: Ability,
+}
+
+/// Watches devices for the kernel's mounts: the shim.
+#[async_trait]
+pub trait Watcher: Send + Sync + Debug {
+    /// Watches the devices of a run; again is fine. **Cancel**: it may be watched all the same.
+    async fn watch(&self, spec: &MountSpec) -> Result<(), MountError>;
+
+    /// Ends the watch of a run whose mount is gone, unless something still uses the file system.
+    async fn unwatch(&self, key: &str) -> Result<UnmountOutcome, MountError>;
+
+    /// The runs that are watched.
+    async fn watched(&self) -> Result<Vec<String>, MountError>;
+}
 
 /// Chooses a back-end for each mount.
 #[derive(Debug)]
 pub struct MountChoice {
     fuse: Arc<dyn ImageMount>,
+    watcher: Arc<dyn Watcher>,
     kernel: Arc<KernelMounts>,
-    sealed: Ability,
+    abilities: Abilities,
     metrics: MountMetrics,
+    /// Runs that are being mounted: they may be watched already. Locked for set operations only.
+    mounting: Mutex<BTreeSet<String>>,
 }
 
 impl MountChoice {
@@ -41,24 +69,52 @@ impl MountChoice {
     #[must_use]
     pub fn new(
         fuse: Arc<dyn ImageMount>,
+        watcher: Arc<dyn Watcher>,
         kernel: Arc<KernelMounts>,
-        sealed: Ability,
+        abilities: Abilities,
         metrics: MountMetrics,
     ) -> Self {
         Self {
             fuse,
+            watcher,
             kernel,
-            sealed,
+            abilities,
             metrics,
+            mounting: Mutex::default(),
         }
     }
 
-    /// Has the kernel mount the run if all of it is sealed; says whether it did.
-    async fn mount_sealed(&self, spec: &MountSpec) -> io::Result<bool> {
-        let kept = spec.clone();
-        let Some(devices) = blocking(move || erofs::open_sealed(&kept)).await? else {
+    fn mounting(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.mounting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the kernel mount the run if it may; says whether it did.
+    async fn mount_by_kernel(&self, spec: &MountSpec) -> io::Result<bool> {
+        if self.abilities.sealed.is_err() {
             return Ok(false);
-        };
+        }
+        let sealed = is_sealed(spec).await?;
+        if (!sealed && self.abilities.lazy.is_err()) || !self.is_free(spec).await? {
+            return Ok(false);
+        }
+        if !sealed {
+            self.watcher.watch(spec).await.map_err(io::Error::other)?;
+        }
+        let (kernel, kept) = (Arc::clone(&self.kernel), spec.clone());
+        let mounted = blocking(move || {
+            let devices = erofs::open_devices(&kept)?;
+            kernel.mount(&kept, &devices)
+        });
+        let mounted = mounted.await;
+        if mounted.is_err() && !sealed {
+            let undone = self.watcher.unwatch(&spec.key).await;
+            tracing::debug!(key = spec.key, ?undone, "undo a watch");
+        }
+        mounted.map(|()| true)
+    }
+
+    /// Whether no mount of the shim that serves is in the place of the run; a dead one is removed.
+    async fn is_free(&self, spec: &MountSpec) -> io::Result<bool> {
         let at = spec.mountpoint.clone();
         let there = blocking(move || mountpoint::mount_at(&at)).await?;
         if there.is_some_and(|line| line.kind == session::KIND) {
@@ -71,10 +127,42 @@ impl MountChoice {
             let at = spec.mountpoint.clone();
             blocking(move || mountpoint::detach(&at, true)).await?;
         }
-        let (kernel, spec) = (Arc::clone(&self.kernel), spec.clone());
-        blocking(move || kernel.mount(&spec, &devices)).await?;
         Ok(true)
     }
+
+    /// Watches again what has lost its watch.
+    async fn watch_again(&self, spec: &MountSpec) -> Result<(), MountError> {
+        tracing::error!(
+            key = spec.key,
+            "nobody watched a mount that is not complete: what was read of it meanwhile may be zeros"
+        );
+        self.watcher.watch(spec).await
+    }
+
+    /// Puts mounts and watches in agreement: once at the start, and every now and then, because shim and
+    /// daemon may die at any moment.
+    pub async fn tend(&self) -> Result<(), MountError> {
+        let watched = self.watcher.watched().await?;
+        let specs = self.kernel.specs();
+        for spec in specs.iter().filter(|spec| !watched.contains(&spec.key)) {
+            let sealed = is_sealed(spec).await;
+            if !sealed.map_err(|error| refused(&spec.key, &error))? {
+                self.watch_again(spec).await?;
+            }
+        }
+        for key in watched {
+            let mounted = specs.iter().any(|spec| spec.key == key);
+            if !mounted && !self.mounting().contains(&key) {
+                self.watcher.unwatch(&key).await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+async fn is_sealed(spec: &MountSpec) -> io::Result<bool> {
+    let spec = spec.clone();
+    blocking(move || erofs::all_sealed(&spec)).await
 }
 
 /// On a thread that may block.
@@ -92,21 +180,30 @@ fn refused(key: &str, error: &io::Error) -> MountError {
     }
 }
 
+/// Takes a run from those that are being mounted when it is dropped.
+struct Mounting<'a>(&'a MountChoice, &'a str);
+
+impl Drop for Mounting<'_> {
+    fn drop(&mut self) {
+        self.0.mounting().remove(self.1);
+    }
+}
+
 #[async_trait]
 impl ImageMount for MountChoice {
     async fn mount(&self, spec: &MountSpec) -> Result<Backend, MountError> {
         spec.check()?;
-        if self.sealed.is_ok() {
-            match self.mount_sealed(spec).await {
-                Ok(true) => {
-                    self.metrics.made(Backend::Erofs);
-                    return Ok(Backend::Erofs);
-                }
-                Ok(false) => {}
-                Err(error) => {
-                    tracing::warn!(key = spec.key, "mount by FUSE instead of EROFS: {error}");
-                    self.metrics.fell_back();
-                }
+        self.mounting().insert(spec.key.clone());
+        let _mounting = Mounting(self, &spec.key);
+        match self.mount_by_kernel(spec).await {
+            Ok(true) => {
+                self.metrics.made(Backend::Erofs);
+                return Ok(Backend::Erofs);
+            }
+            Ok(false) => {}
+            Err(error) => {
+                tracing::warn!(key = spec.key, "mount by FUSE instead of EROFS: {error}");
+                self.metrics.fell_back();
             }
         }
         let backend = self.fuse.mount(spec).await?;
@@ -115,21 +212,34 @@ impl ImageMount for MountChoice {
     }
 
     async fn check(&self, key: &str) -> Result<MountState, MountError> {
+        let io = |error| refused(key, &error);
         let (kernel, name) = (Arc::clone(&self.kernel), key.to_owned());
-        let in_place = blocking(move || kernel.in_place(&name)).await;
-        match in_place.map_err(|error| refused(key, &error))? {
-            Some(_) => Ok(MountState::Serving),
-            None => self.fuse.check(key).await,
+        let Some(spec) = blocking(move || kernel.in_place(&name)).await.map_err(io)? else {
+            return self.fuse.check(key).await;
+        };
+        if !is_sealed(&spec).await.map_err(io)?
+            && !self.watcher.watched().await?.contains(&spec.key)
+        {
+            self.watch_again(&spec).await?;
         }
+        Ok(MountState::Serving)
     }
 
     async fn unmount(&self, key: &str, mode: UnmountMode) -> Result<UnmountOutcome, MountError> {
         let (kernel, name) = (Arc::clone(&self.kernel), key.to_owned());
         let outcome = blocking(move || kernel.unmount(&name, mode)).await;
-        match outcome.map_err(|error| refused(key, &error))? {
-            Unmounted::Busy => Ok(UnmountOutcome::Busy),
-            // An older mount of the run may still be leaving.
-            Unmounted::Done | Unmounted::Absent => self.fuse.unmount(key, mode).await,
+        if outcome.map_err(|error| refused(key, &error))? == Unmounted::Busy {
+            return Ok(UnmountOutcome::Busy);
+        }
+        // Containers may stand on it all the same.
+        let watched = match self.watcher.watched().await?.iter().any(|it| it == key) {
+            true => self.watcher.unwatch(key).await?,
+            false => UnmountOutcome::Done,
+        };
+        // An older mount of the run may still be leaving.
+        match (self.fuse.unmount(key, mode).await?, watched) {
+            (UnmountOutcome::Done, UnmountOutcome::Done) => Ok(UnmountOutcome::Done),
+            _ => Ok(UnmountOutcome::Busy),
         }
     }
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Mounts that the kernel's EROFS serves by itself: of runs whose layers are all sealed.
+//! Mounts that the kernel's EROFS serves: of runs whose layers are all sealed, or are watched
+//! ([`crate::shim`]) until they are.
 //!
-//! The daemon mounts; from then on no process of ours is on the read path, and none is needed to keep
-//! the mount. The kernel has tree and devices open: deleting a file takes nothing from who reads it
+//! The daemon mounts; from then on no process of ours is on the path of reads of what is sealed, and
+//! none is needed to keep the mount. The kernel has tree and devices open: deleting a file takes nothing from who reads it
 //! through a mount. Their blocks are never punched, because a hole would read as zeros.
 //!
 //! A note of each mount stands in a file below the run directory, written before the mount is made and
@@ -156,20 +157,20 @@ fn is_top(spec: &MountSpec, lines: &[MountLine]) -> bool {
     top.is_some_and(|line| line.kind == KIND && Path::new(&line.source) == spec.tree)
 }
 
-/// Opens the devices of a run, if all of them are sealed.
-///
-/// **Errors** a file cannot be opened or does not fit the tree.
-pub fn open_sealed(spec: &MountSpec) -> io::Result<Option<Vec<File>>> {
+/// Whether all devices of a run are sealed.
+pub fn all_sealed(spec: &MountSpec) -> io::Result<bool> {
     for device in &spec.devices {
         if presence(device)?.state() != DeviceState::Sealed {
-            return Ok(None);
+            return Ok(false);
         }
     }
-    open_devices(spec).map(Some)
+    Ok(true)
 }
 
 /// Opens the devices of a run and holds them against its tree.
-fn open_devices(spec: &MountSpec) -> io::Result<Vec<File>> {
+///
+/// **Errors** a file cannot be opened or does not fit the tree.
+pub fn open_devices(spec: &MountSpec) -> io::Result<Vec<File>> {
     let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
     let tree = MappedTree::open(&spec.tree)?;
     let slots = tree.reader().devices();

@@ -8,6 +8,8 @@
 //! **Blocks** for some milliseconds; a kernel that hangs is the caller's to bound. A crash leaves the
 //! directory, and perhaps its mounts: the next test begins by taking both away.
 
+mod asks;
+
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
@@ -32,10 +34,24 @@ const FILE_BYTES: u64 = 300_001;
 ///
 /// **Errors** what does not work, for people.
 pub fn kernel_serves_sealed(devices: &Path) -> Result<(), String> {
+    in_scratch(devices, try_in)
+}
+
+/// Makes a scratch mount over devices that are filled while they are read.
+///
+/// **Errors** what does not work, for people.
+pub fn kernel_asks_first(devices: &Path) -> Result<(), String> {
+    in_scratch(devices, asks::try_in)
+}
+
+fn in_scratch(
+    devices: &Path,
+    test: impl FnOnce(&Path) -> Result<(), String>,
+) -> Result<(), String> {
     let scratch = devices.join(SCRATCH_NAME);
     let cleared = clear(&scratch).and_then(|()| fs::create_dir_all(&scratch));
     cleared.map_err(|error| format!("make scratch directory: {error}"))?;
-    let result = try_in(&scratch);
+    let result = test(&scratch);
     if let Err(error) = clear(&scratch) {
         tracing::warn!(path = %scratch.display(), "remove the self-test's files: {error}");
     }
@@ -58,8 +74,17 @@ fn clear(scratch: &Path) -> io::Result<()> {
     }
 }
 
+fn failed(what: &'static str) -> impl Fn(io::Error) -> String {
+    move |error| format!("{what}: {error}")
+}
+
+/// The part of a device that its file shows.
+fn shown(device: &[u8]) -> &[u8] {
+    let start = usize::try_from(START_BLOCK * BLOCK_BYTES).unwrap_or(0);
+    &device[start..][..usize::try_from(FILE_BYTES).unwrap_or(0)]
+}
+
 fn try_in(scratch: &Path) -> Result<(), String> {
-    let failed = |what: &'static str| move |error: io::Error| format!("{what}: {error}");
     let at = |name: &str| scratch.join(name);
     for name in ["tree", "empty", "overlay"] {
         fs::create_dir(at(name)).map_err(failed("make scratch directory"))?;
@@ -97,9 +122,7 @@ fn compare(mounted: &Path, contents: &[Vec<u8>; 2]) -> Result<(), String> {
     for (number, content) in contents.iter().enumerate() {
         let path = mounted.join(format!("directory/file{number}"));
         let read = fs::read(&path).map_err(|error| format!("read from EROFS: {error}"))?;
-        let start = usize::try_from(START_BLOCK * BLOCK_BYTES).unwrap_or(0);
-        let length = usize::try_from(FILE_BYTES).unwrap_or(0);
-        if read != content[start..][..length] {
+        if read != shown(content) {
             return Err("EROFS shows other bytes than are in the device".into());
         }
         let listed = fs::read_dir(mounted.join("directory")).map(Iterator::count);
@@ -156,6 +179,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for _ in 0..2 {
             println!("{:?}", kernel_serves_sealed(dir.path()));
+            println!("{:?}", kernel_asks_first(dir.path()));
             assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
             let below = |l: &mountpoint::MountLine| l.mountpoint.starts_with(dir.path());
             assert!(!mountpoint::mounts().unwrap().iter().any(below));
@@ -175,7 +199,7 @@ mod tests {
         let length = usize::try_from(FILE_BYTES).unwrap();
         for (number, bytes) in contents.iter().enumerate() {
             let path = dir.path().join(format!("directory/file{number}"));
-            fs::write(path, &bytes[start..][..length]).unwrap();
+            fs::write(path, shown(bytes)).unwrap();
         }
         assert_eq!(compare(dir.path(), &contents), Ok(()));
         let mut wrong = contents.clone();

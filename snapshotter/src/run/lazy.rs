@@ -57,6 +57,10 @@ const CONTENT_DEADLINE: Duration = Duration::from_secs(2);
 const FIRST_ATTACH_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_ATTACH_PAUSE: Duration = Duration::from_secs(30);
 
+/// How often it is looked whether all that must be watched is. Between two looks only two deaths in
+/// the same moment, while this daemon is not there, can leave something unwatched.
+const TEND_INTERVAL: Duration = Duration::from_secs(30);
+
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 /// The lazy side, running.
@@ -98,7 +102,7 @@ impl LazySide {
             chunks,
             kernel,
         } = files;
-        let sealed = able::of_sealed(config).await;
+        let abilities = able::find_out(config).await;
 
         let registry = registry.sub_registry_with_prefix("sluice");
         let metrics = Metrics::new();
@@ -146,8 +150,9 @@ impl LazySide {
         mount_metrics.register(registry);
         let backend = Arc::new(MountChoice::new(
             attached.clone(),
+            attached.clone(),
             Arc::clone(&kernel),
-            sealed.clone(),
+            abilities.clone(),
             mount_metrics,
         ));
         let mounts = Arc::new(Mounts::new(backend.clone(), &config.root.join("mnt")));
@@ -164,7 +169,11 @@ impl LazySide {
         if let Some(zone) = zone {
             boot.set_peers(zone);
         }
-        let attach = tokio::spawn(adopt(attached, kernel, Arc::clone(&mounts)));
+        let (choice, adopted) = (backend, Arc::clone(&mounts));
+        let attach = tokio::spawn(async move {
+            adopt(attached, kernel, adopted).await;
+            tend(&choice).await;
+        });
 
         let containerd = Containerd::new(&config.containerd_address, config.rpc_deadline);
         let reader = Containerd::new(&config.containerd_address, CONTENT_DEADLINE);
@@ -210,7 +219,7 @@ impl LazySide {
         };
         let service = ControlService::new(
             lazy.clone(),
-            sealed,
+            abilities,
             containerd,
             cluster,
             mirror,
@@ -306,6 +315,16 @@ async fn adopt(backend: Arc<AttachedMount>, kernel: Arc<KernelMounts>, mounts: A
         }
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(LONGEST_ATTACH_PAUSE);
+    }
+}
+
+/// Keeps mounts and their watches in agreement for as long as the daemon lives.
+async fn tend(choice: &MountChoice) {
+    loop {
+        if let Err(error) = choice.tend().await {
+            tracing::warn!("failed to look after the watches of mounts: {error}");
+        }
+        tokio::time::sleep(TEND_INTERVAL).await;
     }
 }
 

@@ -11,6 +11,7 @@
 mod connection;
 pub mod reserve;
 mod start;
+mod watches;
 
 use std::collections::HashMap;
 use std::fmt::Debug;

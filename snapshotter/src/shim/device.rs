@@ -80,6 +80,31 @@ impl OpenDevice {
             .take_while(touched)
     }
 
+    /// Whether `length` bytes from `start` on are present, or never will be. Reads nothing.
+    pub fn look(&self, start: u64, length: usize) -> DeviceRead {
+        let length = u64::try_from(length).unwrap_or(u64::MAX);
+        let extent = Extent::<DeviceSpace>::from_length(start, length)
+            .filter(|extent| extent.end() <= self.device_bytes());
+        match (extent, self.presence.state()) {
+            (None, _) | (_, DeviceState::Failed) => DeviceRead::Failed(FillErrno::Io),
+            (Some(_), DeviceState::Sealed) => DeviceRead::Done,
+            (Some(extent), DeviceState::Open) => match self.presence.holds(extent) {
+                true => DeviceRead::Done,
+                false => DeviceRead::Missing,
+            },
+        }
+    }
+
+    /// Whether all of it is present, for good.
+    pub fn is_sealed(&self) -> bool {
+        self.presence.state() == DeviceState::Sealed
+    }
+
+    /// The `data` file.
+    pub fn data(&self) -> &File {
+        &self.data
+    }
+
     /// Fills the buffer from device byte `start` on, if all of that is present. **Blocks** on the
     /// disk only.
     ///

@@ -27,7 +27,7 @@ use sluice_blockindex::units::BLOCK_BYTES;
 
 use super::device::{DeviceRead, OpenDevice};
 use super::reads::ReadRecorder;
-use super::waiting::{self, PendingRead, WaitingReads};
+use super::waiting::{self, PendingRead, Reply, WaitingReads};
 use crate::mount::MountSpec;
 use crate::sys::map::MappedTree;
 
@@ -434,6 +434,7 @@ impl Filesystem for TreeFilesystem {
                 let deadline = self
                     .read_deadline
                     .and_then(|d| Instant::now().checked_add(d));
+                let reply = Reply::Fuse(reply);
                 let read = PendingRead::new(device.clone(), start, length, deadline, reply);
                 self.waiting.enter(read);
             }

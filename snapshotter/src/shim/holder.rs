@@ -35,7 +35,7 @@ const QUICK_DEATH: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// What the holder keeps.
-type Entries = BTreeMap<String, Vec<OwnedFd>>;
+pub type Entries = BTreeMap<String, Vec<OwnedFd>>;
 
 /// How a worker ended.
 enum End {

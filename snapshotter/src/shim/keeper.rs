@@ -11,6 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
 use nix::sys::time::{TimeVal, TimeValLike};
 use prost::Message;
@@ -19,6 +20,7 @@ use sluice_proto::shim::holder_packet::Body;
 
 use super::holder::LOCK_ENTRY;
 use super::{JOURNAL_FLAG, KEEP_SOCKET_NAME, PROTOCOL_VERSION};
+use crate::sys::fanotify;
 use crate::sys::fdpass::PacketSocket;
 use crate::sys::process;
 
@@ -26,6 +28,9 @@ use crate::sys::process;
 const ANSWER_DEADLINE_SECONDS: i64 = 5;
 /// How long a program that is to take over may take to say that it runs.
 const PROBE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Where the numbers of our own long-lived descriptors begin, if so many may be open.
+const HIGH_NUMBERS: i32 = 1 << 15;
 
 /// What the holder gave to this worker.
 #[derive(Debug)]
@@ -60,15 +65,25 @@ struct Inner {
 }
 
 fn duplicate(fds: &[BorrowedFd<'_>]) -> io::Result<Vec<OwnedFd>> {
-    fds.iter().map(BorrowedFd::try_clone_to_owned).collect()
+    let copies = fds.iter().map(BorrowedFd::try_clone_to_owned);
+    copies.map(|copy| move_up(copy?)).collect()
+}
+
+/// Moves what lives as long as we do to high numbers: low ones may be those of events that a dead
+/// worker left unanswered, see [`super::watch`].
+fn move_up(fd: OwnedFd) -> io::Result<OwnedFd> {
+    let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    let lowest = i32::try_from(soft / 2).unwrap_or(HIGH_NUMBERS);
+    fanotify::move_up(fd, lowest.min(HIGH_NUMBERS))
 }
 
 impl Keeper {
     /// Takes what the holder hands over on standard input.
     pub fn inherit(run_dir: &Path, journal: bool) -> io::Result<(Keeper, Inheritance)> {
-        let socket = PacketSocket::from_owned(io::stdin().as_fd().try_clone_to_owned()?);
+        let socket = move_up(io::stdin().as_fd().try_clone_to_owned()?)?;
+        let socket = PacketSocket::from_owned(socket);
         nix::unistd::dup2_stdin(File::open("/dev/null")?)?;
-        let mut entries = BTreeMap::new();
+        let mut entries: BTreeMap<String, Vec<OwnedFd>> = BTreeMap::new();
         let holder_pid = loop {
             let Some(packet) = socket.recv()? else {
                 return Err(io::Error::new(
@@ -81,7 +96,8 @@ impl Keeper {
                 .body;
             match body {
                 Some(Body::Inherit(inherit)) => {
-                    entries.insert(inherit.name, packet.fds);
+                    let fds = packet.fds.into_iter().map(move_up);
+                    entries.insert(inherit.name, fds.collect::<io::Result<_>>()?);
                 }
                 Some(Body::InheritEnd(end)) => break end.holder_pid,
                 // What a newer holder may add.
@@ -155,6 +171,7 @@ impl Keeper {
     pub fn attach_reserve(&self) {
         let path = self.run_dir.join(KEEP_SOCKET_NAME);
         let connected = PacketSocket::connect(&path).and_then(|socket| {
+            let socket = PacketSocket::from_owned(move_up(socket.into_owned())?);
             set_answer_deadline(&socket)?;
             Ok(socket)
         });

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use sluice_proto::shim as wire;
 use sluice_proto::shim::envelope::Body;
 
@@ -17,6 +18,7 @@ use super::keeper::Keeper;
 use super::mounts::Mounts;
 use super::protocol::{self, Unframer};
 use super::waiting::WaitingReads;
+use super::watch::Watches;
 use super::{OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, SOCKET_NAME};
 use crate::mount::{MountSpec, UnmountMode, UnmountOutcome};
 use crate::sys::process;
@@ -44,6 +46,7 @@ pub struct Link {
     run_dir: PathBuf,
     keeper: Arc<Keeper>,
     mounts: Arc<Mounts>,
+    watches: Arc<Watches>,
     waiting: Arc<WaitingReads>,
     operations: Sender<Operation>,
 }
@@ -54,13 +57,18 @@ impl Link {
         run_dir: &Path,
         keeper: Arc<Keeper>,
         mounts: Arc<Mounts>,
+        watches: Arc<Watches>,
         waiting: Arc<WaitingReads>,
     ) -> io::Result<Link> {
         let (operations, todo) = channel::<Operation>();
-        let (keeper_too, mounts_too) = (keeper.clone(), mounts.clone());
+        let parts = Parts {
+            keeper: keeper.clone(),
+            mounts: mounts.clone(),
+            watches: watches.clone(),
+        };
         super::worker::thread("operate", move || {
             while let Ok(operation) = todo.recv() {
-                let (answer, last) = operate(&keeper_too, &mounts_too, operation.body);
+                let (answer, last) = parts.operate(operation.body);
                 // A broken link: the daemon asks again on the next.
                 let _gone = operation.answer.send(protocol::frame(operation.id, answer));
                 if last {
@@ -75,6 +83,7 @@ impl Link {
             run_dir,
             keeper,
             mounts,
+            watches,
             waiting,
             operations,
         })
@@ -102,13 +111,17 @@ impl Link {
                 }
                 Err(error) => tracing::debug!(%error, "connect to the daemon"),
             }
-            if is_idle(alone_since.elapsed(), self.mounts.is_empty()) {
+            if is_idle(alone_since.elapsed(), self.serves_nothing()) {
                 alone_since = Instant::now();
                 self.shut_down();
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
+    }
+
+    fn serves_nothing(&self) -> bool {
+        self.mounts.is_empty() && self.watches.is_empty()
     }
 
     /// Ends the shim unless it has got something to serve; in turn with the daemon's operations.
@@ -125,6 +138,8 @@ impl Link {
 
     /// One connection, to its end. False: the daemon does not want us.
     fn serve(&self, stream: UnixStream) -> io::Result<bool> {
+        let daemon = getsockopt(&stream, PeerCredentials)?;
+        self.watches.daemon().connected(daemon.pid());
         let (outgoing, queue) = channel::<Vec<u8>>();
         let mut writer = stream.try_clone()?;
         super::worker::thread("link-out", move || {
@@ -191,6 +206,9 @@ impl Link {
                 | Body::Check(_)
                 | Body::Reads(_)
                 | Body::Upgrade(_)
+                | Body::Watch(_)
+                | Body::Unwatch(_)
+                | Body::Watches(_)
                 | Body::Shutdown(_)),
             ) => {
                 let operation = Operation {
@@ -211,6 +229,9 @@ impl Link {
                 | Body::CheckReply(_)
                 | Body::ReadsReply(_)
                 | Body::UpgradeReply(_)
+                | Body::WatchReply(_)
+                | Body::UnwatchReply(_)
+                | Body::WatchesReply(_)
                 | Body::ShutdownReply(_),
             ) => tracing::debug!(id, "ignore a message that is not for us"),
         }
@@ -223,70 +244,122 @@ fn is_idle(alone: Duration, serves_nothing: bool) -> bool {
     serves_nothing && alone >= ALONE
 }
 
-/// Does one operation; gives the answer, and whether it was the last.
-fn operate(keeper: &Keeper, mounts: &Arc<Mounts>, body: Body) -> (Body, bool) {
-    match body {
-        Body::Mount(mount) => {
-            let key = mount.key.clone();
-            let done = MountSpec::try_from(mount)
-                .map_err(io::Error::other)
-                .and_then(|spec| mounts.mount(spec));
-            let error = done
-                .err()
-                .map(|error| error.to_string())
-                .unwrap_or_default();
-            tracing::info!(key, error, "mount");
-            (Body::MountReply(wire::MountReply { error }), false)
-        }
-        Body::Unmount(unmount) => {
-            let mode = match unmount.detach {
-                true => UnmountMode::Detach,
-                false => UnmountMode::IfUnused,
-            };
-            let (busy, error) = match mounts.unmount(&unmount.key, mode) {
-                Ok(outcome) => (outcome == UnmountOutcome::Busy, String::new()),
-                Err(error) => (false, error.to_string()),
-            };
-            tracing::info!(key = unmount.key, busy, error, "unmount");
-            (
-                Body::UnmountReply(wire::UnmountReply { error, busy }),
-                false,
-            )
-        }
-        Body::Shutdown(_) => {
-            let busy = !mounts.is_empty() || keeper.retire().is_err();
-            (Body::ShutdownReply(wire::ShutdownReply { busy }), !busy)
-        }
-        Body::Upgrade(upgrade) => {
-            let upgraded = keeper.upgrade(upgrade.binary.as_ref());
-            let error = upgraded.err().map(|error| error.to_string());
-            let error = error.unwrap_or_default();
-            tracing::warn!(upgrade.binary, error, "go on as another program");
-            let done = error.is_empty();
-            (Body::UpgradeReply(wire::UpgradeReply { error }), done)
-        }
-        Body::Check(check) => {
-            let serving = mounts.is_serving(&check.key).unwrap_or_else(|error| {
-                tracing::error!(key = check.key, %error, "look for a mount");
-                // Asked to mount, we look again and say what is wrong.
-                false
-            });
-            (Body::CheckReply(wire::CheckReply { serving }), false)
-        }
-        Body::Reads(reads) => {
-            let page = mounts.first_reads(&reads.key, reads.from, reads.forget);
-            (Body::ReadsReply(page.into()), false)
-        }
-        body => {
-            let after = match body {
-                Body::List(list) => list.after,
-                _ => String::new(),
-            };
-            let reply = mounts.page(&after).unwrap_or_else(|error| {
-                tracing::error!(%error, "list mounts");
-                wire::ListReply::default()
-            });
-            (Body::ListReply(reply), false)
+/// What operations work on.
+struct Parts {
+    keeper: Arc<Keeper>,
+    mounts: Arc<Mounts>,
+    watches: Arc<Watches>,
+}
+
+impl Parts {
+    /// Does one operation; gives the answer, and whether it was the last.
+    fn operate(&self, body: Body) -> (Body, bool) {
+        let Parts {
+            keeper,
+            mounts,
+            watches,
+        } = self;
+        match body {
+            Body::Mount(mount) => {
+                let key = mount.key.clone();
+                let done = MountSpec::try_from(mount)
+                    .map_err(io::Error::other)
+                    .and_then(|spec| mounts.mount(spec));
+                let error = done
+                    .err()
+                    .map(|error| error.to_string())
+                    .unwrap_or_default();
+                tracing::info!(key, error, "mount");
+                (Body::MountReply(wire::MountReply { error }), false)
+            }
+            Body::Unmount(unmount) => {
+                let mode = match unmount.detach {
+                    true => UnmountMode::Detach,
+                    false => UnmountMode::IfUnused,
+                };
+                let (busy, error) = match mounts.unmount(&unmount.key, mode) {
+                    Ok(outcome) => (outcome == UnmountOutcome::Busy, String::new()),
+                    Err(error) => (false, error.to_string()),
+                };
+                tracing::info!(key = unmount.key, busy, error, "unmount");
+                (
+                    Body::UnmountReply(wire::UnmountReply { error, busy }),
+                    false,
+                )
+            }
+            Body::Shutdown(_) => {
+                let used = !mounts.is_empty() || !watches.is_empty();
+                let busy = used || keeper.retire().is_err();
+                (Body::ShutdownReply(wire::ShutdownReply { busy }), !busy)
+            }
+            Body::Upgrade(upgrade) => {
+                let upgraded = keeper.upgrade(upgrade.binary.as_ref());
+                let error = upgraded.err().map(|error| error.to_string());
+                let error = error.unwrap_or_default();
+                tracing::warn!(upgrade.binary, error, "go on as another program");
+                let done = error.is_empty();
+                (Body::UpgradeReply(wire::UpgradeReply { error }), done)
+            }
+            Body::Check(check) => {
+                let serving = mounts.is_serving(&check.key).unwrap_or_else(|error| {
+                    tracing::error!(key = check.key, %error, "look for a mount");
+                    // Asked to mount, we look again and say what is wrong.
+                    false
+                });
+                (Body::CheckReply(wire::CheckReply { serving }), false)
+            }
+            Body::Reads(reads) => {
+                let (key, from, forget) = (&reads.key, reads.from, reads.forget);
+                let mut page = mounts.first_reads(key, from, forget);
+                if !page.recorded {
+                    page = watches.first_reads(key, from, forget);
+                }
+                (Body::ReadsReply(page.into()), false)
+            }
+            Body::Watch(watch) => {
+                let spec = MountSpec::try_from(watch.mount.unwrap_or_default());
+                let done = spec
+                    .map_err(io::Error::other)
+                    .and_then(|spec| watches.watch(spec));
+                let reply = match done {
+                    Ok(watched) => wire::WatchReply {
+                        watched: Some(watched),
+                        ..Default::default()
+                    },
+                    Err(error) => {
+                        tracing::error!(%error, "watch");
+                        wire::WatchReply {
+                            error: error.to_string(),
+                            watched: None,
+                        }
+                    }
+                };
+                (Body::WatchReply(reply), false)
+            }
+            Body::Unwatch(unwatch) => {
+                let busy = watches.unwatch(&unwatch.key) == UnmountOutcome::Busy;
+                tracing::info!(key = unwatch.key, busy, "unwatch");
+                let error = String::new();
+                (
+                    Body::UnwatchReply(wire::UnwatchReply { error, busy }),
+                    false,
+                )
+            }
+            Body::Watches(_) => {
+                let watched = watches.list();
+                (Body::WatchesReply(wire::WatchesReply { watched }), false)
+            }
+            body => {
+                let after = match body {
+                    Body::List(list) => list.after,
+                    _ => String::new(),
+                };
+                let reply = mounts.page(&after).unwrap_or_else(|error| {
+                    tracing::error!(%error, "list mounts");
+                    wire::ListReply::default()
+                });
+                (Body::ListReply(reply), false)
+            }
         }
     }
 }

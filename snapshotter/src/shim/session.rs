@@ -45,7 +45,7 @@ const MOST_THREADS: usize = 4;
 #[derive(Debug)]
 pub struct Serving {
     /// Devices, each open once.
-    pub devices: OpenDevices,
+    pub devices: Arc<OpenDevices>,
     /// Reads of missing data.
     pub waiting: Arc<WaitingReads>,
     /// Whether requests of new mounts are kept in a [`Journal`].

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Reads of missing data: asked of the daemon, awaited beside the FUSE threads, answered from here.
+//! Reads of missing data: asked of the daemon, awaited beside the serving threads, answered from here.
 //!
-//! A FUSE thread that finds data missing hands the reply over and serves on; so a reader of present
-//! data never waits behind one of missing data, however many there are. Three kinds of thread work
+//! A thread that serves FUSE or events and finds data missing hands the reply over and serves on; so a
+//! reader of present data never waits behind one of missing data, however many there are. Three kinds of thread work
 //! here: the link (one) reads the daemon's answers and the clock (one) finds expired reads, both of
 //! which only move reads to a channel; finishers (a few) read the data and answer the kernel.
 //!
@@ -21,6 +21,7 @@ use sluice_proto::shim::envelope::Body;
 use super::device::{DeviceRead, OpenDevice};
 use super::fills::Fills;
 use super::protocol;
+use super::watch::EventReply;
 use crate::mount::errno::FillErrno;
 
 /// Threads that finish reads. They copy from the page cache; two keep a slow disk from stopping all.
@@ -29,6 +30,24 @@ const FINISHERS: usize = 2;
 /// How often a read is asked again when the daemon says "present" and it is not, before it fails.
 /// More than once happens only if chunks are taken away between answer and read.
 const ATTEMPTS: u32 = 16;
+
+/// Who waits for a read.
+#[derive(Debug)]
+pub enum Reply {
+    /// A reader of a FUSE mount, who gets the bytes.
+    Fuse(ReplyData),
+    /// A reader of a device, who reads by himself when he may.
+    Event(EventReply),
+}
+
+impl Reply {
+    fn failed(self, failure: FillErrno) {
+        match self {
+            Reply::Fuse(reply) => reply.error(errno(failure)),
+            Reply::Event(reply) => reply.failed(failure),
+        }
+    }
+}
 
 /// A read in flight.
 #[derive(Debug)]
@@ -42,7 +61,7 @@ pub struct PendingRead {
     /// When it fails; `None`: never.
     pub deadline: Option<Instant>,
     /// Who waits.
-    pub reply: ReplyData,
+    pub reply: Reply,
     attempts: u32,
 }
 
@@ -78,7 +97,7 @@ impl PendingRead {
         start: u64,
         length: usize,
         deadline: Option<Instant>,
-        reply: ReplyData,
+        reply: Reply,
     ) -> PendingRead {
         PendingRead {
             device,
@@ -221,31 +240,39 @@ impl WaitingReads {
             let next = todo.lock().unwrap_or_else(PoisonError::into_inner).recv();
             match next {
                 Ok(Finish::Present(read)) => self.finish(read),
-                Ok(Finish::Failed(read, failure)) => read.reply.error(errno(failure)),
+                Ok(Finish::Failed(read, failure)) => read.reply.failed(failure),
                 Err(_) => return,
             }
         }
     }
 
-    fn finish(&self, mut read: PendingRead) {
-        let device = read.device.clone();
-        with_read(
-            &device,
-            read.start,
-            read.length,
-            |outcome, bytes| match outcome {
-                DeviceRead::Done => read.reply.data(bytes),
-                DeviceRead::Failed(failure) => read.reply.error(errno(failure)),
-                DeviceRead::Missing if read.attempts < ATTEMPTS => {
-                    read.attempts += 1;
-                    self.enter(read);
-                }
-                DeviceRead::Missing => {
-                    tracing::error!(device = %device.key(), start = read.start, "the daemon says present, the store says missing");
-                    read.reply.error(Errno::EIO);
-                }
+    fn finish(&self, read: PendingRead) {
+        let (device, start, length) = (read.device.clone(), read.start, read.length);
+        if matches!(read.reply, Reply::Event(_)) {
+            self.conclude(read, device.look(start, length), &[]);
+        } else {
+            with_read(&device, start, length, |outcome, bytes| {
+                self.conclude(read, outcome, bytes);
+            });
+        }
+    }
+
+    fn conclude(&self, mut read: PendingRead, outcome: DeviceRead, bytes: &[u8]) {
+        match outcome {
+            DeviceRead::Done => match read.reply {
+                Reply::Fuse(reply) => reply.data(bytes),
+                Reply::Event(reply) => reply.present(),
             },
-        );
+            DeviceRead::Failed(failure) => read.reply.failed(failure),
+            DeviceRead::Missing if read.attempts < ATTEMPTS => {
+                read.attempts += 1;
+                self.enter(read);
+            }
+            DeviceRead::Missing => {
+                tracing::error!(device = %read.device.key(), start = read.start, "the daemon says present, the store says missing");
+                read.reply.failed(FillErrno::Io);
+            }
+        }
     }
 
     fn watch_deadlines(&self) {

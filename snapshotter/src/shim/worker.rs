@@ -13,6 +13,7 @@ use super::link::Link;
 use super::mounts::Mounts;
 use super::session::Serving;
 use super::waiting::WaitingReads;
+use super::watch::{self, WATCH_PREFIX, Watches};
 use crate::sys::process;
 
 /// Stack of our threads. They recurse nowhere; what logging needs fits many times.
@@ -56,6 +57,7 @@ pub fn run(run_dir: &Path, journal: bool) -> io::Result<std::convert::Infallible
         entries,
         holder_pid,
     } = inheritance;
+    let mut reserved = watch::reserve(&entries);
     tracing::info!(
         entries = entries.len(),
         holder = holder_pid,
@@ -65,18 +67,22 @@ pub fn run(run_dir: &Path, journal: bool) -> io::Result<std::convert::Infallible
     let watching = keeper.clone();
     thread("holder", move || watching.replace_dead_holders())?;
     let waiting = WaitingReads::start()?;
+    let devices = Arc::new(OpenDevices::default());
+    let watches = Watches::new(keeper.clone(), devices.clone(), waiting.clone());
     let serving = Serving {
-        devices: OpenDevices::default(),
+        devices,
         waiting: waiting.clone(),
         journaled: journal || !kernel_resends(),
     };
     let mounts = Mounts::new(keeper.clone(), serving);
     for (entry, fds) in entries {
-        if entry != LOCK_ENTRY {
+        if entry.starts_with(WATCH_PREFIX) {
+            watches.inherit(entry, fds, &mut reserved);
+        } else if entry != LOCK_ENTRY {
             mounts.inherit(entry, fds);
         }
     }
-    Link::new(run_dir, keeper, mounts, waiting)?.run()
+    Link::new(run_dir, keeper, mounts, watches, waiting)?.run()
 }
 
 #[cfg(test)]

@@ -4,8 +4,10 @@
 
 use std::collections::HashMap;
 use std::fs::Permissions;
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -16,16 +18,21 @@ use async_trait::async_trait;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use prost::Message as _;
 use sluice_blockindex::chunkmap::{ChunkMap, ChunkRecord, write_chunk_map};
 use sluice_blockindex::digest::{ChunkDigest, DiffId, IndexDigest, StrongAlgorithm};
-use sluice_fetcher::store::{Device, DeviceKey, Store, StoreOptions};
+use sluice_fetcher::store::{Device, DeviceKey, SealStep, Store, StoreOptions};
+use sluice_proto::shim as wire;
+use sluice_proto::shim::holder_packet::Body;
+use sluice_snapshotter::mount::erofs::{self, KernelMounts};
 use sluice_snapshotter::mount::errno::FillErrno;
-use sluice_snapshotter::mount::{DeviceSpec, MountSpec};
+use sluice_snapshotter::mount::{DeviceSpec, MountSpec, UnmountMode, UnmountOutcome, selftest};
 use sluice_snapshotter::shim::client::reserve::Reserve;
 use sluice_snapshotter::shim::client::{
     FillRequest, FillService, ShimClient, ShimOptions, ShimPeer,
 };
-use sluice_snapshotter::sys::mountpoint;
+use sluice_snapshotter::sys::fdpass::PacketSocket;
+use sluice_snapshotter::sys::mountpoint::{self, Unmounted};
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
 
@@ -67,7 +74,7 @@ impl FillService for Fills {
         match behaviour {
             Behaviour::Prompt => {}
             Behaviour::Slow(pause) => tokio::time::sleep(pause).await,
-            Behaviour::Held(number) if request.diff_id == diff_id(number) => {
+            Behaviour::Held(number) if request.index_digest == index_digest(number) => {
                 std::future::pending::<()>().await;
             }
             Behaviour::Held(_) => {}
@@ -84,12 +91,22 @@ impl FillService for Fills {
     }
 }
 
-fn diff_id(number: usize) -> DiffId {
-    DiffId::of(&[u8::try_from(number).unwrap()])
+fn index_digest(number: usize) -> IndexDigest {
+    IndexDigest::of(&[u8::try_from(number).unwrap()])
+}
+
+/// What serves the mounts of a test.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Served {
+    Fuse,
+    /// The kernel, over devices that the shim watches.
+    Erofs,
 }
 
 /// Everything that a test needs; cleaned up when dropped.
 pub struct World {
+    served: Served,
+    kernel: Arc<KernelMounts>,
     pub dir: TempDir,
     pub expected: PathBuf,
     pub fills: Arc<Fills>,
@@ -122,14 +139,31 @@ impl World {
     /// As on a kernel that cannot hand requests out again.
     pub fn journaled(seed: u64) -> World {
         println!("seed {seed}, with a journal");
-        World::with(true, |whole| image::build(seed, whole, Xattrs::Usual))
+        let build = |whole: &Path| image::build(seed, whole, Xattrs::Usual);
+        World::served_by(Served::Fuse, true, build)
+    }
+
+    /// As [`World::new`], served by the kernel; `None` where that cannot.
+    pub fn watched(seed: u64) -> Option<World> {
+        println!("seed {seed}");
+        let scratch = tempfile::tempdir().unwrap();
+        if let Err(reason) = selftest::kernel_asks_first(scratch.path()) {
+            println!("SKIPPED: {reason}");
+            return None;
+        }
+        let build = |whole: &Path| image::build(seed, whole, Xattrs::Usual);
+        Some(World::served_by(Served::Erofs, false, build))
     }
 
     pub fn with_image(build: impl FnOnce(&Path) -> Image) -> World {
-        World::with(false, build)
+        World::served_by(Served::Fuse, false, build)
     }
 
-    fn with(journal: bool, build: impl FnOnce(&Path) -> Image) -> World {
+    fn served_by(
+        served: Served,
+        journal: bool,
+        build: impl FnOnce(&Path) -> Image,
+    ) -> World {
         let dir = tempfile::Builder::new()
             .prefix("shim-test-")
             .tempdir()
@@ -147,7 +181,10 @@ impl World {
         let store = Store::open(&dir.path().join("devices"), StoreOptions::default()).unwrap();
         let (fills, specs) = devices(&store, image);
         let watchdog = Watchdog::start(dir.path().to_owned(), WATCHDOG);
+        let kernel = Arc::new(KernelMounts::open(&dir.path().join("run/mounts")).unwrap());
         let mut world = World {
+            served,
+            kernel,
             dir,
             expected,
             fills: Arc::new(fills),
@@ -213,9 +250,91 @@ impl World {
     /// Mounts under a name; gives the mountpoint.
     pub fn mount(&self, key: &str) -> PathBuf {
         let spec = self.spec(key);
-        let client = self.client();
-        self.run(async { client.mount(&spec).await }).unwrap();
+        self.mount_spec(&spec);
         spec.mountpoint
+    }
+
+    pub fn mount_spec(&self, spec: &MountSpec) {
+        let client = self.client();
+        match self.served {
+            Served::Fuse => self.run(async { client.mount(spec).await }).unwrap(),
+            Served::Erofs => {
+                self.run(async { client.watch(spec).await }).unwrap();
+                self.mount_by_kernel(spec);
+            }
+        }
+    }
+
+    /// Takes away a mount of the kernel; says what is left of its watch.
+    pub fn unmount_watched(&self, key: &str, mode: UnmountMode) -> (Unmounted, UnmountOutcome) {
+        let unmounted = self.kernel.unmount(key, mode).unwrap();
+        let client = self.client();
+        (
+            unmounted,
+            self.run(async { client.unwatch(key).await }).unwrap(),
+        )
+    }
+
+    /// The runs that the worker watches.
+    pub fn watches(&self) -> Vec<String> {
+        let client = self.client();
+        self.run(async { client.watched().await }).unwrap()
+    }
+
+    /// Ends daemon, worker and holder; nothing starts again.
+    pub fn kill_all(&mut self) {
+        let peer = self.client().peer().expect("a worker is attached");
+        self.kill_daemon();
+        let holder = Pid::from_raw(i32::try_from(peer.holder_pid).unwrap());
+        kill(holder, Signal::SIGSTOP).unwrap();
+        kill_pid(peer.worker_pid);
+        kill_pid(peer.holder_pid);
+        let alive = |pid: u32| Path::new(&format!("/proc/{pid}/exe")).read_link().is_ok();
+        while alive(peer.worker_pid) || alive(peer.holder_pid) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Starts a holder as the daemon does when it has something for it.
+    pub fn start_holder(&self, entry: &str, fds: &[BorrowedFd<'_>]) {
+        let (ours, theirs) = PacketSocket::pair().unwrap();
+        let run = self.dir.path().join("run");
+        let log = std::fs::File::options()
+            .append(true)
+            .open(run.join("shim.log"))
+            .unwrap();
+        Command::new(env!("CARGO_BIN_EXE_sluice-shim"))
+            .args(["holder", "--restore", "--run-dir"])
+            .arg(&run)
+            .stdin(theirs.into_owned())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        let packet = |body| wire::HolderPacket { body: Some(body) }.encode_to_vec();
+        let inherit = Body::Inherit(wire::Inherit {
+            name: entry.to_owned(),
+        });
+        ours.send(&packet(inherit), fds).unwrap();
+        ours.send(&packet(Body::InheritEnd(wire::InheritEnd::default())), &[])
+            .unwrap();
+    }
+
+    /// Has the kernel mount a run, whoever watches it.
+    pub fn mount_by_kernel(&self, spec: &MountSpec) {
+        self.kernel
+            .mount(spec, &erofs::open_devices(spec).unwrap())
+            .unwrap();
+    }
+
+    /// All of a device, as the daemon's completion does it.
+    pub fn complete_and_seal(&self) {
+        for (device, bytes) in self.fills.devices.values() {
+            for (ordinal, chunk) in (0u32..).zip(bytes.chunks(CHUNK)) {
+                device.commit(ordinal, chunk).unwrap();
+            }
+            device.seal(&mut || SealStep::Continue).unwrap();
+        }
     }
 
     pub fn behave(&self, behaviour: Behaviour) {
@@ -331,9 +450,9 @@ fn devices(store: &Store, image: Image) -> (Fills, Vec<DeviceSpec>) {
             .collect();
         let section = write_chunk_map(StrongAlgorithm::Blake3, &records).unwrap();
         let chunks = ChunkMap::parse(section).unwrap();
-        let index_digest = IndexDigest::of(&[u8::try_from(number).unwrap()]);
+        let index_digest = index_digest(number);
         let key = DeviceKey {
-            diff_id: diff_id(number),
+            diff_id: DiffId::of(&bytes),
             index: index_digest,
         };
         let device = store.device(key, &chunks).unwrap();

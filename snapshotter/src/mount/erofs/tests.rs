@@ -3,6 +3,8 @@
 //! files; print SKIPPED where there is none.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::SeqCst;
 
 use async_trait::async_trait;
 use sluice_blockindex::chunkmap::{ChunkMap, ChunkRecord, write_chunk_map};
@@ -12,7 +14,7 @@ use sluice_blockindex::tree::{FileRun, Inode, InodeKind, Tree};
 use sluice_fetcher::store::{DeviceKey, SealStep, Store, StoreOptions};
 
 use super::*;
-use crate::mount::choice::{Ability, MountChoice};
+use crate::mount::choice::{Abilities, Ability, MountChoice, Watcher};
 use crate::mount::{
     Backend, ImageMount, MountError, MountMetrics, MountState, UnmountOutcome, selftest,
 };
@@ -145,9 +147,10 @@ impl Drop for Site {
 fn a_sealed_run_is_mounted_known_again_and_unmounted() {
     let Some(site) = site() else { return };
     site.seal(0);
-    assert!(open_sealed(&site.spec).unwrap().is_none());
+    assert!(!all_sealed(&site.spec).unwrap());
     site.seal(1);
-    let devices = open_sealed(&site.spec).unwrap().unwrap();
+    assert!(all_sealed(&site.spec).unwrap());
+    let devices = open_devices(&site.spec).unwrap();
     let kernel = site.kernel();
     for _ in 0..2 {
         kernel.mount(&site.spec, &devices).unwrap();
@@ -163,7 +166,7 @@ fn a_sealed_run_is_mounted_known_again_and_unmounted() {
     assert_eq!((at(&site.spec), site.notes()), (1, 1));
     // A daemon that starts knows it by its note, and one without the note by its tree.
     let again = site.kernel();
-    assert_eq!(again.specs(), [site.spec.clone()]);
+    assert_eq!(again.specs(), std::slice::from_ref(&site.spec));
     assert_eq!(again.in_place("run").unwrap(), Some(site.spec.clone()));
     std::fs::remove_file(site.dir.path().join("notes/run.mount")).unwrap();
     let without = site.kernel();
@@ -204,7 +207,8 @@ fn notes_that_are_not_true_are_dropped() {
     let Some(site) = site() else { return };
     site.seal(0);
     site.seal(1);
-    let devices = open_sealed(&site.spec).unwrap().unwrap();
+    assert!(all_sealed(&site.spec).unwrap());
+    let devices = open_devices(&site.spec).unwrap();
     let kernel = site.kernel();
     kernel.mount(&site.spec, &devices).unwrap();
     mountpoint::detach(&site.spec.mountpoint, true).unwrap();
@@ -226,66 +230,125 @@ fn a_device_that_ends_early_is_not_mounted() {
         .open(site.spec.devices[1].directory.join("data"))
         .unwrap();
     data.set_len(1024).unwrap();
-    assert!(open_sealed(&site.spec).is_err());
+    assert!(open_devices(&site.spec).is_err());
 }
 
-/// A shim of which it is said what it does.
-#[derive(Debug)]
+/// A shim that notes what it is asked.
+#[derive(Debug, Default)]
 struct Shim {
-    state: MountState,
-    mounts: std::sync::atomic::AtomicUsize,
+    watched: Mutex<Vec<String>>,
+    busy: AtomicBool,
+    /// Whether nothing was mounted yet when the last watch began.
+    before_mount: AtomicBool,
 }
 
 #[async_trait]
 impl ImageMount for Shim {
     async fn mount(&self, _: &MountSpec) -> Result<Backend, MountError> {
-        self.mounts
-            .fetch_add(1, std::sync::atomic::Ordering::SeqCst);
         Ok(Backend::Fuse)
     }
     async fn check(&self, _: &str) -> Result<MountState, MountError> {
-        Ok(self.state)
+        Ok(MountState::Absent)
     }
     async fn unmount(&self, _: &str, _: UnmountMode) -> Result<UnmountOutcome, MountError> {
         Ok(UnmountOutcome::Done)
     }
 }
 
-fn choice(site: &Site, ability: Ability) -> (MountChoice, MountMetrics) {
+#[async_trait]
+impl Watcher for Shim {
+    async fn watch(&self, spec: &MountSpec) -> Result<(), MountError> {
+        self.before_mount.store(
+            mountpoint::mount_at(&spec.mountpoint).unwrap().is_none(),
+            SeqCst,
+        );
+        self.watched.lock().unwrap().push(spec.key.clone());
+        Ok(())
+    }
+    async fn unwatch(&self, key: &str) -> Result<UnmountOutcome, MountError> {
+        if self.busy.load(SeqCst) {
+            return Ok(UnmountOutcome::Busy);
+        }
+        self.watched.lock().unwrap().retain(|it| it != key);
+        Ok(UnmountOutcome::Done)
+    }
+    async fn watched(&self) -> Result<Vec<String>, MountError> {
+        Ok(self.watched.lock().unwrap().clone())
+    }
+}
+
+fn choice(site: &Site, sealed: Ability, lazy: Ability) -> (MountChoice, Arc<Shim>, MountMetrics) {
     let metrics = MountMetrics::default();
-    let shim = Shim {
-        state: MountState::Absent,
-        mounts: Default::default(),
-    };
-    let choice = MountChoice::new(Arc::new(shim), site.kernel(), ability, metrics.clone());
-    (choice, metrics)
+    let shim = Arc::new(Shim::default());
+    let abilities = Abilities { sealed, lazy };
+    let (fuse, watcher) = (shim.clone(), shim.clone());
+    let choice = MountChoice::new(fuse, watcher, site.kernel(), abilities, metrics.clone());
+    (choice, shim, metrics)
+}
+
+fn no() -> Ability {
+    Err("test".into())
 }
 
 #[tokio::test]
 async fn the_kernel_gets_what_is_sealed_and_the_shim_the_rest() {
     let Some(site) = site() else { return };
-    let (chosen, metrics) = choice(&site, Ok(()));
+    let (chosen, shim, metrics) = choice(&site, Ok(()), no());
     assert_eq!(chosen.mount(&site.spec).await.unwrap(), Backend::Fuse);
     site.seal(0);
     site.seal(1);
-    let (unable, _) = choice(&site, Err("test".into()));
+    let (unable, ..) = choice(&site, no(), no());
     assert_eq!(unable.mount(&site.spec).await.unwrap(), Backend::Fuse);
     assert_eq!(chosen.check("run").await.unwrap(), MountState::Absent);
     assert_eq!(chosen.mount(&site.spec).await.unwrap(), Backend::Erofs);
     assert_eq!(chosen.check("run").await.unwrap(), MountState::Serving);
+    assert!(shim.watched.lock().unwrap().is_empty());
     site.assert_shown();
     let made = [Backend::Fuse, Backend::Erofs].map(|backend| metrics.made_with(backend));
     assert_eq!(made, [1, 1]);
     // Also one that may not make any knows what is there, and takes it away.
-    let (unable, _) = choice(&site, Err("test".into()));
+    let (unable, ..) = choice(&site, no(), no());
     assert_eq!(unable.check("run").await.unwrap(), MountState::Serving);
-    assert_eq!(
-        unable.unmount("run", UnmountMode::IfUnused).await.unwrap(),
-        UnmountOutcome::Done
-    );
+    let done = unable.unmount("run", UnmountMode::IfUnused).await.unwrap();
+    assert_eq!(done, UnmountOutcome::Done);
     assert_eq!(chosen.check("run").await.unwrap(), MountState::Absent);
     // What the kernel refuses is served all the same.
     std::fs::write(&site.spec.tree, vec![1; 4096]).unwrap();
     assert_eq!(chosen.mount(&site.spec).await.unwrap(), Backend::Fuse);
     assert_eq!(mountpoint::mount_at(&site.spec.mountpoint).unwrap(), None);
+}
+
+#[tokio::test]
+async fn what_is_not_sealed_is_watched_before_it_is_mounted_and_after_it_is_gone() {
+    let Some(site) = site() else { return };
+    site.seal(0);
+    let (chosen, shim, _) = choice(&site, Ok(()), Ok(()));
+    let watched = || shim.watched.lock().unwrap().clone();
+    assert_eq!(chosen.mount(&site.spec).await.unwrap(), Backend::Erofs);
+    assert_eq!(watched(), ["run"]);
+    assert!(shim.before_mount.load(SeqCst));
+    // A watch that was lost is made again, whoever notices first.
+    for round in 0..2 {
+        shim.watched.lock().unwrap().clear();
+        let restored = match round {
+            0 => chosen
+                .check("run")
+                .await
+                .map(|state| state == MountState::Serving),
+            _ => chosen.tend().await.map(|()| true),
+        };
+        assert!(restored.unwrap());
+        assert_eq!(watched(), ["run"]);
+    }
+    shim.busy.store(true, SeqCst);
+    let busy = chosen.unmount("run", UnmountMode::IfUnused).await.unwrap();
+    assert_eq!(busy, UnmountOutcome::Busy);
+    assert_eq!(mountpoint::mount_at(&site.spec.mountpoint).unwrap(), None);
+    assert_eq!(watched(), ["run"]);
+    shim.busy.store(false, SeqCst);
+    // A watch without a mount is ended by who tends.
+    chosen.tend().await.unwrap();
+    assert_eq!(watched(), [""; 0]);
+    let done = chosen.unmount("run", UnmountMode::IfUnused).await.unwrap();
+    assert_eq!(done, UnmountOutcome::Done);
 }

@@ -112,6 +112,9 @@ impl Connection {
                 | Body::CheckReply(_)
                 | Body::ReadsReply(_)
                 | Body::UpgradeReply(_)
+                | Body::WatchReply(_)
+                | Body::UnwatchReply(_)
+                | Body::WatchesReply(_)
                 | Body::ShutdownReply(_)),
             ) => {
                 // A call that gave up has taken its waiter away.
@@ -130,6 +133,9 @@ impl Connection {
                 | Body::Check(_)
                 | Body::Reads(_)
                 | Body::Upgrade(_)
+                | Body::Watch(_)
+                | Body::Unwatch(_)
+                | Body::Watches(_)
                 | Body::Shutdown(_),
             ) => tracing::debug!(id, "ignore a message that is not for us"),
         }

@@ -72,6 +72,12 @@ impl Reserve {
         self.table().entries.is_empty()
     }
 
+    /// Whether an entry of this name is kept.
+    #[must_use]
+    pub fn holds(&self, name: &str) -> bool {
+        self.table().entries.contains_key(name)
+    }
+
     /// Sends all that is kept to a new holder; how many entries that were.
     pub fn hand_over(&self, socket: &PacketSocket) -> std::io::Result<usize> {
         let table = self.table();

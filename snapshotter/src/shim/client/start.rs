@@ -2,6 +2,7 @@
 //! Starting the shim, and the socket it connects to.
 
 use std::fs::{File, OpenOptions, Permissions, TryLockError};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::process::Stdio;
@@ -69,6 +70,10 @@ pub(super) async fn supervise(shared: Arc<Shared>) {
     let mut children: Vec<tokio::process::Child> = Vec::new();
     let mut started: Option<Instant> = None;
     loop {
+        if *shared.current.borrow() != Presence::Absent {
+            // What was started last is there: when it dies, nobody waits for it.
+            started = None;
+        }
         if current
             .wait_for(|presence| *presence == Presence::Absent)
             .await
