@@ -28,7 +28,17 @@ print('digest', whole.hexdigest(), flush=True)
 
 #[test]
 fn daemon_killed_and_stopped_under_readers() -> Result<()> {
-    let mut site = Site::start("crash", Release::V1, Line::OPEN, "")?;
+    deaths("auto")
+}
+
+#[test]
+fn daemon_killed_and_stopped_under_readers_over_fuse() -> Result<()> {
+    deaths("fuse")
+}
+
+fn deaths(backend: &str) -> Result<()> {
+    let config = format!("[mount]\nbackend = \"{backend}\"\n");
+    let mut site = Site::start("crash", Release::V1, Line::OPEN, &config)?;
     let [original, reference] = site.push_and_convert(&images::python_layout()?, "crash/python")?;
     let expected = {
         let ordinary = site.nerdctl_with("crash", "overlayfs");
@@ -69,7 +79,7 @@ fn daemon_killed_and_stopped_under_readers() -> Result<()> {
     }
     let output = reader.join().unwrap()?;
     println!(
-        "killed and stopped {kills} times in {:.1} s",
+        "{backend}: killed and stopped {kills} times in {:.1} s",
         start.elapsed().as_secs_f64()
     );
     ensure!(

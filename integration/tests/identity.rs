@@ -137,9 +137,10 @@ fn assert_same(left: &[String], right: &[String], start: SystemTime) -> Result<(
     Ok(())
 }
 
-fn identical(name: &str, layout: &std::path::Path) -> Result<()> {
+fn identical(name: &str, layout: &std::path::Path, backend: &str) -> Result<()> {
     let start = SystemTime::now() - Duration::from_secs(1);
-    let site = Site::start(name, Release::V1, Line::OPEN, "")?;
+    let config = format!("[mount]\nbackend = \"{backend}\"\n");
+    let site = Site::start(name, Release::V1, Line::OPEN, &config)?;
     let direct = site.registry.direct();
     let [original, converted] = site.push_and_convert(layout, name)?;
     // A namespace each: in one, the second image would find the first one's snapshots.
@@ -213,6 +214,12 @@ fn identical(name: &str, layout: &std::path::Path) -> Result<()> {
     assert_same(&files, &sluice_files, start)?;
     let miscounted = sluice_files.iter().find(|line| line.contains(" nlink="));
     ensure!(miscounted.is_none(), "{miscounted:?}");
+    let status = site.status()?;
+    println!("{name}: shown by {}", status["mounts"][0]["backend"]);
+    ensure!(
+        status["mounts"][0]["backend"] == status["backend"],
+        "{status:#}"
+    );
     // A container is what starts the completion in the background.
     let run = [
         "run",
@@ -280,16 +287,25 @@ fn kernel_shows_the_same(site: &Site, expected: &[String]) -> Result<()> {
 
 #[test]
 fn every_kind_of_entry() -> Result<()> {
+    strange("auto")
+}
+
+#[test]
+fn every_kind_of_entry_over_fuse() -> Result<()> {
+    strange("fuse")
+}
+
+fn strange(backend: &str) -> Result<()> {
     let directory = tempfile::tempdir()?;
     let layout = layout::write(
         directory.path(),
         &mut strange_layers()?,
         &["/bin/sh", "-c", "echo ready"],
     )?;
-    identical("strange", &layout)
+    identical("strange", &layout, backend)
 }
 
 #[test]
 fn a_real_image() -> Result<()> {
-    identical("python", &images::python_layout()?)
+    identical("python", &images::python_layout()?, "auto")
 }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use sluice_integration::harness::command::run_observed;
 use sluice_integration::harness::containerd::Release;
+use sluice_integration::harness::daemon::quick_reaper_with;
 use sluice_integration::harness::proxy::Line;
 use sluice_integration::harness::site::Site;
 use sluice_integration::harness::{images, mounts};
@@ -61,13 +62,21 @@ fn eventually(
     Ok(())
 }
 
-fn whole_life(release: Release) -> Result<()> {
-    let mut site = Site::start(
-        "lazy",
-        release,
-        Line::OPEN,
-        sluice_integration::harness::daemon::QUICK_REAPER,
-    )?;
+/// What the mount table says of mounts that are served by a back-end.
+fn kind_of(backend: &serde_json::Value) -> &'static str {
+    match backend.as_str() {
+        Some("erofs") => "erofs",
+        _ => "fuse.sluice",
+    }
+}
+
+fn mounted_kinds(site: &Site) -> Vec<String> {
+    image_mounts(site).into_iter().map(|it| it.kind).collect()
+}
+
+fn whole_life(release: Release, backend: &str) -> Result<()> {
+    let config = quick_reaper_with(backend);
+    let mut site = Site::start("lazy", release, Line::OPEN, &config)?;
     let [_, reference] = site.push_and_convert(&images::python_layout()?, "lazy/python")?;
     let direct = site.registry.direct();
     let image_bytes: u64 =
@@ -129,10 +138,16 @@ fn whole_life(release: Release) -> Result<()> {
             "--serve",
         ])?;
     }
+    let status = site.status()?;
+    println!(
+        "served by {}, by {} once complete; {}",
+        status["backend"], status["sealed_backend"], status["backend_reason"]
+    );
+    let kinds = mounted_kinds(&site);
     ensure!(
-        image_mounts(&site).len() == 1,
-        "mounts: {:?}",
-        image_mounts(&site)
+        kinds == [kind_of(&status["backend"])],
+        "{kinds:?}\n{}",
+        site.daemon.log_tail()
     );
 
     // Warm, after the seal, and with no registry at all.
@@ -174,22 +189,13 @@ fn whole_life(release: Release) -> Result<()> {
 
     // What is complete is the kernel's from the next mount on, where it is able to.
     let status = site.status()?;
-    let sealed_backend = status["sealed_backend"].as_str().unwrap_or_default();
-    println!(
-        "complete images are mounted by {sealed_backend}: {}",
-        status["backend_reason"]
-    );
-    let expected = if sealed_backend == "erofs" {
-        "erofs"
-    } else {
-        "fuse.sluice"
-    };
-    let kinds: Vec<String> = image_mounts(&site).into_iter().map(|it| it.kind).collect();
-    ensure!(kinds == [expected], "{kinds:?}\n{}", site.daemon.log_tail());
+    let (kinds, expected) = (mounted_kinds(&site), &status["sealed_backend"]);
     ensure!(
-        status["mounts"][0]["backend"].as_str() == Some(sealed_backend),
-        "{status:#}"
+        kinds == [kind_of(expected)],
+        "{kinds:?}\n{}",
+        site.daemon.log_tail()
     );
+    ensure!(status["mounts"][0]["backend"] == *expected, "{status:#}");
 
     // A daemon that starts finds the mount and keeps it, and neither shim nor daemon is needed to read.
     site.daemon.kill()?;
@@ -212,11 +218,11 @@ fn whole_life(release: Release) -> Result<()> {
 }
 
 #[test]
-fn whole_life_on_containerd_1() -> Result<()> {
-    whole_life(Release::V1)
+fn whole_life_on_containerd_1_over_fuse() -> Result<()> {
+    whole_life(Release::V1, "fuse")
 }
 
 #[test]
 fn whole_life_on_containerd_2() -> Result<()> {
-    whole_life(Release::V2)
+    whole_life(Release::V2, "auto")
 }

@@ -19,6 +19,12 @@ use super::tools;
 /// Config that frees unused mounts and data after a second instead of minutes.
 pub const QUICK_REAPER: &str = "[mount]\ngrace = \"1s\"\n\n[store]\ngrace = \"1s\"\n";
 
+/// [`QUICK_REAPER`] with what serves mounts: `auto`, `fuse` or `erofs`.
+#[must_use]
+pub fn quick_reaper_with(backend: &str) -> String {
+    QUICK_REAPER.replace("[mount]\n", &format!("[mount]\nbackend = \"{backend}\"\n"))
+}
+
 /// A running daemon and the shim it started.
 #[derive(Debug)]
 pub struct Daemon {
