@@ -124,7 +124,7 @@ fn row(name: &str, start: &Start) {
 
 #[test]
 fn a_recorded_start_makes_the_next_one_fast() -> Result<()> {
-    let config = format!("{QUICK_REAPER}\n[boot]\nwindow = \"4s\"\n");
+    let config = format!("{QUICK_REAPER}\n[boot]\nwindow = \"8s\"\n");
     let mut site = Site::start("boot", Release::V1, Line::OPEN, &config)?;
     let layout = images::python_layout()?;
     let [original, reference] = site.push_and_convert(&layout, REPOSITORY)?;

@@ -264,7 +264,33 @@ fn storm_of_deaths_with_a_journal() -> Result<()> {
     })
 }
 
+/// The kernel's EROFS, which asks before it reads.
+#[test]
+fn storm_of_deaths_over_erofs() -> Result<()> {
+    run(&Storm {
+        name: "storme",
+        mount: "backend = \"erofs\"",
+        managed: true,
+        lasts: Duration::from_secs(30),
+        deaths: 12,
+        seed: 5,
+    })
+}
+
 const LONG: Duration = Duration::from_secs(600);
+
+#[test]
+#[ignore = "takes minutes: make soak"]
+fn long_storm_of_deaths_over_erofs() -> Result<()> {
+    run(&Storm {
+        name: "storme",
+        mount: "backend = \"erofs\"",
+        managed: true,
+        lasts: LONG,
+        deaths: 200,
+        seed: 6,
+    })
+}
 
 #[test]
 #[ignore = "takes minutes: make soak"]

@@ -7,14 +7,21 @@ use std::time::Duration;
 use crate::config::{Config, MountBackend};
 use crate::mount::choice::{Abilities, Ability};
 use crate::mount::selftest;
+use crate::sys::fdstore::FdStore;
 
 /// How long the self-test may take; it takes milliseconds. A kernel in which it hangs gets no mounts,
 /// and costs a thread.
 const DEADLINE: Duration = Duration::from_secs(10);
+/// Why images that are not complete stay with FUSE.
+const UNKEPT: &str =
+    "no service manager keeps descriptors, and backend is not erofs (see docs/configuration.md)";
 
 /// What the kernel is to serve. A node whose kernel cannot is served over FUSE, whatever the
 /// configuration wishes: it says so in the log and in `sluice status`, and refuses nothing.
-pub(super) async fn find_out(config: &Config) -> Abilities {
+///
+/// Where nobody but our own processes keeps what has the kernel ask first (`store`), their death at one moment
+/// would let readers see zeros: that must be wished for, by `backend = "erofs"`.
+pub(super) async fn find_out(config: &Config, store: FdStore) -> Abilities {
     if config.mount_backend == MountBackend::Fuse {
         let no = || Err("the configuration says fuse".to_owned());
         return Abilities {
@@ -26,6 +33,7 @@ pub(super) async fn find_out(config: &Config) -> Abilities {
     let sealed = tried(config, selftest::kernel_serves_sealed).await;
     say("images that are complete", &sealed, insisted);
     let lazy = match &sealed {
+        Ok(()) if store == FdStore::None && !insisted => Err(UNKEPT.to_owned()),
         Ok(()) => tried(config, selftest::kernel_asks_first).await,
         Err(reason) => Err(reason.clone()),
     };

@@ -102,7 +102,8 @@ impl LazySide {
             chunks,
             kernel,
         } = files;
-        let abilities = able::find_out(config).await;
+        let (store, stored) = FdStore::take();
+        let abilities = able::find_out(config, store).await;
 
         let registry = registry.sub_registry_with_prefix("sluice");
         let metrics = Metrics::new();
@@ -137,7 +138,6 @@ impl LazySide {
             shelf.attach(peers);
         }
 
-        let (store, stored) = FdStore::take();
         let reserve = Arc::new(Reserve::restored(store, stored));
         reserve.register(registry);
         let shim = ShimOptions {

@@ -2,7 +2,7 @@
 //! Processes: watching one that is no child of ours, and memory settings of our own.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
@@ -31,28 +31,6 @@ pub const OWN_BINARY: &str = "/proc/self/exe";
 pub fn pidfd(pid: u32) -> io::Result<OwnedFd> {
     // SAFETY: pidfd_open takes two integers and touches no memory of ours.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::c_long::from(pid), 0) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let fd = i32::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: the kernel has just installed this number for us, close-on-exec.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// A duplicate of descriptor `number` of the process behind `process`, close-on-exec.
-///
-/// **Errors** `EPERM` without the right to trace that process, `ESRCH` when it has ended, `EBADF`.
-pub fn duplicate_from(process: BorrowedFd<'_>, number: u32) -> io::Result<OwnedFd> {
-    let process = libc::c_long::from(process.as_raw_fd());
-    // SAFETY: pidfd_getfd takes three integers and touches no memory of ours.
-    let fd = unsafe {
-        libc::syscall(
-            libc::SYS_pidfd_getfd,
-            process,
-            libc::c_long::from(number),
-            0,
-        )
-    };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -103,13 +81,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_descriptor_is_taken_from_a_process_that_lives() {
-        let file = std::fs::File::open("/proc/self/status").unwrap();
+    fn who_lives_has_not_ended() {
         let me = pidfd(std::process::id()).unwrap();
-        let number = u32::try_from(file.as_raw_fd()).unwrap();
-        let taken = duplicate_from(me.as_fd(), number).unwrap();
-        assert_ne!(taken.as_raw_fd(), file.as_raw_fd());
-        assert!(duplicate_from(me.as_fd(), 999_999).is_err());
         assert!(!has_ended(me.as_fd()));
         let mut child = Command::new("true").spawn().unwrap();
         let fd = pidfd(child.id()).unwrap();

@@ -159,11 +159,7 @@ impl World {
         World::served_by(Served::Fuse, false, build)
     }
 
-    fn served_by(
-        served: Served,
-        journal: bool,
-        build: impl FnOnce(&Path) -> Image,
-    ) -> World {
+    fn served_by(served: Served, journal: bool, build: impl FnOnce(&Path) -> Image) -> World {
         let dir = tempfile::Builder::new()
             .prefix("shim-test-")
             .tempdir()
@@ -303,7 +299,7 @@ impl World {
             .append(true)
             .open(run.join("shim.log"))
             .unwrap();
-        Command::new(env!("CARGO_BIN_EXE_sluice-shim"))
+        let mut holder = Command::new(env!("CARGO_BIN_EXE_sluice-shim"))
             .args(["holder", "--restore", "--run-dir"])
             .arg(&run)
             .stdin(theirs.into_owned())
@@ -311,6 +307,7 @@ impl World {
             .stderr(log)
             .spawn()
             .unwrap();
+        std::thread::spawn(move || holder.wait());
         let packet = |body| wire::HolderPacket { body: Some(body) }.encode_to_vec();
         let inherit = Body::Inherit(wire::Inherit {
             name: entry.to_owned(),

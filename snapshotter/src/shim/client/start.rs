@@ -2,7 +2,6 @@
 //! Starting the shim, and the socket it connects to.
 
 use std::fs::{File, OpenOptions, Permissions, TryLockError};
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::process::Stdio;

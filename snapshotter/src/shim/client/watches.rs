@@ -48,7 +48,9 @@ impl ShimClient {
 
     /// Whether who serves can watch.
     fn check_able(&self, key: &str) -> Result<(), MountError> {
-        let able = self.peer().is_some_and(|peer| peer.version >= WATCH_VERSION);
+        let able = self
+            .peer()
+            .is_some_and(|peer| peer.version >= WATCH_VERSION);
         able.then_some(()).ok_or_else(|| MountError::Refused {
             key: key.to_owned(),
             reason: "no shim is there that can watch devices".into(),
@@ -75,9 +77,7 @@ impl ShimClient {
             return Ok(Vec::new());
         }
         match self.call(Body::Watches(wire::Watches {})).await? {
-            Body::WatchesReply(reply) => {
-                Ok(reply.watched.into_iter().map(|it| it.key).collect())
-            }
+            Body::WatchesReply(reply) => Ok(reply.watched.into_iter().map(|it| it.key).collect()),
             _ => Err(unexpected("")),
         }
     }

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -50,15 +50,9 @@ struct Watch {
 
 impl Watch {
     fn watched(&self) -> wire::Watched {
-        let fds = [
-            self.channel.group().as_raw_fd(),
-            self.channel.slots.as_fd().as_raw_fd(),
-            self.record.as_fd().as_raw_fd(),
-        ];
         wire::Watched {
             key: self.spec.key.clone(),
             entry: self.entry.clone(),
-            fds: fds.into_iter().map(i32::cast_unsigned).collect(),
         }
     }
 
