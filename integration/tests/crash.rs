@@ -27,13 +27,13 @@ print('digest', whole.hexdigest(), flush=True)
 ";
 
 #[test]
-fn daemon_killed_and_stopped_under_readers() -> Result<()> {
-    deaths("auto")
+fn daemon_killed_and_stopped_under_readers_of_the_kernels_mount() -> Result<()> {
+    deaths("erofs")
 }
 
 #[test]
-fn daemon_killed_and_stopped_under_readers_over_fuse() -> Result<()> {
-    deaths("fuse")
+fn daemon_killed_and_stopped_under_readers() -> Result<()> {
+    deaths("auto")
 }
 
 fn deaths(backend: &str) -> Result<()> {

@@ -287,7 +287,7 @@ fn kernel_shows_the_same(site: &Site, expected: &[String]) -> Result<()> {
 
 #[test]
 fn every_kind_of_entry() -> Result<()> {
-    strange("auto")
+    strange("erofs")
 }
 
 #[test]
@@ -307,5 +307,5 @@ fn strange(backend: &str) -> Result<()> {
 
 #[test]
 fn a_real_image() -> Result<()> {
-    identical("python", &images::python_layout()?, "auto")
+    identical("python", &images::python_layout()?, "erofs")
 }

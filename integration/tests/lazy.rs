@@ -218,11 +218,11 @@ fn whole_life(release: Release, backend: &str) -> Result<()> {
 }
 
 #[test]
-fn whole_life_on_containerd_1_over_fuse() -> Result<()> {
-    whole_life(Release::V1, "fuse")
+fn whole_life_on_containerd_1() -> Result<()> {
+    whole_life(Release::V1, "auto")
 }
 
 #[test]
 fn whole_life_on_containerd_2() -> Result<()> {
-    whole_life(Release::V2, "auto")
+    whole_life(Release::V2, "erofs")
 }

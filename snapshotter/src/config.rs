@@ -84,11 +84,11 @@ pub enum LogFormat {
 /// How merged trees are mounted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MountBackend {
-    /// The best that this kernel has and this version knows.
+    /// The kernel for images that are complete, FUSE for others.
     Auto,
     /// FUSE.
     Fuse,
-    /// As `Auto`, and it is an error worth a human's look when the kernel's EROFS cannot be used.
+    /// The kernel for all; it is an error worth a human's look when it cannot be used.
     Erofs,
 }
 

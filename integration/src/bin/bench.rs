@@ -18,7 +18,7 @@ const DEADLINE: Duration = Duration::from_secs(300);
 
 fn main() -> Result<()> {
     let layout = images::python_layout()?;
-    for (number, backend) in ["fuse", "auto"].into_iter().enumerate() {
+    for (number, backend) in ["fuse", "erofs"].into_iter().enumerate() {
         let config = format!("[mount]\nbackend = \"{backend}\"\n");
         let site = Site::start("bench", Release::V1, Line::OPEN, &config)?;
         if number == 0 && std::env::args().nth(1).as_deref() != Some("fs") {

@@ -4,7 +4,7 @@
 //! | run | made by |
 //! | --- | --- |
 //! | all layers sealed, kernel able | the kernel; no process of ours is needed from then on |
-//! | some not, kernel able to ask before they are read | the kernel, while the shim watches them |
+//! | some not, kernel able to ask before they are read, and wanted | the kernel, while the shim watches them |
 //! | anything else | the shim, over FUSE |
 //!
 //! What is mounted stays with what serves it: containers stand on it, and a mount below them cannot be
@@ -26,7 +26,7 @@ use super::{
 use crate::shim::session;
 use crate::sys::mountpoint::{self, Unmounted};
 
-/// Whether something may be done; if not, why not.
+/// Whether something may be done; if not, why not. An empty reason: nobody asked for it.
 pub type Ability = Result<(), String>;
 
 /// What the kernel may serve.

@@ -12,15 +12,14 @@ use crate::sys::fdstore::FdStore;
 /// How long the self-test may take; it takes milliseconds. A kernel in which it hangs gets no mounts,
 /// and costs a thread.
 const DEADLINE: Duration = Duration::from_secs(10);
-/// Why images that are not complete stay with FUSE.
-const UNKEPT: &str =
-    "no service manager keeps descriptors, and backend is not erofs (see docs/configuration.md)";
+/// What the kernel's mounts of images that are not complete cost without a service manager.
+const UNKEPT: &str = "no service manager keeps descriptors: should worker, holder and daemon die at \
+                      the same moment, readers of what is missing see zeros until the next daemon";
 
 /// What the kernel is to serve. A node whose kernel cannot is served over FUSE, whatever the
 /// configuration wishes: it says so in the log and in `sluice status`, and refuses nothing.
 ///
-/// Where nobody but our own processes keeps what has the kernel ask first (`store`), their death at one moment
-/// would let readers see zeros: that must be wished for, by `backend = "erofs"`.
+/// `store`: who keeps what has the kernel ask first, besides our own processes.
 pub(super) async fn find_out(config: &Config, store: FdStore) -> Abilities {
     if config.mount_backend == MountBackend::Fuse {
         let no = || Err("the configuration says fuse".to_owned());
@@ -33,11 +32,18 @@ pub(super) async fn find_out(config: &Config, store: FdStore) -> Abilities {
     let sealed = tried(config, selftest::kernel_serves_sealed).await;
     say("images that are complete", &sealed, insisted);
     let lazy = match &sealed {
-        Ok(()) if store == FdStore::None && !insisted => Err(UNKEPT.to_owned()),
-        Ok(()) => tried(config, selftest::kernel_asks_first).await,
         Err(reason) => Err(reason.clone()),
+        // FUSE starts them faster, and three deaths at once cost no zeros: docs/decisions/031.
+        Ok(()) if !insisted => Err(String::new()),
+        Ok(()) => {
+            let lazy = tried(config, selftest::kernel_asks_first).await;
+            say("images that are not complete", &lazy, insisted);
+            if lazy.is_ok() && store == FdStore::None {
+                tracing::warn!("{UNKEPT}");
+            }
+            lazy
+        }
     };
-    say("images that are not complete", &lazy, insisted);
     Abilities { sealed, lazy }
 }
 
