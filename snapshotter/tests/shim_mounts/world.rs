@@ -29,7 +29,7 @@ use sluice_snapshotter::mount::errno::FillErrno;
 use sluice_snapshotter::mount::{DeviceSpec, MountSpec, UnmountMode, UnmountOutcome, selftest};
 use sluice_snapshotter::shim::client::reserve::Reserve;
 use sluice_snapshotter::shim::client::{
-    FillRequest, FillService, ShimClient, ShimOptions, ShimPeer,
+    FillRequest, FillService, ShimClient, ShimError, ShimOptions, ShimPeer,
 };
 use sluice_snapshotter::sys::fdpass::PacketSocket;
 use sluice_snapshotter::sys::mountpoint::{self, Unmounted};
@@ -197,6 +197,12 @@ impl World {
     }
 
     pub fn start_daemon(&mut self) {
+        if let Err(error) = self.try_start_daemon() {
+            panic!("{error}: {}", self.log());
+        }
+    }
+
+    fn try_start_daemon(&mut self) -> Result<(), ShimError> {
         let runtime = Runtime::new().unwrap();
         self.reserve = Arc::default();
         let options = ShimOptions {
@@ -205,11 +211,8 @@ impl World {
             ..ShimOptions::new(self.dir.path().join("run"), self.shim.clone())
         };
         let client = runtime.block_on(ShimClient::start_or_attach(options, self.fills.clone()));
-        let client = client.unwrap_or_else(|error| {
-            let log = std::fs::read_to_string(self.dir.path().join("run/shim.log"));
-            panic!("{error}: {}", log.unwrap_or_default())
-        });
-        self.daemon = Some((runtime, Arc::new(client)));
+        self.daemon = Some((runtime, Arc::new(client?)));
+        Ok(())
     }
 
     /// As SIGKILL would: everything of the daemon's side is gone at once.
@@ -476,6 +479,10 @@ impl Drop for World {
     fn drop(&mut self) {
         if std::thread::panicking() {
             println!("{}", self.log());
+        }
+        // A shim that a test has started for nobody is known to whom it attaches to.
+        if self.daemon.is_none() && std::thread::panicking() {
+            let _none = self.try_start_daemon();
         }
         let pids = self.daemon.as_ref().and_then(|(_, client)| client.peer());
         for (mountpoint, connection) in below(self.dir.path()) {
