@@ -245,8 +245,8 @@ fn storm_of_deaths() -> Result<()> {
         name: "storm",
         mount: "backend = \"fuse\"",
         managed: true,
-        lasts: Duration::from_secs(30),
-        deaths: 12,
+        lasts: SHORT,
+        deaths: 9,
         seed: 1,
     })
 }
@@ -258,8 +258,8 @@ fn storm_of_deaths_with_a_journal() -> Result<()> {
         name: "stormj",
         mount: "backend = \"fuse\"\njournal = true",
         managed: false,
-        lasts: Duration::from_secs(30),
-        deaths: 12,
+        lasts: SHORT,
+        deaths: 9,
         seed: 2,
     })
 }
@@ -271,12 +271,13 @@ fn storm_of_deaths_over_erofs() -> Result<()> {
         name: "storme",
         mount: "backend = \"erofs\"",
         managed: true,
-        lasts: Duration::from_secs(30),
-        deaths: 12,
+        lasts: SHORT,
+        deaths: 9,
         seed: 5,
     })
 }
 
+const SHORT: Duration = Duration::from_secs(20);
 const LONG: Duration = Duration::from_secs(600);
 
 #[test]
