@@ -85,6 +85,8 @@ soak: tools images ## the full matrix: long end-to-end forms, ten minutes per fu
 	@SLUICE_LONG=1 $(MAKE) --no-print-directory e2e
 	@echo "== soak: many daemons, one image; writes docs/benchmarks/cluster-real.json"
 	@cargo test --locked --workspace --test cluster -- --ignored --nocapture --test-threads 1 long_
+	@echo "== soak: storms of deaths under sixteen readers"
+	@cargo test --locked --workspace --test storm -- --ignored --nocapture --test-threads 1 long_
 	@echo "== soak: chunks through Spegel"
 	@integration/scripts/go-tools.sh target/tools spegel
 	@cargo test --locked --workspace --test mirrors -- --ignored --nocapture long_
