@@ -36,6 +36,7 @@ mod flight;
 mod gate;
 mod layer;
 mod plan;
+mod seal;
 mod slots;
 mod sources;
 mod transfer;
@@ -54,7 +55,7 @@ use crate::cluster::home::PieceKey;
 use crate::metrics::{FROM_STORE, Metrics, priority_word};
 use crate::peer::{Peers, Reach};
 use crate::source::Priority;
-use crate::store::{DeviceKey, SealStep, Store, StoreError, lock};
+use crate::store::{DeviceKey, Store, StoreError, lock};
 use flight::{Flights, Waiter};
 use gate::Gate;
 use slots::{OriginSlots, SlotCounts, Slots};
@@ -564,50 +565,6 @@ impl Fetcher {
         self.core.tasks.spawn(run)
     }
 
-    /// Hashes a complete layer and records that it is what its diff ID says. Runs on a thread of its
-    /// own, one layer at a time, and stands still while readers are receiving.
-    ///
-    /// **Errors** those of [`crate::store::Device::seal`]. **Cancel** the hashing stops.
-    pub async fn seal(&self, layer: &Arc<LayerHandle>) -> Result<(), StoreError> {
-        if layer.device.is_sealed() {
-            return Ok(());
-        }
-        let stop = layer.cancel.child_token();
-        // Dropped when the caller goes away: then the thread stops at its next step.
-        let _guard = stop.clone().drop_guard();
-        let _permit = tokio::select! {
-            permit = self.core.sealing.acquire() => permit.map_err(|_| StoreError::Stopped)?,
-            () = stop.cancelled() => return Err(StoreError::Cancelled),
-        };
-        let (core, device) = (Arc::clone(&self.core), Arc::clone(&layer.device));
-        let token = stop.clone();
-        let work = self.core.tasks.spawn_blocking(move || {
-            device.seal(&mut || {
-                while !token.is_cancelled() && !core.gate.may_run(Priority::Boot) {
-                    std::thread::sleep(SEAL_NAP);
-                }
-                if token.is_cancelled() {
-                    SealStep::Cancel
-                } else {
-                    SealStep::Continue
-                }
-            })
-        });
-        let result = work.await.map_err(|_| StoreError::Cancelled)?;
-        match &result {
-            Ok(()) => {
-                self.core.metrics.sealed(true);
-                layer.drop_twin();
-            }
-            Err(StoreError::Failed(_)) => self.core.metrics.sealed(false),
-            Err(StoreError::Rotten { rotten_chunks }) => {
-                (0..*rotten_chunks).for_each(|_| self.core.metrics.corrupt(FROM_STORE));
-            }
-            Err(_) => {}
-        }
-        result
-    }
-
     /// Ends all transfers and waits for every task. Fills fail with [`FillError::Closed`]. The store
     /// stays open: stop it afterwards.
     pub async fn shutdown(&self) {
@@ -642,9 +599,6 @@ impl Turns {
 
 /// How often a fill on behalf of another node looks whether the origin failed.
 const REFUSAL_LOOK: Duration = Duration::from_millis(100);
-
-/// How long a seal looks away while a reader is receiving.
-const SEAL_NAP: Duration = Duration::from_millis(2);
 
 /// Checks, in the background, the chunks that were present before an unclean reboot.
 async fn recheck(core: Arc<Core>, layer: Arc<LayerHandle>) {

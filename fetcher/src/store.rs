@@ -38,7 +38,7 @@ mod twin;
 
 pub use budget::HeldDevice;
 pub(crate) use budget::{next_victim, sums};
-pub use device::{Committed, Device, Rechecked, SealStep};
+pub use device::{Audit, Committed, Device, OnRot, Rechecked, SealStep};
 pub use dir::DevicePaths;
 pub use error::StoreError;
 pub use meta::{BootId, FailureRecord, SealRecord};

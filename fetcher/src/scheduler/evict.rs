@@ -85,8 +85,11 @@ impl Fetcher {
         Ok(report)
     }
 
-    /// Closes the layer and deletes its device, unless it is in use; says whether it did. **Blocks**.
-    fn evict(&self, key: &DeviceKey, idle: Duration) -> Result<bool, StoreError> {
+    /// Closes the layer and deletes its device, unless somebody uses it or wanted it within `idle`; says
+    /// whether it did. The caller knows that no mount stands on it. **Blocks**.
+    ///
+    /// **Errors** the device cannot be deleted.
+    pub fn evict(&self, key: &DeviceKey, idle: Duration) -> Result<bool, StoreError> {
         let Some(_turn) = self.turns.try_take(*key) else {
             return Ok(false);
         };

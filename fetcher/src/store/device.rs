@@ -39,6 +39,10 @@ use super::presence::DeviceState;
 use super::{DeviceKey, Shared};
 use crate::clock;
 
+mod audit;
+
+pub use audit::{Audit, OnRot};
+
 /// Bytes hashed between two looks at whether to go on: a few milliseconds of work.
 const SEAL_STEP_BYTES: usize = 1 << 20;
 
