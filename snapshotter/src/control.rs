@@ -5,7 +5,9 @@
 //! a deadline, and its absence only leaves names out. Nothing here runs inside a snapshots RPC.
 
 mod boot;
+mod cache;
 mod content;
+mod examine;
 mod images;
 pub mod ingest;
 mod nodes;
@@ -13,17 +15,19 @@ mod prewarm;
 mod status;
 mod why;
 
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 
 use futures::Stream;
 use sluice_fetcher::cluster::node::View;
-use sluice_fetcher::registry::RegistryError;
+use sluice_fetcher::registry::{RegistryClient, RegistryError};
 use sluice_proto::control::control_server::{Control, ControlServer};
 use sluice_proto::control::{
-    CompleteContentProgress, CompleteContentRequest, LearnedBootListsRequest,
-    LearnedBootListsResponse, NodesRequest, NodesResponse, PrewarmRequest, StatusRequest,
-    StatusResponse, WhyRequest, WhyResponse,
+    CacheRequest, CacheResponse, CompleteContentProgress, CompleteContentRequest, EvictRequest,
+    EvictResponse, ExamineRequest, LearnedBootListsRequest, LearnedBootListsResponse, NodesRequest,
+    NodesResponse, PinRequest, PinResponse, PrewarmRequest, StatusRequest, StatusResponse,
+    WhyRequest, WhyResponse,
 };
 use tokio::net::UnixListener;
 use tokio::sync::watch;
@@ -32,7 +36,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status};
 
-use crate::lazy::Lazy;
+use crate::lazy::{CacheError, Lazy};
 use crate::mount::choice::Abilities;
 use crate::prewarm::Prewarms;
 use crate::resolve::{Containerd, ContentError, ContentReader, ResolveError};
@@ -58,6 +62,15 @@ pub enum ControlError {
     /// A blob could not be put into containerd's content store.
     #[error(transparent)]
     Ingest(#[from] ingest::IngestError),
+    /// The chunk store could not be looked at.
+    #[error("look at the store: {0}")]
+    Cache(#[from] CacheError),
+    /// The image has no lazy layers.
+    #[error("nothing of {0:?} is lazy here: `sluice why` says why not")]
+    NotLazy(String),
+    /// The image has no pin.
+    #[error("{0:?} is not pinned")]
+    NotPinned(String),
     /// Nobody is known who has the blob.
     #[error("no registry is known that has blob {0}")]
     NoSource(String),
@@ -96,7 +109,7 @@ pub enum ControlError {
 fn status_of(error: &ControlError) -> Status {
     let message = error.to_string();
     match error {
-        ControlError::NoImage(_) => Status::not_found(message),
+        ControlError::NoImage(_) | ControlError::NotPinned(_) => Status::not_found(message),
         ControlError::Containerd(ContentError::Unavailable { .. })
         | ControlError::Resolve(ResolveError::Content(ContentError::Unavailable { .. }))
         | ControlError::Ingest(ingest::IngestError::Containerd(_))
@@ -109,15 +122,38 @@ fn status_of(error: &ControlError) -> Status {
         ControlError::Request(_) | ControlError::Reference { .. } | ControlError::Scope(_) => {
             Status::invalid_argument(message)
         }
-        ControlError::Nodes(_) => Status::failed_precondition(message),
+        ControlError::Nodes(_) | ControlError::NotLazy(_) => Status::failed_precondition(message),
         ControlError::Registry(error) if prewarm::is_unknown(error) => Status::not_found(message),
         ControlError::Registry(_) => Status::unavailable(message),
         ControlError::Busy(_) => Status::resource_exhausted(message),
         ControlError::Resolve(_) | ControlError::NoSource(_) | ControlError::Digest(_) => {
             Status::failed_precondition(message)
         }
-        ControlError::Ingest(_) | ControlError::Metadata(_) => Status::internal(message),
+        ControlError::Ingest(_) | ControlError::Metadata(_) | ControlError::Cache(_) => {
+            Status::internal(message)
+        }
     }
+}
+
+/// What the control service answers for.
+#[derive(Debug)]
+pub struct ControlParts {
+    /// The lazy layers.
+    pub lazy: Lazy,
+    /// What the kernel serves.
+    pub abilities: Abilities,
+    /// containerd, for names of images.
+    pub containerd: Containerd,
+    /// Who is in the cluster; `None`: the node is in none.
+    pub cluster: Option<watch::Receiver<Arc<View>>>,
+    /// The mirror; `None`: none is configured.
+    pub mirror: Option<MirrorSide>,
+    /// Images that are being brought.
+    pub prewarms: Prewarms,
+    /// The registries.
+    pub client: RegistryClient,
+    /// The directory of sockets.
+    pub run_dir: PathBuf,
 }
 
 /// The control service.
@@ -131,6 +167,8 @@ pub struct ControlService {
     cluster: Option<watch::Receiver<Arc<View>>>,
     mirror: Option<MirrorSide>,
     prewarms: Prewarms,
+    client: RegistryClient,
+    run_dir: PathBuf,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -138,15 +176,17 @@ pub struct ControlService {
 impl ControlService {
     /// Answers for these lazy layers, for the cluster that the node is in, and for its mirror.
     #[must_use]
-    pub fn new(
-        lazy: Lazy,
-        abilities: Abilities,
-        containerd: Containerd,
-        cluster: Option<watch::Receiver<Arc<View>>>,
-        mirror: Option<MirrorSide>,
-        prewarms: Prewarms,
-        stop: CancellationToken,
-    ) -> Self {
+    pub fn new(parts: ControlParts, stop: CancellationToken) -> Self {
+        let ControlParts {
+            lazy,
+            abilities,
+            containerd,
+            cluster,
+            mirror,
+            prewarms,
+            client,
+            run_dir,
+        } = parts;
         let content = Arc::clone(&lazy.parts().content);
         Self {
             lazy,
@@ -156,6 +196,8 @@ impl ControlService {
             cluster,
             mirror,
             prewarms,
+            client,
+            run_dir,
             tasks: TaskTracker::new(),
             stop,
         }
@@ -226,6 +268,33 @@ impl Control for ControlService {
     ) -> Result<Response<prewarm::PrewarmStream>, Status> {
         let begun = self.prewarm(request.into_inner()).await;
         begun.map(Response::new).map_err(|error| status_of(&error))
+    }
+
+    type ExamineStream = examine::ExamineStream;
+
+    async fn examine(
+        &self,
+        request: Request<ExamineRequest>,
+    ) -> Result<Response<examine::ExamineStream>, Status> {
+        Ok(Response::new(self.examine(request.into_inner())))
+    }
+
+    async fn cache(&self, _: Request<CacheRequest>) -> Result<Response<CacheResponse>, Status> {
+        let answer = self.cache().await;
+        answer.map(Response::new).map_err(|error| status_of(&error))
+    }
+
+    async fn evict(
+        &self,
+        request: Request<EvictRequest>,
+    ) -> Result<Response<EvictResponse>, Status> {
+        let answer = self.evict(request.into_inner()).await;
+        answer.map(Response::new).map_err(|error| status_of(&error))
+    }
+
+    async fn pin(&self, request: Request<PinRequest>) -> Result<Response<PinResponse>, Status> {
+        let answer = self.pin(request.into_inner()).await;
+        answer.map(Response::new).map_err(|error| status_of(&error))
     }
 
     type CompleteContentStream = ProgressStream;

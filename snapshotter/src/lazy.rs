@@ -5,17 +5,20 @@
 //! - `lowers`: merged trees and their mounts for a chain.
 //! - `sweep`: takes away what no snapshot needs any more.
 //! - `evict`: takes away what nobody uses, when the store is over its budget or the disk is full.
+//! - `pins`: images that somebody wants to stay; `cache`: what is in the store, and why it stays.
 //! - `decisions`: remembers why layers are not lazy, and which images were seen.
 //!
 //! The metadata store is the truth about what exists; everything here can be rebuilt from it and from
 //! the files next to it, without network. No lock and no transaction is held across I/O; every wait
 //! has a deadline; every task is tracked and joined by [`Lazy::stop`].
 
+mod cache;
 mod decisions;
 mod evict;
 mod index_fetch;
 mod lowers;
 mod metrics;
+mod pins;
 mod prepare;
 mod sweep;
 mod unpack_job;
@@ -46,9 +49,12 @@ use crate::store::{MetadataStore, StoreError};
 use crate::trees::TreeFiles;
 use crate::trust::Trust;
 
+pub use cache::{CacheError, CachedLayer, EvictTarget, Evicted};
 pub use decisions::{Decision, ImageDocument, ImageLayer, decision_key};
 pub use evict::Reclaimer;
 pub use metrics::LazyMetrics;
+pub use pins::PinDocument;
+pub(crate) use sweep::Needed;
 
 /// Begins the keys of snapshots that clients unpack layers into.
 ///
@@ -168,6 +174,34 @@ impl Lazy {
         deadline: Instant,
     ) -> Outcome {
         self.0.outcome(layer, origins, deadline).await
+    }
+
+    /// Whether layers of this repository may be lazy.
+    #[must_use]
+    pub fn trusts(&self, origin: &BlobOrigin) -> bool {
+        self.0.options.trust.allows(origin)
+    }
+
+    /// Most bytes of chunks to keep; `None`: no limit.
+    #[must_use]
+    pub fn store_budget_bytes(&self) -> Option<u64> {
+        self.0.options.store_budget_bytes
+    }
+
+    /// How long files that no snapshot needs stay.
+    #[must_use]
+    pub fn file_grace(&self) -> Duration {
+        self.0.options.file_grace
+    }
+
+    /// What the snapshots need.
+    pub(crate) async fn needed(&self) -> Result<Needed, StoreError> {
+        self.0.blocking(|inner| inner.needed()).await
+    }
+
+    /// Takes away what nobody needs, as after a removal.
+    pub(crate) async fn sweep_now(&self) {
+        self.0.sweep(sweep::CLEANUP_GRACE).await;
     }
 
     /// How many active snapshots and views stand on each run.

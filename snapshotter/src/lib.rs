@@ -9,6 +9,7 @@ pub mod chain;
 pub mod config;
 pub mod control;
 pub mod durable;
+pub mod examine;
 pub mod filters;
 pub mod indexes;
 pub mod labels;

@@ -200,6 +200,12 @@ impl Mounts {
             .collect()
     }
 
+    /// Whether the run is in the table, in whatever phase.
+    #[must_use]
+    pub fn knows(&self, key: RunKey) -> bool {
+        self.table().contains_key(&key)
+    }
+
     /// The devices below all mounts: their files are in use.
     #[must_use]
     pub fn devices(&self) -> BTreeSet<DeviceKey> {

@@ -67,7 +67,7 @@ pub fn decision_key(namespace: &str, chain_id: ChainId) -> String {
     format!("{namespace}/{chain_id}")
 }
 
-fn now() -> u64 {
+pub(super) fn now() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |age| age.as_secs())

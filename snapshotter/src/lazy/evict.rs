@@ -30,14 +30,21 @@ const VAIN: Duration = Duration::from_secs(1);
 pub(super) struct BudgetWatch(AtomicBool);
 
 impl Inner {
-    /// The devices that must stay: below mounts, and below whatever container there is, also one that
+    /// The devices that are in use: below mounts, and below whatever container there is, also one that
     /// is not mounted or not known to be (the shim's mounts are learnt some time after the start).
-    fn pinned(&self) -> Result<BTreeSet<DeviceKey>, crate::store::StoreError> {
-        let mut pinned = self.parts.mounts.devices();
+    pub(super) fn in_use(&self) -> Result<BTreeSet<DeviceKey>, crate::store::StoreError> {
+        let mut used = self.parts.mounts.devices();
         let chains = self.chains_below(|record| record.kind != SnapshotKind::Committed)?;
         let records = chains.iter().flatten();
         let layers = records.filter_map(|record| record.layer.as_ref());
-        pinned.extend(layers.map(device_key));
+        used.extend(layers.map(device_key));
+        Ok(used)
+    }
+
+    /// The devices that must stay: in use, or of an image that somebody pinned.
+    fn pinned(&self) -> Result<BTreeSet<DeviceKey>, crate::store::StoreError> {
+        let mut pinned = self.in_use()?;
+        pinned.extend(self.pinned_by()?.into_keys());
         Ok(pinned)
     }
 
@@ -56,7 +63,9 @@ impl Inner {
                 return;
             }
         };
-        for key in &pinned {
+        // What is only pinned is not used by that: unpinned, it goes by its age.
+        let used = self.in_use().unwrap_or_default();
+        for key in &used {
             if let Err(error) = store.touch(key) {
                 tracing::debug!(device = %key, "{error}");
             }
@@ -74,13 +83,13 @@ impl Inner {
                 tracing::warn!(
                     pinned_bytes,
                     budget,
-                    "layers that are in use take more than [store] budget"
+                    "layers that are in use or pinned take more than [store] budget"
                 );
             } else {
                 tracing::info!(
                     pinned_bytes,
                     budget,
-                    "layers that are in use fit into [store] budget"
+                    "layers that are in use or pinned fit into [store] budget"
                 );
             }
         }

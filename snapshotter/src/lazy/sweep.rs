@@ -30,12 +30,13 @@ const BURST: Duration = Duration::from_secs(1);
 
 /// What is needed.
 #[derive(Debug, Default)]
-struct Needed {
+pub(crate) struct Needed {
     /// Runs that active snapshots and views stand on, and how many.
-    used: BTreeMap<RunKey, u32>,
+    pub(crate) used: BTreeMap<RunKey, u32>,
     /// Runs that a container of any image here would stand on.
-    kept: BTreeSet<RunKey>,
-    devices: BTreeSet<DeviceKey>,
+    pub(crate) kept: BTreeSet<RunKey>,
+    /// Devices of all lazy layers.
+    pub(crate) devices: BTreeSet<DeviceKey>,
 }
 
 /// The snapshot with this name and all below it, nearest first.
@@ -73,7 +74,7 @@ impl Inner {
         Ok(self.needed()?.used)
     }
 
-    fn needed(&self) -> Result<Needed, StoreError> {
+    pub(super) fn needed(&self) -> Result<Needed, StoreError> {
         let mut needed = Needed::default();
         let all = self.parts.metadata.list(|_| true)?;
         let by_name: BTreeMap<&str, &SnapshotRecord> = all

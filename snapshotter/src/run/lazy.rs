@@ -23,7 +23,7 @@ use super::{Parts, able, bind_private};
 use crate::background::Background;
 use crate::boot::{Boot, BootMetrics};
 use crate::config::Config;
-use crate::control::ControlService;
+use crate::control::{ControlParts, ControlService};
 use crate::durable;
 use crate::indexes::IndexFiles;
 use crate::layers::Layers;
@@ -202,7 +202,7 @@ impl LazySide {
         );
         reclaimer.attach(&lazy);
 
-        let prewarms = Prewarms::new(lazy.clone(), client, config.prewarm);
+        let prewarms = Prewarms::new(lazy.clone(), client.clone(), config.prewarm);
         shelf.attach_prewarms(prewarms.downgrade());
         let running = prewarms.clone();
         let notifications = match &config.notifications {
@@ -217,15 +217,17 @@ impl LazySide {
                 Some(tokio::spawn(receiver.serve(stop.clone())))
             }
         };
-        let service = ControlService::new(
-            lazy.clone(),
+        let control = ControlParts {
+            lazy: lazy.clone(),
             abilities,
             containerd,
             cluster,
             mirror,
-            running,
-            stop,
-        );
+            prewarms: running,
+            client,
+            run_dir: config.run_dir.clone(),
+        };
+        let service = ControlService::new(control, stop);
         let control = tokio::spawn(async move {
             if let Err(error) = service.serve(listener).await {
                 tracing::error!("control service ended: {error}");

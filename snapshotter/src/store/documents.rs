@@ -18,13 +18,16 @@ pub enum DocumentTable {
     Decisions,
     /// What containers read while they start.
     BootLists,
+    /// Images whose layers are kept from eviction.
+    Pins,
 }
 
 impl DocumentTable {
-    pub(super) const ALL: [DocumentTable; 3] = [
+    pub(super) const ALL: [DocumentTable; 4] = [
         DocumentTable::Images,
         DocumentTable::Decisions,
         DocumentTable::BootLists,
+        DocumentTable::Pins,
     ];
 
     pub(super) const fn definition(self) -> TableDefinition<'static, &'static str, &'static [u8]> {
@@ -32,6 +35,7 @@ impl DocumentTable {
             DocumentTable::Images => "images",
             DocumentTable::Decisions => "decisions",
             DocumentTable::BootLists => "boot_lists",
+            DocumentTable::Pins => "pins",
         })
     }
 }
