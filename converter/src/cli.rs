@@ -2,7 +2,8 @@
 //! The command line: arguments as written, and the one place where errors become text and exit codes.
 //!
 //! Results go to standard output, everything else to standard error. Exit code 0 means that all was
-//! done, 1 that something failed (the message names it), 2 that the arguments make no sense.
+//! done, 1 that something failed (the message names it), 2 that the arguments make no sense. `doctor` has its
+//! own codes: by the worst that it found.
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -10,8 +11,10 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 
+mod cache;
 mod control;
 mod convert;
+mod doctor;
 mod inspect;
 mod nodes;
 mod open;
@@ -50,6 +53,13 @@ enum Command {
     Why(control::Why),
     /// List the nodes of the cluster, as this one sees them.
     Nodes(nodes::Nodes),
+    /// Look for what is wrong on this node, and repair it.
+    ///
+    /// Exit code: 0 nothing, 1 a warning, 2 an error, 3 nothing could be examined.
+    Doctor(doctor::Doctor),
+    /// Work on the chunk store.
+    #[command(subcommand)]
+    Cache(cache::Cache),
     /// Work on containerd's content store.
     #[command(subcommand)]
     Content(control::Content),
@@ -63,7 +73,11 @@ impl Command {
     fn only_shows(&self) -> bool {
         matches!(
             self,
-            Self::Inspect(_) | Self::Status(_) | Self::Why(_) | Self::Nodes(_)
+            Self::Inspect(_)
+                | Self::Status(_)
+                | Self::Why(_)
+                | Self::Nodes(_)
+                | Self::Cache(cache::Cache::Ls(_))
         )
     }
 }
@@ -72,7 +86,7 @@ impl Command {
 pub fn run(arguments: Arguments) -> ExitCode {
     let only_shows = arguments.command.only_shows();
     match dispatch(arguments) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         // The reader of our output went away (`sluice … | head`): nothing is wrong.
         Err(e) if only_shows && is_broken_pipe(&e) => ExitCode::SUCCESS,
         Err(e) => {
@@ -84,7 +98,7 @@ pub fn run(arguments: Arguments) -> ExitCode {
     }
 }
 
-fn dispatch(arguments: Arguments) -> anyhow::Result<()> {
+fn dispatch(arguments: Arguments) -> anyhow::Result<ExitCode> {
     // Warnings of the libraries below; results and progress have their own ways.
     let filter = tracing_subscriber::EnvFilter::try_from_env("SLUICE_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
@@ -92,7 +106,9 @@ fn dispatch(arguments: Arguments) -> anyhow::Result<()> {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .try_init();
-    match arguments.command {
+    let done = match arguments.command {
+        Command::Doctor(doctor) => return Ok(doctor::run(&doctor)),
+        Command::Cache(cache) => wait_for(cache::run(cache)),
         Command::Setup(setup) => setup::run(&setup),
         Command::Convert(convert) => wait_for(convert::run(convert)),
         Command::Inspect(inspect) => wait_for(inspect::run(inspect)),
@@ -103,7 +119,8 @@ fn dispatch(arguments: Arguments) -> anyhow::Result<()> {
         Command::Why(why) => wait_for(control::why(why)),
         Command::Nodes(nodes) => wait_for(nodes::run(nodes)),
         Command::Content(content) => wait_for(control::content(content)),
-    }
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }
 
 /// Runs `work` until it ends or the user interrupts, which drops it and so ends all that it started.

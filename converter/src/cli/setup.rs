@@ -185,6 +185,11 @@ pub(super) fn replace(path: &Path, text: &str, like: Option<&fs::Metadata>) -> i
     Ok(())
 }
 
+/// Major version of containerd, if the program can be run. **Blocks** for as long as it runs.
+pub(super) fn containerd_major(program: &Path) -> Option<u32> {
+    containerd_version(program).map(|(major, _)| major)
+}
+
 /// Major and minor version of containerd, if the program can be run.
 fn containerd_version(program: &Path) -> Option<(u32, u32)> {
     let output = std::process::Command::new(program)
