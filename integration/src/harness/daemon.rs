@@ -106,6 +106,11 @@ impl Daemon {
         self.process.take().context("the daemon runs")?.stop()
     }
 
+    /// Its process.
+    pub fn pid(&self) -> Result<Pid> {
+        Ok(self.process.as_ref().context("the daemon runs")?.pid())
+    }
+
     /// Where containerd connects.
     #[must_use]
     pub fn snapshots_socket(&self) -> PathBuf {
