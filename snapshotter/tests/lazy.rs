@@ -4,6 +4,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test, in functions of its own")]
 
+#[path = "lazy/forge.rs"]
+mod forge;
 #[path = "lazy/image.rs"]
 mod image;
 #[path = "lazy/site.rs"]
@@ -20,14 +22,19 @@ use containerd_client::services::v1::{
     CreateRequest as CreateLeaseRequest, DeleteRequest as DeleteLeaseRequest,
 };
 use containerd_client::types::Mount;
-use image::{Image, commit_to_containerd, push, tar};
+use image::{Image, commit_to_containerd, push, push_claiming, tar};
 use nix::mount::{MsFlags, mount, umount};
 use nix::sys::signal::Signal;
 use site::{
     Process, Root, free_port, mounts_below, start_containerd, start_daemon, start_registry, until,
 };
+use sluice_blockindex::digest::DiffId;
 use sluice_proto::control::control_client::ControlClient;
-use sluice_proto::control::{CompleteContentRequest, StatusRequest, StatusResponse, WhyRequest};
+use sluice_proto::control::examine_event::Event;
+use sluice_proto::control::{
+    CompleteContentRequest, ExamineRequest, Finding, Severity, StatusRequest, StatusResponse,
+    WhyRequest,
+};
 use sluice_snapshotter::control::ingest::Lease;
 use sluice_snapshotter::resolve::{Containerd, ContainerdContent, ContentReader as _};
 use tonic::Code;
@@ -190,6 +197,22 @@ impl Client {
     fn control(&self) -> ControlClient<Channel> {
         let socket = self.root.join("run/control.sock");
         ControlClient::new(Containerd::new(&socket, Duration::from_secs(10)).channel())
+    }
+
+    /// What the daemon finds wrong with itself.
+    async fn examine(&self, fix: bool) -> Vec<Finding> {
+        let request = ExamineRequest {
+            fix,
+            ..ExamineRequest::default()
+        };
+        let mut events = self.control().examine(request).await.unwrap().into_inner();
+        let mut found = Vec::new();
+        while let Some(event) = events.message().await.unwrap() {
+            if let Some(Event::Finding(finding)) = event.event {
+                found.push(finding);
+            }
+        }
+        found
     }
 
     async fn status(&self) -> StatusResponse {
@@ -609,6 +632,72 @@ async fn an_image_that_was_removed_is_pulled_again() {
     let daemon = start_daemon(&setup.root, extra).await;
     client.ready().await;
     let one = client.container("one", &image.top()).await;
+    assert!(read(&one, "large") == large);
+    client.end("one").await;
+    daemon.stop().await;
+}
+
+/// An image that claims another's layer with its own bytes is found out by its seal, loudly; what is left of
+/// it is dropped when nobody stands on it, and the honest image is pulled from nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_forged_layer_fails_its_seal_and_is_dropped() {
+    let setup = setup().await;
+    let (large, evil) = (noise(1, 1 << 20), noise(2, 1 << 20));
+    let honest = vec![tar(&[("large", Some(&large))])];
+    let forged = vec![tar(&[("large", Some(&evil))])];
+    let claims = [(0, DiffId::of(&honest[0]))];
+    let forged = push_claiming(setup.port, "evil/app", &forged, &[], &claims).await;
+    let honest = push(setup.port, "team/app", &honest, &[]).await;
+    assert_eq!(forged.top(), honest.top());
+    let daemon = start_daemon(&setup.root, "[prefetch]\ndelay = \"0s\"\n").await;
+    let client = &setup.client;
+    client.ready().await;
+    commit_to_containerd(&forged, &client.containerd, NS).await;
+    assert_eq!(client.unpack(&forged).await, [] as [usize; 0]);
+    let one = client.container("one", &forged.top()).await;
+    until("the seal fails", async || {
+        let status = client.status().await;
+        status.layers.iter().any(|layer| !layer.failure.is_empty())
+    })
+    .await;
+    assert!(std::fs::read(one.join("large")).is_err());
+    let log = std::fs::read_to_string(setup.root.join("sluiced.log")).unwrap();
+    assert!(log.contains("ERROR") && log.contains("does not have its diff ID"));
+
+    let failed = |findings: Vec<Finding>| {
+        let found = findings.into_iter().find(|it| it.check == "layers");
+        found.map(|it| (it.severity(), it.problem.contains("forged"), it.repaired))
+    };
+    let told = Some((Severity::Error, true, false));
+    assert_eq!(failed(client.examine(false).await), told);
+    assert_eq!(
+        failed(client.examine(true).await),
+        told,
+        "a container is on it"
+    );
+    client.end("one").await;
+    until("it is dropped", async || {
+        failed(client.examine(true).await) == Some((Severity::Error, true, true))
+    })
+    .await;
+    let devices = std::fs::read_dir(setup.root.join("sluice/devices")).unwrap();
+    let devices = devices.filter(|it| it.as_ref().unwrap().path().is_dir());
+    assert_eq!(devices.count(), 0);
+    // What is left is containerd's to remove.
+    assert_eq!(
+        failed(client.examine(true).await),
+        Some((Severity::Error, false, false))
+    );
+    client.remove(&forged.top()).await;
+    client.collect().await;
+    until("nothing is wrong", async || {
+        client.examine(false).await.is_empty()
+    })
+    .await;
+
+    commit_to_containerd(&honest, &client.containerd, NS).await;
+    assert_eq!(client.unpack(&honest).await, [] as [usize; 0]);
+    let one = client.container("one", &honest.top()).await;
     assert!(read(&one, "large") == large);
     client.end("one").await;
     daemon.stop().await;

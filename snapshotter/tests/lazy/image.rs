@@ -7,13 +7,16 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use sluice_blockindex::annotations::{LayerAnnotations, LayerMark};
-use sluice_blockindex::digest::{BlobDigest, ChainId, ConfigDigest, DiffId};
+use sluice_blockindex::digest::{BlobDigest, ChainId, ConfigDigest, DiffId, IndexDigest};
 use sluice_blockindex::encode::{EncodeOptions, encode_layer};
+use sluice_blockindex::extent::Extent;
 use sluice_fetcher::registry::{NoCredentials, RegistryClient, RegistryOptions, Repository};
 use sluice_fetcher::source::memory::MemorySource;
 use sluice_fetcher::source::{Priority, ReadContext};
 use sluice_snapshotter::control::ingest::{Ingest, Lease};
 use sluice_snapshotter::resolve::{CONFIG_LABEL, Containerd, SOURCE_LABEL_PREFIX};
+
+use super::forge::forge;
 
 /// A file of a layer; a content of `None` is a directory, a name `.wh.…` a whiteout.
 pub type File<'a> = (&'a str, Option<&'a [u8]>);
@@ -64,11 +67,25 @@ impl Image {
 
 /// Converts these tars and pushes the result; layers named in `not_lazy` are marked so.
 pub async fn push(port: u16, repository: &str, tars: &[Vec<u8>], not_lazy: &[usize]) -> Image {
+    push_claiming(port, repository, tars, not_lazy, &[]).await
+}
+
+/// The same; the layers in `claims` say that they are others.
+pub async fn push_claiming(
+    port: u16,
+    repository: &str,
+    tars: &[Vec<u8>],
+    not_lazy: &[usize],
+    claims: &[(usize, DiffId)],
+) -> Image {
     let host = format!("127.0.0.1:{port}");
     let client = RegistryClient::new(RegistryOptions::default(), Arc::new(NoCredentials)).unwrap();
     let place = Repository::new(&host, repository).unwrap();
     let context = ReadContext::new(Priority::Background).with_timeout(Duration::from_secs(30));
-    let diff_ids: Vec<DiffId> = tars.iter().map(|tar| DiffId::of(tar)).collect();
+    let mut diff_ids: Vec<DiffId> = tars.iter().map(|tar| DiffId::of(tar)).collect();
+    for (layer, claimed) in claims {
+        diff_ids[*layer] = *claimed;
+    }
     let config_bytes = serde_json::to_vec(&serde_json::json!({
         "architecture": "amd64", "os": "linux", "config": {},
         "rootfs": {
@@ -82,18 +99,28 @@ pub async fn push(port: u16, repository: &str, tars: &[Vec<u8>], not_lazy: &[usi
     let mut descriptors = Vec::new();
     let mut parent = None;
     for (number, tar) in tars.iter().enumerate() {
-        let (blob, trailer) = encode_layer(tar, EncodeOptions::default()).unwrap();
+        let (mut blob, trailer) = encode_layer(tar, EncodeOptions::default()).unwrap();
+        let mut pin = trailer.index.map(|pin| (pin.extent, pin.digest)).ok();
+        if trailer.diff_id != diff_ids[number] {
+            let (extent, _) = pin.unwrap();
+            let range =
+                usize::try_from(extent.start()).unwrap()..usize::try_from(extent.end()).unwrap();
+            let forged = forge(&blob[range], trailer.diff_id, diff_ids[number]);
+            let extent = Extent::from_length(blob.len() as u64, forged.len() as u64).unwrap();
+            pin = Some((extent, IndexDigest::of(&forged)));
+            blob.extend(forged);
+        }
         let digest = BlobDigest::of(&blob);
         let annotations = if not_lazy.contains(&number) {
             LayerMark::NotLazy("the test says so".into()).to_map()
         } else {
-            let pin = trailer.index.unwrap();
+            let (index_extent, index_digest) = pin.unwrap();
             LayerAnnotations {
-                index_extent: pin.extent,
-                index_digest: pin.digest,
+                index_extent,
+                index_digest,
                 blob: digest,
                 blob_bytes: blob.len() as u64,
-                diff_id: trailer.diff_id,
+                diff_id: diff_ids[number],
                 config,
                 port: Some(port),
                 boot: None,
