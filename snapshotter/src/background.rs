@@ -3,7 +3,8 @@
 //!
 //! A job is started when a container's snapshot is prepared (and, for containers that exist, when the
 //! daemon starts), waits a moment so that the container's first output comes first, and then runs at
-//! the lowest priority until every layer is sealed. It is cancelled when a layer of it is gone.
+//! the lowest priority until every layer is sealed. It is cancelled when a layer of it is gone, and stands
+//! still while less of the disk is free than `[store] reserve` says.
 //!
 //! Every job is a tracked task; [`Background::stop`] joins them.
 
@@ -17,8 +18,12 @@ use sluice_fetcher::store::DeviceKey;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::disk::DiskReserve;
 use crate::layers::{Layers, device_key};
 use crate::snapshots::LazyLayerRecord;
+
+/// How often it is looked whether the disk has room: a line of 10 Gbit/s brings 1 GB meanwhile.
+const RESERVE_LOOK: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 struct Job {
@@ -32,6 +37,7 @@ pub struct Background {
     layers: Arc<Layers>,
     /// `None`: never start a job.
     delay: Option<Duration>,
+    reserve: DiskReserve,
     jobs: Arc<Mutex<HashMap<ChainId, Job>>>,
     tasks: TaskTracker,
     stop: CancellationToken,
@@ -40,10 +46,11 @@ pub struct Background {
 impl Background {
     /// Starts nothing yet.
     #[must_use]
-    pub fn new(layers: Arc<Layers>, delay: Option<Duration>) -> Self {
+    pub fn new(layers: Arc<Layers>, delay: Option<Duration>, reserve: DiskReserve) -> Self {
         Self {
             layers,
             delay,
+            reserve,
             jobs: Arc::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
@@ -71,8 +78,9 @@ impl Background {
         );
         drop(jobs);
         let (layers, jobs) = (Arc::clone(&self.layers), Arc::clone(&self.jobs));
+        let reserve = self.reserve.clone();
         self.tasks.spawn(async move {
-            let work = complete(layers, records, delay);
+            let work = complete(layers, records, delay, reserve);
             cancel.run_until_cancelled(work).await;
             jobs.lock()
                 .unwrap_or_else(PoisonError::into_inner)
@@ -96,7 +104,12 @@ impl Background {
     }
 }
 
-async fn complete(layers: Arc<Layers>, records: Vec<LazyLayerRecord>, delay: Duration) {
+async fn complete(
+    layers: Arc<Layers>,
+    records: Vec<LazyLayerRecord>,
+    delay: Duration,
+    reserve: DiskReserve,
+) {
     tokio::time::sleep(delay).await;
     let mut handles: Vec<Arc<LayerHandle>> = Vec::new();
     for record in &records {
@@ -108,8 +121,30 @@ async fn complete(layers: Arc<Layers>, records: Vec<LazyLayerRecord>, delay: Dur
     if handles.iter().all(|handle| handle.device().is_sealed()) {
         return;
     }
-    let job = layers.fetcher().prefetch(handles);
-    let progress = job.join().await;
+    let progress = loop {
+        while reserve.is_broken().await {
+            tokio::time::sleep(RESERVE_LOOK).await;
+        }
+        let job = layers.fetcher().prefetch(handles.clone());
+        // Dropped, it cancels the job.
+        let mut done = std::pin::pin!(job.join());
+        let ended = loop {
+            tokio::select! {
+                progress = &mut done => break Some(progress),
+                () = tokio::time::sleep(RESERVE_LOOK) => {
+                    if reserve.is_broken().await {
+                        break None;
+                    }
+                }
+            }
+        };
+        if let Some(progress) = ended {
+            break progress;
+        }
+        tracing::info!(
+            "stop completing an image: less of the disk is free than [store] reserve says"
+        );
+    };
     tracing::info!(
         layers = progress.layers,
         sealed = progress.sealed_layers,

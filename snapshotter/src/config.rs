@@ -113,6 +113,8 @@ pub struct Config {
     pub rpc_deadline: Duration,
     /// Most bytes that the chunk store may hold; `None`: no limit.
     pub store_budget_bytes: Option<u64>,
+    /// Bytes of the disk that are kept free of what nobody waits for; 0: none.
+    pub store_reserve_bytes: u64,
     /// How long files of layers that no snapshot has any more are kept: longer than a Prepare takes,
     /// whose files no snapshot has yet.
     pub store_grace: Duration,
@@ -247,6 +249,11 @@ impl Written {
             read_deadline: (!read_deadline.is_zero()).then_some(read_deadline),
             rpc_deadline: check.nonzero("fetch.rpc_deadline", &fetch.rpc_deadline)?,
             store_budget_bytes: (store_budget != 0).then_some(store_budget),
+            store_reserve_bytes: check.value(
+                "store.reserve",
+                &store.reserve,
+                units::parse_bytes,
+            )?,
             store_grace: store_grace.max(prepare_budget + STORE_GRACE_MARGIN),
             prefetch: prefetch.enabled,
             prefetch_delay: check.duration("prefetch.delay", &prefetch.delay)?,

@@ -36,6 +36,7 @@ use tokio_util::task::TaskTracker;
 use crate::background::Background;
 use crate::boot::Boot;
 use crate::chain::RunKey;
+use crate::disk::DiskReserve;
 use crate::layers::{Layers, device_key};
 use crate::mounts::Mounts;
 use crate::plan::{LayoutLayer, Outcome, Plans};
@@ -78,6 +79,8 @@ pub struct LazyOptions {
     pub file_grace: Duration,
     /// Most bytes of chunks to keep; `None`: no limit.
     pub store_budget_bytes: Option<u64>,
+    /// Disk that is kept free of what nobody waits for.
+    pub reserve: DiskReserve,
 }
 
 /// The parts that lazy layers are made of.
@@ -186,6 +189,12 @@ impl Lazy {
     #[must_use]
     pub fn store_budget_bytes(&self) -> Option<u64> {
         self.0.options.store_budget_bytes
+    }
+
+    /// Disk that is kept free.
+    #[must_use]
+    pub fn reserve(&self) -> &DiskReserve {
+        &self.0.options.reserve
     }
 
     /// How long files that no snapshot needs stay.

@@ -8,6 +8,7 @@ pub mod boot;
 pub mod chain;
 pub mod config;
 pub mod control;
+pub mod disk;
 pub mod durable;
 pub mod examine;
 pub mod filters;

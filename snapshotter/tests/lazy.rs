@@ -702,3 +702,30 @@ async fn a_forged_layer_fails_its_seal_and_is_dropped() {
     client.end("one").await;
     daemon.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_below_its_reserve_serves_readers_and_completes_nothing() {
+    let setup = setup().await;
+    let (tars, large) = three_layers();
+    let image = push(setup.port, "team/reserve", &tars, &[]).await;
+    // No disk has that much. `[store]` is the last table that the set-up writes.
+    let extra = "reserve = \"1000000000GiB\"\n[prefetch]\ndelay = \"0s\"\n";
+    let daemon = start_daemon(&setup.root, extra).await;
+    let client = &setup.client;
+    client.ready().await;
+    commit_to_containerd(&image, &client.containerd, NS).await;
+    client.unpack(&image).await;
+    let one = client.container("one", &image.top()).await;
+    assert_eq!(read(&one, "top"), b"top");
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let status = client.status().await;
+    let sealed = status.layers.iter().filter(|layer| layer.sealed).count();
+    let present: u64 = status.layers.iter().map(|layer| layer.present_bytes).sum();
+    assert!(sealed == 0 && present < 1 << 20, "{status:?}");
+    let found = client.examine(false).await;
+    let reserve = |it: &Finding| it.check == "budget" && it.problem.contains("reserve");
+    assert!(found.iter().any(reserve), "{found:?}");
+    assert!(read(&one, "large") == large);
+    client.end("one").await;
+    daemon.stop().await;
+}

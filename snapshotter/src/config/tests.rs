@@ -64,7 +64,7 @@ fn the_second_example_has_every_key_of_a_host() {
 fn values_mean_what_they_say() {
     let config = parse(
         "[paths]\nroot = \"/r\"\nrun = \"/s\"\n[fetch]\nread_deadline = \"0\"\n\
-         [store]\nbudget = \"2GiB\"\n[telemetry]\naddress = \"\"\n[log]\nformat = \"json\"\n\
+         [store]\nbudget = \"2GiB\"\nreserve = \"3GiB\"\n[telemetry]\naddress = \"\"\n[log]\nformat = \"json\"\n\
          level = \"debug,redb=warn\"\n[mount]\nbackend = \"fuse\"\n",
     )
     .unwrap();
@@ -73,6 +73,7 @@ fn values_mean_what_they_say() {
         (config.read_deadline, config.store_budget_bytes),
         (None, Some(2 << 30))
     );
+    assert_eq!(config.store_reserve_bytes, 3 << 30);
     assert_eq!(
         (config.telemetry, config.log_format),
         (None, LogFormat::Json)
@@ -125,6 +126,7 @@ fn errors_name_the_file_and_the_key() {
             &["fetch.rpc_deadline", "zero"],
         ),
         ("[store]\nbudget = \"lots\"", &["store.budget", "lots"]),
+        ("[store]\nreserve = \"some\"", &["store.reserve", "some"]),
         (
             "[registry]\ndocker_config = \"x\"",
             &["registry.docker_config"],

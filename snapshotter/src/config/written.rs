@@ -82,6 +82,7 @@ section! {
     /// `[store]`
     Store {
         budget: String = "0".into(),
+        reserve: String = "0".into(),
         grace: String = "20s".into(),
     }
 }

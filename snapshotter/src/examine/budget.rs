@@ -52,6 +52,16 @@ impl Examiner {
         if let Some(finding) = judge(self.lazy.store_budget_bytes(), held, staying) {
             report.finding(finding).await;
         }
+        let reserve = self.lazy.reserve().clone();
+        let wanted = reserve.wanted_bytes();
+        let missing = blocking(move || reserve.missing_bytes()).await;
+        if missing > 0 {
+            let problem =
+                format!("{missing} of the {wanted} bytes of [store] reserve are not free");
+            let advice = "images are not completed in the background until they are: make room, or unpin images";
+            let finding = Finding::new(Severity::Warning, "store", problem).advice(advice);
+            report.finding(finding).await;
+        }
         let root = self.lazy.root().to_owned();
         let shown = root.display().to_string();
         let space = blocking(move || nix::sys::statvfs::statvfs(&root)).await;

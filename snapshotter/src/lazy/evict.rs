@@ -75,6 +75,14 @@ impl Inner {
         let Some(report) = self.make_room(room, &pinned) else {
             return;
         };
+        let missing = self.options.reserve.missing_bytes();
+        if missing > 0 {
+            tracing::info!(
+                missing,
+                "less of the disk is free than [store] reserve says"
+            );
+            self.make_room(Room::Bytes(missing), &pinned);
+        }
         let Some(budget) = budget else { return };
         let over = report.pinned_bytes > budget;
         if over != self.budget.0.swap(over, Ordering::Relaxed) {

@@ -84,7 +84,7 @@ pub(crate) fn lazy_in(directory: &Path, client: RegistryClient, file_grace: Dura
         content: Arc::new(MemoryContent::default()),
         metadata,
         trees: Arc::new(TreeFiles::open(&at("trees")).unwrap()),
-        background: Background::new(Arc::clone(&layers), None),
+        background: Background::new(Arc::clone(&layers), None, DiskReserve::default()),
         shelf: Arc::new(NodeShelf::new(
             Arc::clone(&layers),
             Trust::new(vec!["*".to_owned()]),
@@ -101,6 +101,7 @@ pub(crate) fn lazy_in(directory: &Path, client: RegistryClient, file_grace: Dura
         mount_grace: Duration::from_secs(60),
         file_grace,
         store_budget_bytes: None,
+        reserve: DiskReserve::default(),
     };
     Lazy::start(parts, options)
 }

@@ -24,6 +24,7 @@ use crate::background::Background;
 use crate::boot::{Boot, BootMetrics};
 use crate::config::Config;
 use crate::control::{ControlParts, ControlService};
+use crate::disk::DiskReserve;
 use crate::durable;
 use crate::indexes::IndexFiles;
 use crate::layers::Layers;
@@ -178,12 +179,13 @@ impl LazySide {
         let containerd = Containerd::new(&config.containerd_address, config.rpc_deadline);
         let reader = Containerd::new(&config.containerd_address, CONTENT_DEADLINE);
         let delay = config.prefetch.then_some(config.prefetch_delay);
+        let reserve = DiskReserve::new(&config.root, config.store_reserve_bytes);
         let lazy = Lazy::start(
             LazyParts {
                 content: Arc::new(ContainerdContent::new(reader)),
                 metadata,
                 trees,
-                background: Background::new(Arc::clone(&layers), delay),
+                background: Background::new(Arc::clone(&layers), delay, reserve.clone()),
                 boot,
                 layers,
                 shelf: Arc::clone(&shelf),
@@ -198,6 +200,7 @@ impl LazySide {
                 mount_grace: config.mount_grace,
                 file_grace: config.store_grace,
                 store_budget_bytes: config.store_budget_bytes,
+                reserve,
             },
         );
         reclaimer.attach(&lazy);
