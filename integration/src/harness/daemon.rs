@@ -10,10 +10,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::command::{self, Output};
-use super::manager::Manager;
 use super::process::Process;
 use super::registry::free_address;
 use super::root::Root;
+use super::service_manager::ServiceManager;
 use super::tools;
 
 /// Config that frees unused mounts and data after a second instead of minutes.
@@ -34,7 +34,7 @@ pub struct Daemon {
     state: PathBuf,
     log: PathBuf,
     telemetry: std::net::SocketAddr,
-    manager: Option<Manager>,
+    manager: Option<ServiceManager>,
 }
 
 impl Daemon {
@@ -45,7 +45,7 @@ impl Daemon {
 
     /// As [`Self::start`], as a service of `manager`.
     pub fn start_under(
-        manager: Option<Manager>,
+        manager: Option<ServiceManager>,
         root: &Root,
         containerd_socket: &Path,
         extra: &str,

@@ -10,11 +10,11 @@ use super::containerd::{Containerd, Release};
 use super::containers::Containers;
 use super::daemon::Daemon;
 use super::images;
-use super::manager::Manager;
 use super::nerdctl::Nerdctl;
 use super::proxy::Line;
 use super::registry::Registry;
 use super::root::Root;
+use super::service_manager::ServiceManager;
 
 /// Fields drop in order: containers first, then containerd, the daemon with its shim, the registry,
 /// and last the root with what is still mounted.
@@ -40,13 +40,13 @@ impl Site {
     /// As [`Self::start`]; a service manager starts sluiced, and keeps descriptors for it.
     pub fn start_managed(name: &str, release: Release, line: Line, extra: &str) -> Result<Self> {
         let root = Root::new(name)?;
-        let manager = Manager::start(&root)?;
+        let manager = ServiceManager::start(&root)?;
         Self::start_in(root, Some(manager), release, line, extra)
     }
 
     fn start_in(
         root: Root,
-        manager: Option<Manager>,
+        manager: Option<ServiceManager>,
         release: Release,
         line: Line,
         extra: &str,

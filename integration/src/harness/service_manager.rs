@@ -31,14 +31,14 @@ type Stored = Arc<Mutex<Vec<(String, OwnedFd)>>>;
 
 /// A service manager for one daemon.
 #[derive(Debug)]
-pub struct Manager {
+pub struct ServiceManager {
     socket: PathBuf,
     stored: Stored,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Manager {
+impl ServiceManager {
     /// Listens below `root`.
     pub fn start(root: &Root) -> Result<Self> {
         let socket = root.join("notify.sock")?;
@@ -134,7 +134,7 @@ fn apply(stored: &Stored, text: &str, fd: Option<OwnedFd>) {
     }
 }
 
-impl Drop for Manager {
+impl Drop for ServiceManager {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
