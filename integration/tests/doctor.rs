@@ -266,6 +266,18 @@ fn each_fault_is_found_and_repaired_where_it_can_be() -> Result<()> {
 }
 
 /// The daemon's own mount that it has forgotten: somebody mounted there.
+/// Whether all threads of a process are stopped.
+fn is_stopped(process: nix::unistd::Pid) -> Result<bool> {
+    for thread in std::fs::read_dir(format!("/proc/{process}/task"))? {
+        let stat = std::fs::read_to_string(thread?.path().join("stat"))?;
+        let state = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
+        if !state.starts_with('T') {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 #[test]
 fn a_hung_daemon_and_a_foreign_mount_are_found() -> Result<()> {
     let site = Site::start("doctor", Release::V1, Line::OPEN, "")?;
@@ -294,8 +306,11 @@ fn a_hung_daemon_and_a_foreign_mount_are_found() -> Result<()> {
     // A daemon that hangs does not hang its doctor.
     let daemon = site.daemon.pid()?;
     nix::sys::signal::kill(daemon, nix::sys::signal::Signal::SIGSTOP)?;
+    // On a busy machine its threads stop one by one.
+    let stopped = eventually("the daemon is stopped", || is_stopped(daemon));
     let found = doctor(&site, &config, &[]);
     nix::sys::signal::kill(daemon, nix::sys::signal::Signal::SIGCONT)?;
+    stopped?;
     let found = found?.expect(2)?;
     found.finding("daemon", "says nothing")?;
     Ok(())
