@@ -146,7 +146,8 @@ fn a_sealed_device_is_not_watched_any_more() {
     // From now on no process of ours is needed.
     world.behave(Behaviour::Failing(FillErrno::Io));
     let asked = world.asked();
-    world.kill_shim();
+    world.nothing_is_kept();
+    world.kill_shim_now();
     assert_eq!(compare(&world, &mount).faults, [""; 0]);
     assert_eq!(world.asked(), asked);
     let ended = world.unmount_watched("a", UnmountMode::IfUnused);

@@ -372,6 +372,12 @@ impl World {
             assert!(Instant::now() < deadline, "nothing is kept\n{}", self.log());
             std::thread::sleep(Duration::from_millis(5));
         }
+        self.kill_shim_now();
+    }
+
+    /// The same, whether anything is kept or not.
+    pub fn kill_shim_now(&self) {
+        let deadline = Instant::now() + Duration::from_secs(20);
         let before = self.client().peer().expect("a worker is attached");
         // A holder that runs on would start another worker.
         let holder = Pid::from_raw(i32::try_from(before.holder_pid).unwrap());
