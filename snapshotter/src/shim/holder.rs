@@ -213,15 +213,13 @@ fn adopt_worker() -> io::Result<Worker> {
     })
 }
 
-fn packet(body: Body) -> Vec<u8> {
+/// A packet between a holder, or who stands in for one, and a worker.
+pub(super) fn packet(body: Body) -> Vec<u8> {
     wire::HolderPacket { body: Some(body) }.encode_to_vec()
 }
 
 /// Sends entries, and that these were all.
-pub(super) fn hand_over(
-    socket: &PacketSocket,
-    entries: &BTreeMap<String, Vec<OwnedFd>>,
-) -> io::Result<()> {
+pub(super) fn hand_over(socket: &PacketSocket, entries: &Entries) -> io::Result<()> {
     for (name, fds) in entries {
         let fds: Vec<BorrowedFd<'_>> = fds.iter().map(OwnedFd::as_fd).collect();
         socket.send(

@@ -21,6 +21,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -57,6 +58,11 @@ fn long(bytes: &[u8], at: usize) -> Option<u64> {
 #[must_use]
 pub fn unique_of_answer(answer: &[u8]) -> Option<u64> {
     long(answer, 8)
+}
+
+/// The length of the request in a slot; 0 where there is none.
+fn length_in(slots: &SharedSlots, slot: u32) -> u32 {
+    slots.half(slot, 0).load(Ordering::Acquire)
 }
 
 /// A request.
@@ -128,7 +134,7 @@ impl Journal {
 
     fn over(memory: File, count: u32, slot_bytes: usize) -> io::Result<Journal> {
         let slots = SharedSlots::map(&memory, HEAD_BYTES, slot_bytes, count)?;
-        let free = (0..count).filter(|slot| slots.first_word(*slot) == 0);
+        let free = (0..count).filter(|slot| length_in(&slots, *slot) == 0);
         let table = Table {
             free: free.collect(),
             held: HashMap::new(),
@@ -151,7 +157,7 @@ impl Journal {
     pub fn unanswered(&self) -> Vec<Request> {
         let mut requests = Vec::new();
         for slot in 0..self.slots.count() {
-            if self.slots.first_word(slot) == 0 {
+            if length_in(&self.slots, slot) == 0 {
                 continue;
             }
             match self.request(slot) {
@@ -179,7 +185,7 @@ impl Journal {
                 }
             }
         };
-        let read = self.slots.read_into(slot, fuse);
+        let read = self.slots.read_into(slot, fuse, usize::MAX);
         let request = match read {
             Ok(_) => self.request(slot),
             Err(_) => None,
@@ -192,7 +198,7 @@ impl Journal {
 
     /// The request in a slot, which is held from now on; `None` if it has no answer.
     fn request(&self, slot: u32) -> Option<Request> {
-        let length = usize::try_from(self.slots.first_word(slot)).ok()?;
+        let length = usize::try_from(length_in(&self.slots, slot)).ok()?;
         let bytes = self.slots.copy(slot, length);
         let request = Request { slot, bytes };
         let whole = request.bytes.len() == length && length >= HEADER_BYTES;
@@ -204,7 +210,7 @@ impl Journal {
     }
 
     fn free(&self, slot: u32) {
-        self.slots.set_first_word(slot, 0);
+        self.slots.half(slot, 0).store(0, Ordering::Release);
         self.table().free.insert(slot);
         self.freed.notify_one();
     }

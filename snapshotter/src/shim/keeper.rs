@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The worker's side of the holder: hands descriptors over, and finds a new holder when it dies.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -18,7 +17,7 @@ use prost::Message;
 use sluice_proto::shim as wire;
 use sluice_proto::shim::holder_packet::Body;
 
-use super::holder::LOCK_ENTRY;
+use super::holder::{Entries, LOCK_ENTRY, packet};
 use super::{JOURNAL_FLAG, KEEP_SOCKET_NAME, PROTOCOL_VERSION};
 use crate::sys::fanotify;
 use crate::sys::fdpass::PacketSocket;
@@ -36,7 +35,7 @@ const HIGH_NUMBERS: i32 = 1 << 15;
 #[derive(Debug)]
 pub struct Inheritance {
     /// Descriptors by name.
-    pub entries: BTreeMap<String, Vec<OwnedFd>>,
+    pub entries: Entries,
     /// The holder.
     pub holder_pid: u32,
 }
@@ -57,7 +56,7 @@ struct Inner {
     socket: PacketSocket,
     holder_pid: u32,
     /// Duplicates, for a new holder.
-    kept: BTreeMap<String, Vec<OwnedFd>>,
+    kept: Entries,
     /// A holder that we have started ourselves, to be reaped.
     child: Option<Child>,
     /// The daemon, which keeps all of it too; `None` while there is none.
@@ -83,7 +82,7 @@ impl Keeper {
         let socket = move_up(io::stdin().as_fd().try_clone_to_owned()?)?;
         let socket = PacketSocket::from_owned(socket);
         nix::unistd::dup2_stdin(File::open("/dev/null")?)?;
-        let mut entries: BTreeMap<String, Vec<OwnedFd>> = BTreeMap::new();
+        let mut entries = Entries::new();
         let holder_pid = loop {
             let Some(packet) = socket.recv()? else {
                 return Err(io::Error::new(
@@ -105,7 +104,7 @@ impl Keeper {
             }
         };
         set_answer_deadline(&socket)?;
-        let mut kept = BTreeMap::new();
+        let mut kept = Entries::new();
         for (name, fds) in &entries {
             let fds: Vec<BorrowedFd<'_>> = fds.iter().map(OwnedFd::as_fd).collect();
             kept.insert(name.clone(), duplicate(&fds)?);
@@ -214,10 +213,7 @@ impl Keeper {
 
     /// Says that this worker ends on purpose.
     pub fn retire(&self) -> io::Result<()> {
-        let bytes = wire::HolderPacket {
-            body: Some(Body::Retire(wire::Retire {})),
-        };
-        self.inner().socket.send(&bytes.encode_to_vec(), &[])
+        retire_with_us(&self.inner().socket)
     }
 
     /// Waits for the death of holder after holder, and starts a new one each time. Never returns;
@@ -267,9 +263,7 @@ impl Keeper {
             (inner.socket, inner.holder_pid, inner.child) = before;
             return Err(error);
         }
-        let retire = Body::Retire(wire::Retire {});
-        let packet = wire::HolderPacket { body: Some(retire) }.encode_to_vec();
-        before.0.send(&packet, &[])
+        retire_with_us(&before.0)
     }
 
     fn start_holder(&self, binary: &Path) -> io::Result<()> {
@@ -343,10 +337,14 @@ impl Inner {
     }
 }
 
+/// Has a holder end when this worker is gone.
+fn retire_with_us(holder: &PacketSocket) -> io::Result<()> {
+    holder.send(&packet(Body::Retire(wire::Retire {})), &[])
+}
+
 /// Sends one packet and waits for its Done.
 fn tell(socket: &PacketSocket, body: Body, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let packet = wire::HolderPacket { body: Some(body) }.encode_to_vec();
-    socket.send(&packet, fds)?;
+    socket.send(&packet(body), fds)?;
     loop {
         let Some(packet) = socket.recv()? else {
             return Err(io::ErrorKind::BrokenPipe.into());

@@ -13,8 +13,9 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use memmap2::{MmapOptions, MmapRaw};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use super::slots::SharedSlots;
 
 /// An event before a read or write of a range. **Source** include/uapi/linux/fanotify.h.
 const FAN_PRE_ACCESS: u64 = 0x0010_0000;
@@ -142,7 +143,7 @@ pub struct Event {
 #[derive(Debug)]
 pub struct EventSlots {
     file: File,
-    map: MmapRaw,
+    slots: SharedSlots,
     count: u32,
 }
 
@@ -181,13 +182,11 @@ impl EventSlots {
     }
 
     fn map(file: File, count: u32) -> io::Result<EventSlots> {
-        let map = MmapOptions::new().map_raw(&file)?;
-        // The kernel writes events here; a page that it had to wait for could be refused to a process
-        // that is being killed, and the event would be lost with it.
-        if let Err(error) = map.lock() {
+        let slots = SharedSlots::map(&file, 0, SLOT_BYTES, count + 1)?;
+        if let Err(error) = slots.lock_in_memory() {
             tracing::debug!(%error, "lock event slots into memory");
         }
-        Ok(EventSlots { file, map, count })
+        Ok(EventSlots { file, slots, count })
     }
 
     /// How many events it holds.
@@ -195,40 +194,24 @@ impl EventSlots {
         self.count
     }
 
-    /// The bytes of slot `slot`; slot 0 is the head. Slots of callers are counted from 0, one less.
-    fn at(&self, slot: u32, offset: usize) -> *mut u8 {
-        assert!(
-            slot <= self.count && offset < SLOT_BYTES,
-            "a slot that there is not"
-        );
-        let start = usize::try_from(slot).unwrap_or(0) * SLOT_BYTES;
-        self.map.as_mut_ptr().wrapping_add(start + offset)
-    }
-
+    /// Eight bytes of a slot; slot 0 is the head. Slots of callers are counted from 0, one less.
     fn word(&self, slot: u32, offset: usize) -> &AtomicU64 {
-        // SAFETY: within the mapping, aligned (slots are, offsets are multiples of 8), and only ever
-        // accessed as an atomic or by the kernel.
-        unsafe { AtomicU64::from_ptr(self.at(slot, offset).cast()) }
+        self.slots.word(slot, offset)
     }
 
     fn half(&self, slot: u32, offset: usize) -> &AtomicU32 {
-        // SAFETY: as for `word`, with multiples of 4; no place is used in both widths at a time.
-        unsafe { AtomicU32::from_ptr(self.at(slot, offset).cast()) }
+        self.slots.half(slot, offset)
     }
 
     /// Reads the next event into a slot that is free; false when there is none. The descriptor that
     /// came with it is [`EventSlots::take`]n next.
     pub fn receive(&self, group: BorrowedFd<'_>, slot: u32) -> io::Result<bool> {
-        let place = self.at(slot + 1, 0);
-        // SAFETY: a slot is longer than READ_BYTES, and this one is nobody else's.
-        let read = unsafe { libc::read(group.as_raw_fd(), place.cast(), READ_BYTES) };
-        if read >= 0 {
-            return Ok(read > 0);
-        }
-        let error = io::Error::last_os_error();
-        match error.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(false),
-            _ => Err(error),
+        match self.slots.read_into(slot + 1, group, READ_BYTES) {
+            Ok(read) => Ok(read > 0),
+            Err(error) => match error.kind() {
+                io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(false),
+                _ => Err(error),
+            },
         }
     }
 

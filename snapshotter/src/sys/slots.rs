@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use memmap2::{MmapOptions, MmapRaw};
 
@@ -60,37 +60,51 @@ impl SharedSlots {
         self.count
     }
 
-    /// Where a slot is. Panics for one that there is not: a mistake of the caller.
-    fn at(&self, slot: u32) -> *mut u8 {
-        assert!(slot < self.count, "slot {slot} of {}", self.count);
-        let offset = self.head_bytes + slot as usize * self.slot_bytes;
-        // SAFETY: the mapping has `head_bytes + count * slot_bytes` bytes.
-        unsafe { self.map.as_mut_ptr().add(offset) }
+    /// Keeps the slots in memory for as long as they are mapped.
+    pub fn lock_in_memory(&self) -> io::Result<()> {
+        self.map.lock()
     }
 
-    /// One `read` into a slot; how many bytes it gave.
-    pub fn read_into(&self, slot: u32, from: BorrowedFd<'_>) -> io::Result<usize> {
-        let to = self.at(slot);
-        // SAFETY: `slot_bytes` from `to` on are ours and mapped, and no reference to them exists.
-        let read = unsafe { libc::read(from.as_raw_fd(), to.cast(), self.slot_bytes) };
+    /// Where a slot's byte is. Panics for one that there is not: a mistake of the caller.
+    fn at(&self, slot: u32, offset: usize) -> *mut u8 {
+        assert!(
+            slot < self.count && offset < self.slot_bytes,
+            "byte {offset} of slot {slot}, of {} slots",
+            self.count
+        );
+        let start = self.head_bytes + slot as usize * self.slot_bytes;
+        // SAFETY: the mapping has `head_bytes + count * slot_bytes` bytes.
+        unsafe { self.map.as_mut_ptr().add(start + offset) }
+    }
+
+    /// One `read` of at most `most` bytes into a slot that is nobody's; how many it gave.
+    pub fn read_into(&self, slot: u32, from: BorrowedFd<'_>, most: usize) -> io::Result<usize> {
+        // The page is ours before the kernel writes to it: one that it had to wait for could be refused to a
+        // process that is being killed, and what it writes would be lost.
+        self.half(slot, 0).store(0, Ordering::Relaxed);
+        let most = most.min(self.slot_bytes);
+        // SAFETY: `slot_bytes` from there on are ours and mapped, and no reference to them exists.
+        let read = unsafe { libc::read(from.as_raw_fd(), self.at(slot, 0).cast(), most) };
         usize::try_from(read).map_err(|_| io::Error::last_os_error())
     }
 
-    /// The first word of a slot.
+    /// Eight bytes of a slot, at a multiple of 8.
     #[must_use]
-    pub fn first_word(&self, slot: u32) -> u32 {
-        self.atomic(slot).load(Ordering::Acquire)
+    pub fn word(&self, slot: u32, offset: usize) -> &AtomicU64 {
+        let place = self.at(slot, offset);
+        assert!(offset.is_multiple_of(8), "a word that is not aligned");
+        // SAFETY: mapped for as long as `self` lives, within its slot (slots are multiples of 8), aligned (head,
+        // slots and offset are), and only ever accessed as an atomic or by the kernel.
+        unsafe { AtomicU64::from_ptr(place.cast()) }
     }
 
-    /// Sets the first word of a slot.
-    pub fn set_first_word(&self, slot: u32, word: u32) {
-        self.atomic(slot).store(word, Ordering::Release);
-    }
-
-    fn atomic(&self, slot: u32) -> &AtomicU32 {
-        // SAFETY: mapped for as long as `self` lives, and aligned to 8 bytes: the mapping is aligned to a page,
-        // head and slots are multiples of 8.
-        unsafe { AtomicU32::from_ptr(self.at(slot).cast()) }
+    /// Four bytes of a slot, at a multiple of 4; not also accessed as a part of a word at the same time.
+    #[must_use]
+    pub fn half(&self, slot: u32, offset: usize) -> &AtomicU32 {
+        let place = self.at(slot, offset);
+        assert!(offset.is_multiple_of(4), "a half that is not aligned");
+        // SAFETY: as for `word`, with multiples of 4.
+        unsafe { AtomicU32::from_ptr(place.cast()) }
     }
 
     /// The first `length` bytes of a slot, at most all of it.
@@ -99,7 +113,7 @@ impl SharedSlots {
         let mut bytes = vec![0; length.min(self.slot_bytes)];
         // SAFETY: both are that long, and do not overlap.
         unsafe {
-            std::ptr::copy_nonoverlapping(self.at(slot), bytes.as_mut_ptr(), bytes.len());
+            std::ptr::copy_nonoverlapping(self.at(slot, 0), bytes.as_mut_ptr(), bytes.len());
         }
         bytes
     }
@@ -119,15 +133,21 @@ mod tests {
         let slots = SharedSlots::map(&file, 8, 64, 3).unwrap();
         let mut source = tempfile::NamedTempFile::new().unwrap();
         source.write_all(&[7; 100]).unwrap();
-        let read = |from: &File| slots.read_into(1, from.as_fd()).unwrap();
-        assert_eq!(read(&source.reopen().unwrap()), 64);
+        let read = |from: &File, most| slots.read_into(1, from.as_fd(), most).unwrap();
+        assert_eq!(read(&source.reopen().unwrap(), 16), 16);
+        assert_eq!(read(&source.reopen().unwrap(), 100), 64);
         // Another mapping of the same file sees it.
         let other = SharedSlots::map(&file, 8, 64, 3).unwrap();
-        assert_eq!(other.first_word(1), 0x0707_0707);
+        let first = |slot| other.half(slot, 0).load(Ordering::Acquire);
+        assert_eq!(first(1), 0x0707_0707);
+        assert_eq!(
+            other.word(1, 56).load(Ordering::Relaxed),
+            0x0707_0707_0707_0707
+        );
         assert_eq!(other.copy(1, 1000), [7; 64]);
-        assert_eq!((other.first_word(0), other.first_word(2)), (0, 0));
-        slots.set_first_word(1, 0);
-        assert_eq!(other.first_word(1), 0);
+        assert_eq!((first(0), first(2)), (0, 0));
+        slots.half(1, 0).store(0, Ordering::Release);
+        assert_eq!(first(1), 0);
         assert_eq!(other.count(), 3);
     }
 

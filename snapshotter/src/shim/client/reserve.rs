@@ -8,8 +8,7 @@
 //! **Lifecycle** a thread that accepts, and one for each worker; the newest worker's word counts. They end
 //! with [`Keeping`].
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::OwnedFd;
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use prometheus_client::metrics::gauge::Gauge;
@@ -18,7 +17,7 @@ use prost::Message as _;
 use sluice_proto::shim as wire;
 use sluice_proto::shim::holder_packet::Body;
 
-use crate::shim::holder::hand_over;
+use crate::shim::holder::{Entries, hand_over, packet};
 use crate::sys::fdpass::{PacketListener, PacketSocket};
 use crate::sys::fdstore::{FdStore, Stored};
 
@@ -32,7 +31,7 @@ pub struct Reserve {
 
 #[derive(Debug, Default)]
 struct Table {
-    entries: BTreeMap<String, Vec<OwnedFd>>,
+    entries: Entries,
     /// Counts connections: the newest one is the worker's.
     connections: u64,
 }
@@ -90,15 +89,15 @@ impl Reserve {
         // What it has not named by its InheritEnd is not there any more.
         let mut named = BTreeSet::new();
         loop {
-            let packet = match socket.recv() {
-                Ok(Some(packet)) => packet,
+            let received = match socket.recv() {
+                Ok(Some(received)) => received,
                 Ok(None) => return,
                 Err(error) => {
                     tracing::warn!(%error, "read what the shim keeps");
                     return;
                 }
             };
-            let body = wire::HolderPacket::decode(packet.bytes.as_slice());
+            let body = wire::HolderPacket::decode(received.bytes.as_slice());
             let Some(body) = body.ok().and_then(|packet| packet.body) else {
                 continue;
             };
@@ -108,8 +107,8 @@ impl Reserve {
             }
             let name = match body {
                 Body::Keep(keep) => {
-                    self.store.keep(&keep.name, &packet.fds);
-                    table.entries.insert(keep.name.clone(), packet.fds);
+                    self.store.keep(&keep.name, &received.fds);
+                    table.entries.insert(keep.name.clone(), received.fds);
                     named.insert(keep.name.clone());
                     keep.name
                 }
@@ -139,13 +138,9 @@ impl Reserve {
             let kept = table.entries.len();
             self.kept.set(i64::try_from(kept).unwrap_or(i64::MAX));
             drop(table);
-            let done = wire::HolderPacket {
-                body: Some(Body::Done(wire::Done {
-                    name,
-                    error: String::new(),
-                })),
-            };
-            if socket.send(&done.encode_to_vec(), &[]).is_err() {
+            let error = String::new();
+            let done = packet(Body::Done(wire::Done { name, error }));
+            if socket.send(&done, &[]).is_err() {
                 return;
             }
         }

@@ -89,17 +89,18 @@ pub(super) async fn supervise(shared: Arc<Shared>) {
         if started.is_none_or(|at| at.elapsed() > patience) {
             match is_locked(&shared.options.run_dir) {
                 Ok(true) => {}
-                Ok(false) => match start_holder(&shared.options) {
-                    Ok(child) => {
-                        tracing::info!(pid = child.id(), "shim holder started");
-                        children.push(child);
-                        started = Some(Instant::now());
+                Ok(false) => {
+                    started = Some(Instant::now());
+                    match start_holder(&shared.options) {
+                        Ok(child) => {
+                            tracing::info!(pid = child.id(), "shim holder started");
+                            children.push(child);
+                        }
+                        Err(error) => {
+                            tracing::error!(error = %error, "start the shim holder");
+                        }
                     }
-                    Err(error) => {
-                        tracing::error!(error = %error, "start the shim holder");
-                        started = Some(Instant::now());
-                    }
-                },
+                }
                 Err(error) => tracing::error!(%error, "look at the shim's lock"),
             }
         }
