@@ -12,6 +12,8 @@
 //! | `committed_chunks` | source | | chunks that became present, by where they came from |
 //! | `fill_duration_seconds` | priority | seconds | how long a fill took that had to wait |
 //! | `fill_failures` | reason | | fills that failed, each an error at a reader |
+//! | `registry_events` | event | | what registries did that costs a request more: `token_expired`, `redirect_expired`, `ranges_ignored` |
+//! | `passed_chunks` | reason | | chunks that readers got past the store, which did not take them |
 //! | `hedged_requests` | | | requests made to a second node because the first was silent |
 //! | `home_bypasses` | | | requests to the origin for pieces whose home is another node |
 //! | `peer_busy` | | | answers of other nodes that had no free upload slot |
@@ -66,6 +68,11 @@ struct ReasonLabel {
     reason: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct EventLabel {
+    event: &'static str,
+}
+
 /// Bytes that need no request: chunks of the store itself that were checked or copied.
 pub(crate) const FROM_STORE: &str = "store";
 
@@ -86,6 +93,8 @@ pub struct Metrics {
     committed: Family<SourceLabel, Counter>,
     fill_seconds: Family<PriorityLabel, Histogram, fn() -> Histogram>,
     fill_failures: Family<ReasonLabel, Counter>,
+    passed: Family<ReasonLabel, Counter>,
+    registry_events: Family<EventLabel, Counter>,
     hedged: Counter,
     peer_busy: Counter,
     bypassed: Counter,
@@ -111,6 +120,8 @@ impl Default for Metrics {
             committed: Family::default(),
             fill_seconds: Family::new_with_constructor(fill_buckets),
             fill_failures: Family::default(),
+            passed: Family::default(),
+            registry_events: Family::default(),
             hedged: Counter::default(),
             peer_busy: Counter::default(),
             bypassed: Counter::default(),
@@ -192,6 +203,10 @@ impl Metrics {
             "Fills that failed",
             self.fill_failures.clone(),
         );
+        let events = "What registries did that costs a request more";
+        registry.register("registry_events", events, self.registry_events.clone());
+        let passed = "Chunks that readers got past the store";
+        registry.register("passed_chunks", passed, self.passed.clone());
         let hedged = "Requests made to a second node";
         registry.register("hedged_requests", hedged, self.hedged.clone());
         let busy = "Answers of nodes without a free slot";
@@ -283,6 +298,16 @@ impl Metrics {
         self.fill_failures
             .get_or_create(&ReasonLabel { reason })
             .inc();
+    }
+
+    pub(crate) fn registry_did(&self, event: &'static str) {
+        self.registry_events
+            .get_or_create(&EventLabel { event })
+            .inc();
+    }
+
+    pub(crate) fn passed(&self, reason: &'static str) {
+        self.passed.get_or_create(&ReasonLabel { reason }).inc();
     }
 
     pub(crate) fn hedged(&self) {

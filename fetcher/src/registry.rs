@@ -83,6 +83,7 @@ struct Inner {
     redirects: Redirects,
     ranges: RangeMemory,
     mirrors: Arc<Mirrors>,
+    metrics: Metrics,
 }
 
 impl fmt::Debug for RegistryClient {
@@ -104,7 +105,7 @@ impl RegistryClient {
         Self::counted(options, credentials, Metrics::new())
     }
 
-    /// As [`Self::new`], counting what mirrors fail to give in `metrics`.
+    /// As [`Self::new`], counting what mirrors fail to give, and what expires, in `metrics`.
     ///
     /// **Errors** as [`Self::new`].
     pub fn counted(
@@ -117,7 +118,7 @@ impl RegistryClient {
         let authorizer = Authorizer::new(Arc::clone(&options), Arc::clone(&transport), credentials);
         let redirects = Redirects::new(options.redirect_ttl);
         let ranges = RangeMemory::new(options.range_memory);
-        let mirrors = Arc::new(Mirrors::new(Arc::clone(&options), metrics));
+        let mirrors = Arc::new(Mirrors::new(Arc::clone(&options), metrics.clone()));
         let inner = Inner {
             options,
             transport,
@@ -125,6 +126,7 @@ impl RegistryClient {
             redirects,
             ranges,
             mirrors,
+            metrics,
         };
         Ok(RegistryClient {
             inner: Arc::new(inner),
@@ -201,6 +203,10 @@ impl Inner {
             // The place in the queue is free again before a token is waited for.
             drop(answer);
             header = self.authorizer.again(context, &mut entry, &headers).await?;
+            if entry.renews() && header.is_some() {
+                tracing::info!(%endpoint, status, "token expired: go on with another");
+                self.metrics.registry_did("token_expired");
+            }
             if header.is_none() {
                 return Err(RegistryError::Denied {
                     endpoint,

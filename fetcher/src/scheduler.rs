@@ -35,6 +35,7 @@ mod evict;
 mod flight;
 mod gate;
 mod layer;
+mod pass;
 mod plan;
 mod seal;
 mod slots;
@@ -45,6 +46,7 @@ mod window;
 pub use error::{FetchFailure, FillError};
 pub use evict::{Room, RoomReport};
 pub use layer::{LayerHandle, LayerSpec, LayerTraffic};
+pub use pass::Filled;
 
 pub(crate) use flight::Transfer;
 pub(crate) use plan::{Limits, coalesce};
@@ -58,6 +60,7 @@ use crate::source::Priority;
 use crate::store::{DeviceKey, Store, StoreError, lock};
 use flight::{Flights, Waiter};
 use gate::Gate;
+use pass::{Held, Passing};
 use slots::{OriginSlots, SlotCounts, Slots};
 use window::{ReadAhead, WindowLimits};
 
@@ -150,6 +153,7 @@ pub(crate) struct Core {
     pub(crate) gate: Arc<Gate>,
     pub(crate) origins: OriginSlots,
     pub(crate) decodes: Slots,
+    pub(crate) passing: Passing,
     pub(crate) tasks: TaskTracker,
     pub(crate) cancel: CancellationToken,
     /// One layer is hashed at a time: it is the least urgent work there is.
@@ -204,6 +208,7 @@ impl Fetcher {
                 boot: decodes.saturating_sub(1),
                 background: decodes.saturating_sub(1),
             }),
+            passing: Passing::default(),
             options,
             store,
             metrics,
@@ -344,6 +349,19 @@ impl Fetcher {
         priority: Priority,
         deadline: Option<Duration>,
     ) -> Result<(), FillError> {
+        self.fill_measured(layer, extent, priority, deadline, None)
+            .await
+    }
+
+    /// With `held`, what the store does not keep goes there.
+    async fn fill_measured(
+        &self,
+        layer: &Arc<LayerHandle>,
+        extent: Extent<DeviceSpace>,
+        priority: Priority,
+        deadline: Option<Duration>,
+        held: Option<&mut Held>,
+    ) -> Result<(), FillError> {
         layer.check_open()?;
         if layer.device.missing(extent).next().is_none() {
             return Ok(());
@@ -351,7 +369,7 @@ impl Fetcher {
         let started = clock::now();
         let until = deadline.and_then(|deadline| started.checked_add(deadline));
         let result = self
-            .fill_missing(layer, extent, priority, Reach::All, until)
+            .fill_missing(layer, extent, priority, Reach::All, until, held)
             .await;
         match &result {
             Ok(()) => self.core.metrics.filled(priority, clock::now() - started),
@@ -374,6 +392,7 @@ impl Fetcher {
         priority: Priority,
         reach: Reach,
         until: Option<Instant>,
+        mut held: Option<&mut Held>,
     ) -> Result<(), FillError> {
         let started = clock::now();
         // Who waits for a boot list alone gets what it lists next, which beats a guess.
@@ -388,9 +407,12 @@ impl Fetcher {
             }
             Priority::Foreground | Priority::Boot | Priority::Background => None,
         };
-        loop {
+        'look: loop {
             layer.check_open()?;
-            let missing: Vec<u32> = layer.device.missing(extent).collect();
+            let mut missing: Vec<u32> = layer.device.missing(extent).collect();
+            if let Some(held) = &mut held {
+                self.core.passing.take(layer, &mut missing, held);
+            }
             if missing.is_empty() {
                 // A device that failed meanwhile has no present chunk.
                 return layer.check_open();
@@ -420,6 +442,12 @@ impl Fetcher {
                         biased;
                         landed = waiter.landed() => match landed {
                             Ok(()) => break,
+                            // It waits in memory, or is fetched once more.
+                            Err(FetchFailure::Store(error))
+                                if held.is_some() && error.keeps_nothing() =>
+                            {
+                                continue 'look;
+                            }
                             Err(failure) => {
                                 let last = FillError::final_of(&failure);
                                 return Err(last.unwrap_or(FillError::Closed));
@@ -453,7 +481,7 @@ impl Fetcher {
     ) -> Result<(), FillError> {
         layer.check_open()?;
         let until = clock::now().checked_add(deadline);
-        self.fill_missing(layer, extent, priority, reach, until)
+        self.fill_missing(layer, extent, priority, reach, until, None)
             .await
     }
 

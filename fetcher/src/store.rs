@@ -11,9 +11,9 @@
 //! is assumed of the file system.
 //!
 //! # When the disk is full
-//! A fill must land in the store, because the shim reads from there. A write that finds no room asks
-//! [`StoreOptions::reclaim`] to free some and is tried once more; then the fill fails with
-//! [`StoreError::Full`], which the reader sees as ENOSPC. Chunks that are present stay readable.
+//! A write that finds no room asks [`StoreOptions::reclaim`] to free some and is tried once more; then it fails with
+//! [`StoreError::Full`]. The scheduler passes such a chunk to its readers past the store, who take bytes; who needs
+//! it in the store sees ENOSPC. Chunks that are present stay readable.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -30,6 +30,7 @@ pub(crate) mod crash;
 mod device;
 mod dir;
 mod error;
+mod failpoints;
 mod media;
 mod mem;
 mod meta;

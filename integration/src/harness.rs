@@ -5,6 +5,7 @@ pub mod command;
 pub mod containerd;
 pub mod containers;
 pub mod daemon;
+pub mod faulty;
 pub mod http;
 pub mod images;
 pub mod layout;

@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_trait::async_trait;
 use sluice_blockindex::digest::BlobDigest;
 use sluice_fetcher::registry::{RegistryClient, Repository};
-use sluice_fetcher::scheduler::{Fetcher, FillError, LayerHandle, LayerSpec};
+use sluice_fetcher::scheduler::{Fetcher, FillError, Filled, LayerHandle, LayerSpec};
 use sluice_fetcher::source::{BlobSource, OriginSet, Priority, RegistryBlobSource, RetryPolicy};
 use sluice_fetcher::store::{DeviceKey, StoreError as ChunkStoreError};
 use tokio_util::sync::CancellationToken;
@@ -266,7 +266,7 @@ fn errno_of(error: &FillError) -> FillErrno {
 }
 
 impl Layers {
-    async fn fill_range(&self, request: FillRequest) -> Result<(), FillErrno> {
+    async fn fill_range(&self, request: FillRequest) -> Result<Filled, FillErrno> {
         let key = DeviceKey {
             diff_id: request.diff_id,
             index: request.index_digest,
@@ -282,19 +282,26 @@ impl Layers {
                 return Err(FillErrno::Io);
             }
         };
-        let filled = self.fetcher.fill(
-            &handle,
-            request.extent,
-            Priority::Foreground,
-            request.deadline,
-        );
-        filled.await.map_err(|error| errno_of(&error))
+        let (extent, deadline) = (request.extent, request.deadline);
+        let (fetcher, reader) = (&self.fetcher, Priority::Foreground);
+        let filled = match request.takes_bytes {
+            true => {
+                fetcher
+                    .fill_or_pass(&handle, extent, reader, deadline)
+                    .await
+            }
+            false => {
+                let filled = fetcher.fill(&handle, extent, reader, deadline).await;
+                filled.map(|()| Filled::Present)
+            }
+        };
+        filled.map_err(|error| errno_of(&error))
     }
 }
 
 #[async_trait]
 impl FillService for Layers {
-    async fn fill(&self, request: FillRequest) -> Result<(), FillErrno> {
+    async fn fill(&self, request: FillRequest) -> Result<Filled, FillErrno> {
         let filled = self
             .leaving
             .run_until_cancelled(self.fill_range(request))

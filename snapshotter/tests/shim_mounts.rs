@@ -330,6 +330,28 @@ fn a_failed_fill_reaches_the_reader_as_its_error() {
 }
 
 #[test]
+fn bytes_that_the_store_does_not_keep_reach_the_reader() {
+    if !can_run() {
+        return;
+    }
+    let world = World::new(14);
+    let mount = world.mount("a");
+    let files = ["data/f001", "data/f003", "data/f005"];
+    world.behave(Behaviour::Passing);
+    let report = read_all(&world, &mount, &files).finish(LONG);
+    assert_eq!(report.faults, [""; 0]);
+    // Nothing of it was kept: a reader who comes later and finds nobody to ask waits.
+    world.behave(Behaviour::Failing(FillErrno::Io));
+    let late = read_all(&world, &mount, &["data/f007"]).finish(LONG);
+    assert_eq!(late.errnos, [libc::EIO].into());
+    // Fewer bytes than were asked for are none.
+    world.behave(Behaviour::PassingTooFew);
+    let late = read_all(&world, &mount, &["data/f007"]).finish(LONG);
+    assert_eq!(late.errnos, [libc::EIO].into());
+    world.watchdog_slept();
+}
+
+#[test]
 fn what_is_read_first_is_recorded_once_and_in_its_order() {
     if !can_run() {
         return;
@@ -364,6 +386,7 @@ fn what_is_read_first_is_recorded_once_and_in_its_order() {
         index_digest: spec.devices[1].index_digest,
         extent: Extent::new(0, 1).unwrap(),
         deadline: None,
+        takes_bytes: false,
     };
     world.run(world.fills.fill(bring)).unwrap();
     read("data/f001");

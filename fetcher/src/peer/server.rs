@@ -459,9 +459,7 @@ impl Shared {
         let read = tokio::task::spawn_blocking(move || read(&device, &wanted, pack)).await;
         match read {
             Ok(Some((Form::Zstd, data))) => {
-                self.peers
-                    .frames
-                    .put(chunk.digest, Form::Zstd, data.clone());
+                self.peers.frames.put(chunk.digest, Form::Zstd, &data);
                 Part::Chunk {
                     ordinal,
                     form: Form::Zstd,
@@ -470,7 +468,7 @@ impl Shared {
             }
             Ok(Some((form, data))) => {
                 if pack {
-                    self.peers.frames.put(chunk.digest, Form::Raw, Bytes::new());
+                    self.peers.frames.put(chunk.digest, Form::Raw, &[]);
                 }
                 Part::Chunk {
                     ordinal,

@@ -181,6 +181,11 @@ impl Entry {
         }
     }
 
+    /// Whether the header under way is there because a token, which was good once, was refused.
+    pub(super) fn renews(&self) -> bool {
+        self.refreshed && self.tried.is_empty()
+    }
+
     /// What was tried, for the error.
     pub(super) fn summary(&self) -> String {
         if self.names.is_empty() {

@@ -184,6 +184,7 @@ impl RegistryClient {
             .await?;
         if comes != extent && !inner.ranges.ignores(at, place, blob) {
             tracing::info!(%place, %blob, "registry ignores ranges: the whole blob is streamed");
+            inner.metrics.registry_did("ranges_ignored");
             inner.ranges.note(at, place, blob);
         }
         let body = inner
@@ -262,6 +263,8 @@ impl Inner {
             let expired = matches!(status, 400 | 401 | 403);
             let useless = from_memory && matches!(status, 404 | 410 | 500..=599);
             if answer.redirected.is_some() && (expired || useless) && !refreshed {
+                tracing::info!(%place, %blob, status, "target of a redirect expired: ask for another");
+                self.metrics.registry_did("redirect_expired");
                 self.redirects.forget(at, place, blob);
                 refreshed = true;
                 continue;

@@ -10,6 +10,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -229,6 +230,26 @@ impl FakeRegistry {
             .blobs
             .insert((name.to_owned(), digest.to_string()), bytes);
         digest
+    }
+
+    /// Puts an image into a repository: an OCI layout with one manifest.
+    ///
+    /// # Panics
+    /// When `layout` is none.
+    pub fn add_layout(&self, name: &str, tag: &str, layout: &Path) {
+        let read = |path: &Path| std::fs::read(path).expect("a file of the layout");
+        let blob = |digest: &str| read(&layout.join("blobs").join(digest.replace(':', "/")));
+        let index: serde_json::Value =
+            serde_json::from_slice(&read(&layout.join("index.json"))).expect("JSON");
+        let text = |value: &serde_json::Value| value.as_str().expect("text").to_owned();
+        let described = &index["manifests"][0];
+        let bytes = blob(&text(&described["digest"]));
+        let manifest: serde_json::Value = serde_json::from_slice(&bytes).expect("JSON");
+        let layers = manifest["layers"].as_array().expect("layers");
+        for of in layers.iter().chain([&manifest["config"]]) {
+            self.add_blob(name, blob(&text(&of["digest"])));
+        }
+        self.add_manifest(name, tag, &text(&described["mediaType"]), bytes);
     }
 
     /// The bytes of a blob, if the repository has it.

@@ -410,6 +410,7 @@ impl Asking<'_> {
         let (transfer, peers) = (Arc::clone(&run.transfer), Arc::clone(self.peers));
         decodes.spawn(async move {
             let _slot = core.decodes.take(&transfer.urgency).await;
+            let core = Arc::clone(&core);
             let work = tokio::task::spawn_blocking(move || {
                 let bytes = match form {
                     Form::Frame => decode_chunk(&data, &chunk).map_err(DecodeFailure::Corrupt)?,
@@ -419,14 +420,12 @@ impl Asking<'_> {
                     }
                     Form::Zstd => unpack(&data, &chunk).map_err(DecodeFailure::Corrupt)?,
                 };
-                let committed = device
-                    .commit(chunk.ordinal, &bytes)
-                    .map_err(DecodeFailure::Store)?;
+                let kept = core.passing.keep(&device, &chunk, bytes)?;
                 if form != Form::Raw {
                     // This node may be asked for it next.
-                    peers.frames.put(chunk.digest, form, data);
+                    peers.frames.put(chunk.digest, form, &data);
                 }
-                Ok(committed)
+                Ok(kept)
             });
             match work.await {
                 Ok(result) => (number, (ordinal, result)),
@@ -451,6 +450,10 @@ impl Asking<'_> {
                 Ok(())
             }
             Err(DecodeFailure::Store(error)) => Err(FetchFailure::Store(Arc::new(error))),
+            Err(DecodeFailure::NotKept(error)) => {
+                self.left.remove(&chunk);
+                run.not_kept(chunk, error)
+            }
             Err(DecodeFailure::Corrupt(error)) => {
                 run.core.metrics.corrupt(self.kind().as_str());
                 self.failed(number, &PeerError::Corrupt(error));

@@ -667,3 +667,66 @@ async fn a_source_that_is_slower_than_the_stall_limit_still_serves() {
     assert_eq!((check(&handle, &layer), line.asked().len()), (1, 3));
     assert_eq!(fetcher.metrics().stalls(SourceKind::Origin), 2);
 }
+
+/// A store whose disk refuses so many writes, and a layer of it.
+async fn refusing(number: u8, writes: u32) -> (Fetcher, TestLayer, Line, Arc<LayerHandle>) {
+    let disk = CrashDisk::default();
+    let boot = StoreOptions {
+        boot: Some(BootId([1; 16])),
+        reclaim: None,
+    };
+    let store = Store::on(Box::new(disk.clone()), None, boot).unwrap();
+    let fetcher = Fetcher::new(options(), Arc::new(store), Metrics::new());
+    let layer = TestLayer::even(number.into(), 8, 4000);
+    let line = Line::new("a", &layer.blob);
+    let handle = add(&fetcher, &layer, &[&line]).await;
+    disk.fill_up(writes);
+    (fetcher, layer, line, handle)
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_full_store_does_not_keep_is_passed_to_its_readers() {
+    let (fetcher, layer, line, handle) = refusing(31, 3).await;
+    // From the middle of one chunk to the middle of another: three are refused, the fourth is kept.
+    let extent = Extent::<DeviceSpace>::new(4000 + 100, 4 * 4000 + 7).unwrap();
+    let pass = || fetcher.fill_or_pass(&handle, extent, Priority::Foreground, Some(30 * SECOND));
+    let tar: Vec<u8> = (0..8)
+        .flat_map(|chunk| layer.bytes_of(chunk).to_vec())
+        .collect();
+    let expected = Filled::Passed(tar[4100..16007].to_vec().into());
+    assert_eq!(pass().await.unwrap(), expected);
+    assert_eq!(check(&handle, &layer), 1);
+    // The disk has room again, as the next chunk shows: all is fetched anew and kept, though it is still in memory.
+    let next = fetcher.fill(&handle, chunk_extent(&layer, 7), Priority::Foreground, None);
+    next.await.unwrap();
+    let asked = line.asked().len();
+    assert_eq!(pass().await.unwrap(), Filled::Present);
+    assert_eq!((check(&handle, &layer), line.asked().len()), (5, asked + 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_readers_of_a_full_store_get_their_bytes() {
+    let (fetcher, layer, _, handle) = refusing(32, u32::MAX).await;
+    let read = |chunk: u32| {
+        let (fetcher, handle) = (fetcher.clone(), Arc::clone(&handle));
+        let extent = chunk_extent(&layer, chunk);
+        let expected = Filled::Passed(layer.bytes_of(chunk).to_vec().into());
+        async move {
+            let fill = fetcher.fill_or_pass(&handle, extent, Priority::Foreground, None);
+            assert_eq!(fill.await.unwrap(), expected);
+        }
+    };
+    futures::future::join_all((0..40).map(|reader| read(reader % 8))).await;
+    assert_eq!(check(&handle, &layer), 0);
+    // Who needs it in the store is told, and what nobody waits for ends.
+    let extent = chunk_extent(&layer, 3);
+    let error = fetcher.fill(&handle, extent, Priority::Background, None);
+    assert!(matches!(error.await, Err(FillError::NoSpace { .. })));
+    tokio::time::timeout(SECOND, async {
+        while handle.flights.len() > 0 {
+            tokio::time::sleep(MILLISECOND).await;
+        }
+    })
+    .await
+    .unwrap();
+}

@@ -18,7 +18,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt as _;
-use sluice_blockindex::chunkmap::Chunk;
 use sluice_blockindex::frames::{DecodeFrameError, decode_chunk};
 use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -115,6 +114,8 @@ pub(super) type Decoded = (u32, Result<Committed, DecodeFailure>);
 
 pub(super) enum DecodeFailure {
     Corrupt(DecodeFrameError),
+    /// It is right, and waits in memory: the store did not take it.
+    NotKept(StoreError),
     Store(StoreError),
 }
 
@@ -544,14 +545,15 @@ impl Receiving<'_> {
             decodes.spawn(async move {
                 let _slot = core.decodes.take(&transfer.urgency).await;
                 let ordinal = chunk.ordinal;
-                let peers = core.peers().cloned();
+                let core_of = Arc::clone(&core);
                 let work = tokio::task::spawn_blocking(move || {
-                    let committed = decode(&device, &chunk, &frame)?;
-                    if let Some(peers) = peers {
+                    let bytes = decode_chunk(&frame, &chunk).map_err(DecodeFailure::Corrupt)?;
+                    let kept = core_of.passing.keep(&device, &chunk, bytes)?;
+                    if let Some(peers) = core_of.peers() {
                         // Other nodes will ask for it: it is passed on as it came.
-                        peers.frames.put(chunk.digest, Form::Frame, frame);
+                        peers.frames.put(chunk.digest, Form::Frame, &frame);
                     }
-                    Ok(committed)
+                    Ok(kept)
                 });
                 match work.await {
                     Ok(result) => (ordinal, result),
@@ -573,6 +575,7 @@ impl Receiving<'_> {
                 run.layer.flights.finish(chunk, None);
             }
             Err(DecodeFailure::Store(error)) => return Err(FetchFailure::Store(Arc::new(error))),
+            Err(DecodeFailure::NotKept(error)) => return run.not_kept(chunk, error),
             Err(DecodeFailure::Corrupt(error)) => {
                 tracing::warn!(
                     device = %run.layer.key(), source = %self.label, given_by = %self.kind, chunk,
@@ -594,17 +597,6 @@ impl Receiving<'_> {
         }
         Ok(())
     }
-}
-
-fn decode(
-    device: &crate::store::Device,
-    chunk: &Chunk,
-    frame: &[u8],
-) -> Result<Committed, DecodeFailure> {
-    let bytes = decode_chunk(frame, chunk).map_err(DecodeFailure::Corrupt)?;
-    device
-        .commit(chunk.ordinal, &bytes)
-        .map_err(DecodeFailure::Store)
 }
 
 /// Makes a chunk present from what the store has; false when it does not have it.

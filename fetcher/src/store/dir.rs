@@ -18,6 +18,7 @@ use std::time::SystemTime;
 use sluice_blockindex::digest::{DiffId, IndexDigest};
 
 use super::DeviceKey;
+use super::failpoints::{self, Point};
 use super::media::{DeviceMedia, Media, Opened, SealedBytes};
 use super::meta::META_BYTES;
 use super::presence::{Presence, Words};
@@ -350,14 +351,17 @@ impl DeviceMedia for DirDevice {
     }
 
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        failpoints::pass(Point::Write)?;
         self.data.write_all_at(bytes, offset)
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        failpoints::pass(Point::Read)?;
         self.data.read_exact_at(buffer, offset)
     }
 
     fn sync(&self) -> io::Result<()> {
+        failpoints::pass(Point::Sync)?;
         self.data.sync_data()?;
         self.presence.sync()
     }
@@ -367,6 +371,7 @@ impl DeviceMedia for DirDevice {
     }
 
     fn replace_meta(&self, record: &[u8; META_BYTES], durable: bool) -> io::Result<()> {
+        failpoints::pass(Point::Record)?;
         if !durable {
             return replace_file(&self.dir, META, record, false);
         }

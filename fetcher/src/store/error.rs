@@ -96,6 +96,19 @@ impl StoreError {
         move |source| Self::Io { action, source }
     }
 
+    /// Whether the disk takes nothing, so that only memory is left for what comes.
+    pub(crate) const fn keeps_nothing(&self) -> bool {
+        matches!(self, Self::Full { .. } | Self::Io { .. } | Self::PreviousIo)
+    }
+
+    /// The word for it in metrics.
+    pub(crate) const fn word(&self) -> &'static str {
+        match self {
+            Self::Full { .. } => "full",
+            _ => "store",
+        }
+    }
+
     /// What a caller may do about it.
     pub fn class(&self) -> Class {
         match self {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A private `sluiced`, with its shim.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -34,18 +35,29 @@ pub struct Daemon {
     state: PathBuf,
     log: PathBuf,
     telemetry: std::net::SocketAddr,
-    manager: Option<ServiceManager>,
+    surroundings: Surroundings,
+}
+
+/// What is around a daemon.
+#[derive(Debug, Default)]
+pub struct Surroundings {
+    /// Whose service it is.
+    pub manager: Option<ServiceManager>,
+    /// Added to its environment.
+    pub environment: Vec<(String, OsString)>,
+    /// The control group of it and of what it starts: a file to write process IDs to.
+    pub group: Option<PathBuf>,
 }
 
 impl Daemon {
     /// Writes a config below `root` and starts the daemon. `extra` is TOML appended to the config.
     pub fn start(root: &Root, containerd_socket: &Path, extra: &str) -> Result<Self> {
-        Self::start_under(None, root, containerd_socket, extra)
+        Self::start_within(Surroundings::default(), root, containerd_socket, extra)
     }
 
-    /// As [`Self::start`], as a service of `manager`.
-    pub fn start_under(
-        manager: Option<ServiceManager>,
+    /// As [`Self::start`], in these surroundings.
+    pub fn start_within(
+        surroundings: Surroundings,
         root: &Root,
         containerd_socket: &Path,
         extra: &str,
@@ -71,7 +83,7 @@ impl Daemon {
             state,
             log,
             telemetry,
-            manager,
+            surroundings,
         };
         daemon.start_again()?;
         Ok(daemon)
@@ -80,11 +92,21 @@ impl Daemon {
     /// Starts it after [`Self::kill`] or [`Self::stop`].
     pub fn start_again(&mut self) -> Result<()> {
         let program = tools::binary("sluiced")?;
-        let mut command = match &self.manager {
+        let mut command = match &self.surroundings.manager {
             Some(manager) => manager.command(&program)?,
-            None => Command::new(program),
+            None => match &self.surroundings.group {
+                None => Command::new(program),
+                // It must be in its group before it allocates anything; 0 is whoever writes.
+                Some(group) => {
+                    let mut shell = Command::new("sh");
+                    let enter = "echo 0 > \"$0\" && exec \"$@\"";
+                    shell.args(["-c", enter]).arg(group).arg(program);
+                    shell
+                }
+            },
         };
         let command = command.arg("--config").arg(&self.config);
+        command.envs(self.surroundings.environment.iter().cloned());
         let mut process = Process::start("sluiced", command, &self.log)?;
         let telemetry = self.telemetry;
         let socket = self.snapshots_socket();
@@ -104,6 +126,12 @@ impl Daemon {
     /// SIGTERM and a clean end.
     pub fn stop(&mut self) -> Result<()> {
         self.process.take().context("the daemon runs")?.stop()
+    }
+
+    /// Waits until it has ended by itself; false when it still runs at the deadline.
+    pub fn ends_within(&mut self, deadline: Duration) -> bool {
+        let ended = |process: &mut Process| process.wait(deadline).is_ok();
+        self.process.as_mut().is_none_or(ended)
     }
 
     /// Its process.
@@ -151,7 +179,11 @@ impl Daemon {
     #[must_use]
     pub fn keeps_descriptors(&self) -> bool {
         let kept = self.metric("sluice_shim_kept_entries", &[]);
-        let stored = self.manager.as_ref().is_none_or(|it| it.stored() > 0);
+        let stored = self
+            .surroundings
+            .manager
+            .as_ref()
+            .is_none_or(|it| it.stored() > 0);
         kept.is_ok_and(|kept| kept > 0.0) && stored
     }
 

@@ -91,7 +91,8 @@ impl Process {
         Ok(())
     }
 
-    fn wait(&mut self, deadline: Duration) -> Result<()> {
+    /// Waits for the end; an error when it still runs at the deadline.
+    pub fn wait(&mut self, deadline: Duration) -> Result<()> {
         let start = Instant::now();
         while self.child.try_wait()?.is_none() {
             if start.elapsed() > deadline {

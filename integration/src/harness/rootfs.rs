@@ -30,7 +30,8 @@ impl<'a> Rootfs<'a> {
         chain_id: &str,
         target: &Path,
     ) -> Result<Self> {
-        let key = format!("rootfs-{snapshotter}");
+        let name = target.file_name().unwrap_or_default().display();
+        let key = format!("rootfs-{snapshotter}-{name}");
         let target_text = target.display().to_string();
         let output = containerd.ctr_ok(
             namespace,

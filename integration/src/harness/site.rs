@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 
 use super::containerd::{Containerd, Release};
 use super::containers::Containers;
-use super::daemon::Daemon;
+use super::daemon::{Daemon, Surroundings};
 use super::images;
 use super::nerdctl::Nerdctl;
 use super::proxy::Line;
@@ -34,26 +34,31 @@ pub struct Site {
 impl Site {
     /// Starts everything below a new root named after `name`, with `extra` appended to sluiced's config.
     pub fn start(name: &str, release: Release, line: Line, extra: &str) -> Result<Self> {
-        Self::start_in(Root::new(name)?, None, release, line, extra)
+        let surroundings = Surroundings::default();
+        Self::start_within(Root::new(name)?, surroundings, release, line, extra)
     }
 
     /// As [`Self::start`]; a service manager starts sluiced, and keeps descriptors for it.
     pub fn start_managed(name: &str, release: Release, line: Line, extra: &str) -> Result<Self> {
         let root = Root::new(name)?;
-        let manager = ServiceManager::start(&root)?;
-        Self::start_in(root, Some(manager), release, line, extra)
+        let surroundings = Surroundings {
+            manager: Some(ServiceManager::start(&root)?),
+            ..Surroundings::default()
+        };
+        Self::start_within(root, surroundings, release, line, extra)
     }
 
-    fn start_in(
+    /// As [`Self::start`], below `root`, with the daemon in these surroundings.
+    pub fn start_within(
         root: Root,
-        manager: Option<ServiceManager>,
+        surroundings: Surroundings,
         release: Release,
         line: Line,
         extra: &str,
     ) -> Result<Self> {
         let registry = Registry::start(&root, line)?;
         let socket = root.directory("c")?.join("c.sock");
-        let daemon = Daemon::start_under(manager, &root, &socket, extra)?;
+        let daemon = Daemon::start_within(surroundings, &root, &socket, extra)?;
         let containers = Containers::of(&root);
         let containerd = Containerd::start(&root, release, &daemon.snapshots_socket())?;
         Ok(Self {

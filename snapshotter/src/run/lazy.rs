@@ -397,6 +397,7 @@ mod tests {
     use std::path::Path;
 
     use async_trait::async_trait;
+    use sluice_fetcher::scheduler::Filled;
     use sluice_proto::shim as wire;
     use sluice_proto::shim::envelope::Body;
 
@@ -412,7 +413,7 @@ mod tests {
 
     #[async_trait]
     impl FillService for NoFills {
-        async fn fill(&self, _: FillRequest) -> Result<(), FillErrno> {
+        async fn fill(&self, _: FillRequest) -> Result<Filled, FillErrno> {
             Err(FillErrno::Io)
         }
     }

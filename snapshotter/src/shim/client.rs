@@ -22,6 +22,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use sluice_blockindex::digest::{DiffId, IndexDigest};
 use sluice_blockindex::extent::{DeviceSpace, Extent};
+use sluice_fetcher::scheduler::Filled;
 use sluice_proto::shim as wire;
 use sluice_proto::shim::envelope::Body;
 use thiserror::Error;
@@ -82,18 +83,20 @@ pub struct FillRequest {
     pub extent: Extent<DeviceSpace>,
     /// How long the reader goes on waiting; `None`: for ever.
     pub deadline: Option<Duration>,
+    /// Whether the reader takes the bytes themselves where the store does not keep them.
+    pub takes_bytes: bool,
 }
 
 /// Makes missing data present.
 ///
-/// Promises: `Ok` only when every chunk that the extent touches has its presence bit set, the bytes
-/// written before. **Cancel** the future is dropped when the worker's connection breaks; the worker
+/// Promises: [`Filled::Present`] only when every chunk that the extent touches has its presence bit set, the
+/// bytes written before; [`Filled::Passed`] only to who takes bytes. **Cancel** the future is dropped when the worker's connection breaks; the worker
 /// asks again, and the work under way should not be lost. Calls come in parallel, also for the same
 /// range.
 #[async_trait]
 pub trait FillService: Send + Sync + Debug {
     /// Fills one range.
-    async fn fill(&self, request: FillRequest) -> Result<(), FillErrno>;
+    async fn fill(&self, request: FillRequest) -> Result<Filled, FillErrno>;
 }
 
 /// Why there is no shim.

@@ -198,7 +198,7 @@ impl Link {
                     tracing::warn!(%error, "have the daemon keep descriptors");
                 }
             }
-            Some(Body::FillReply(reply)) => self.waiting.answered(id, &reply),
+            Some(Body::FillReply(reply)) => self.waiting.answered(id, reply),
             Some(
                 body @ (Body::Mount(_)
                 | Body::Unmount(_)

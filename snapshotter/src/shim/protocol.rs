@@ -11,8 +11,9 @@ use thiserror::Error;
 
 use crate::mount::{DeviceSpec, FirstRead, FirstReads, MountSpec};
 
-/// Largest message: a mount of 127 devices with long paths is below 100 KiB.
-pub const MESSAGE_BYTES: usize = 1 << 20;
+/// Largest message: the bytes of the largest read, and what goes with them. A mount of 127 devices with long
+/// paths is below 100 KiB.
+pub const MESSAGE_BYTES: usize = (1 << 20) + (64 << 10);
 
 /// What is wrong with a message.
 #[derive(Debug, Error)]

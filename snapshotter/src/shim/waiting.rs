@@ -14,6 +14,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use fuser::{Errno, ReplyData};
 use sluice_proto::shim as wire;
 use sluice_proto::shim::envelope::Body;
@@ -70,6 +71,8 @@ pub struct PendingRead {
 enum Finish {
     /// The daemon says the data is there.
     Present(PendingRead),
+    /// The store does not keep the data, which is here.
+    Passed(PendingRead, Bytes),
     /// The read fails.
     Failed(PendingRead, FillErrno),
 }
@@ -109,6 +112,17 @@ impl PendingRead {
         }
     }
 
+    /// Answers with bytes that the daemon passed.
+    fn passed(self, bytes: &[u8]) {
+        match self.reply {
+            Reply::Fuse(reply) if bytes.len() == self.length => reply.data(bytes),
+            reply => {
+                tracing::error!(device = %self.device.key(), start = self.start, "the daemon passes bytes that were not asked for");
+                reply.failed(FillErrno::Io);
+            }
+        }
+    }
+
     fn request(&self, id: u64, now: Instant) -> Vec<u8> {
         let key = self.device.key();
         let length = u64::try_from(self.length).unwrap_or(u64::MAX);
@@ -123,6 +137,8 @@ impl PendingRead {
                 start: self.start,
                 end: self.start.saturating_add(length),
                 deadline_ms: protocol::deadline_to_wire(left),
+                // Who waits for an event reads from the store by himself.
+                takes_bytes: matches!(self.reply, Reply::Fuse(_)),
             }),
         )
     }
@@ -213,13 +229,14 @@ impl WaitingReads {
     }
 
     /// The daemon's answer to a fill.
-    pub fn answered(&self, id: u64, reply: &wire::FillReply) {
+    pub fn answered(&self, id: u64, reply: wire::FillReply) {
         // A read that expired meanwhile has had its answer.
         let Some(read) = self.register().fills.answered(id) else {
             return;
         };
         let finish = match i32::try_from(reply.errno) {
-            Ok(0) => Finish::Present(read),
+            Ok(0) if reply.bytes.is_empty() => Finish::Present(read),
+            Ok(0) => Finish::Passed(read, reply.bytes),
             Ok(number) => {
                 tracing::warn!(device = %read.device.key(), start = read.start, error = reply.error, "fill fails");
                 Finish::Failed(read, FillErrno::from_number(number))
@@ -240,6 +257,7 @@ impl WaitingReads {
             let next = todo.lock().unwrap_or_else(PoisonError::into_inner).recv();
             match next {
                 Ok(Finish::Present(read)) => self.finish(read),
+                Ok(Finish::Passed(read, bytes)) => read.passed(&bytes),
                 Ok(Finish::Failed(read, failure)) => read.reply.failed(failure),
                 Err(_) => return,
             }

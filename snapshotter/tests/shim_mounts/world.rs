@@ -21,6 +21,7 @@ use nix::unistd::Pid;
 use prost::Message as _;
 use sluice_blockindex::chunkmap::{ChunkMap, ChunkRecord, write_chunk_map};
 use sluice_blockindex::digest::{ChunkDigest, DiffId, IndexDigest, StrongAlgorithm};
+use sluice_fetcher::scheduler::Filled;
 use sluice_fetcher::store::{Device, DeviceKey, SealStep, Store, StoreOptions};
 use sluice_proto::shim as wire;
 use sluice_proto::shim::holder_packet::Body;
@@ -63,11 +64,15 @@ pub enum Behaviour {
     Failing(FillErrno),
     /// Says that it is done and does nothing.
     Lying,
+    /// Keeps nothing and passes the bytes to who takes them.
+    Passing,
+    /// All but one of them.
+    PassingTooFew,
 }
 
 #[async_trait]
 impl FillService for Fills {
-    async fn fill(&self, request: FillRequest) -> Result<(), FillErrno> {
+    async fn fill(&self, request: FillRequest) -> Result<Filled, FillErrno> {
         self.asked.fetch_add(1, Ordering::SeqCst);
         let (device, bytes) = &self.devices[&(request.diff_id, request.index_digest)];
         let behaviour = *self.behaviour.lock().unwrap();
@@ -79,7 +84,13 @@ impl FillService for Fills {
             }
             Behaviour::Held(_) => {}
             Behaviour::Failing(failure) => return Err(failure),
-            Behaviour::Lying => return Ok(()),
+            Behaviour::Lying => return Ok(Filled::Present),
+            Behaviour::Passing | Behaviour::PassingTooFew => {
+                assert!(request.takes_bytes);
+                let end = request.extent.end() - u64::from(behaviour == Behaviour::PassingTooFew);
+                let range = request.extent.start().try_into().unwrap()..end.try_into().unwrap();
+                return Ok(Filled::Passed(bytes[range].to_vec().into()));
+            }
         }
         for chunk in device.chunks().covering(request.extent) {
             let extent = device.chunks().chunk(chunk).unwrap().device;
@@ -87,7 +98,7 @@ impl FillService for Fills {
                 usize::try_from(extent.start()).unwrap()..usize::try_from(extent.end()).unwrap();
             device.commit(chunk, &bytes[range]).unwrap();
         }
-        Ok(())
+        Ok(Filled::Present)
     }
 }
 

@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
+use sluice_fetcher::scheduler::Filled;
 use sluice_proto::shim as wire;
 use sluice_proto::shim::envelope::Body;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -62,7 +64,8 @@ async fn serve(stream: UnixStream, shared: Arc<Shared>) {
 }
 
 /// Writes what is queued. The queue is unbounded in form; its length is bounded by our own calls and
-/// by the fills that the worker waits for, each of which gets one short answer.
+/// by the fills that the worker waits for, each of which gets one answer, with bytes only where the store keeps
+/// nothing.
 async fn write_all(mut writer: OwnedWriteHalf, mut queue: mpsc::UnboundedReceiver<Vec<u8>>) {
     while let Some(bytes) = queue.recv().await {
         if let Err(error) = writer.write_all(&bytes).await {
@@ -196,18 +199,21 @@ impl Connection {
             index_digest: fill.index_digest.parse().map_err(|_| bad("index_digest"))?,
             extent: protocol::fill_extent(&fill)?,
             deadline: protocol::deadline_from_wire(fill.deadline_ms),
+            takes_bytes: fill.takes_bytes,
         };
         let shared = self.shared.clone();
         let outgoing = self.outgoing.clone();
         self.tasks.spawn(async move {
             let reply = match run_fill(&shared, request).await {
-                Ok(()) => wire::FillReply {
-                    errno: 0,
-                    error: String::new(),
+                Ok(Filled::Present) => wire::FillReply::default(),
+                Ok(Filled::Passed(bytes)) => wire::FillReply {
+                    bytes,
+                    ..wire::FillReply::default()
                 },
                 Err(failure) => wire::FillReply {
                     errno: failure.number().unsigned_abs(),
                     error: format!("{failure:?}"),
+                    bytes: Bytes::new(),
                 },
             };
             let _gone = outgoing.send(protocol::frame(id, Body::FillReply(reply)));
@@ -238,7 +244,7 @@ impl Connection {
     }
 }
 
-async fn run_fill(shared: &Shared, request: FillRequest) -> Result<(), FillErrno> {
+async fn run_fill(shared: &Shared, request: FillRequest) -> Result<Filled, FillErrno> {
     // Closed never: the semaphore lives as long as the client.
     let _permit = shared.permits.acquire().await.map_err(|_| FillErrno::Io)?;
     let deadline = request.deadline;
