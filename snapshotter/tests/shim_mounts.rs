@@ -288,13 +288,16 @@ fn the_deadline_gives_an_error_and_never_zeros() {
     let late = read_all(&world, &spec.mountpoint, &["data/f001", "data/f003"]).finish(LONG);
     assert_eq!(late.errnos, [libc::EIO].into());
     assert_eq!(late.faults.len(), 2, "{late:?}");
-    assert!((1400..10_000).contains(&late.worst_ms), "{late:?}");
+    // The kernel asks again for a page that could not be read ahead, and its reader does not wait twice.
+    assert!((1400..2900).contains(&late.worst_ms), "{late:?}");
     // Without any daemon it is the same.
     world.kill_daemon();
+    std::thread::sleep(Duration::from_millis(200));
     let late = read_all(&world, &spec.mountpoint, &["data/f001"]).finish(LONG);
     assert_eq!(late.errnos, [libc::EIO].into());
     world.behave(Behaviour::Prompt);
     world.start_daemon();
+    std::thread::sleep(Duration::from_millis(200));
     let report = read_all(&world, &spec.mountpoint, &["data/f001", "data/f003"]).finish(LONG);
     assert_eq!(report.faults, [""; 0]);
     world.watchdog_slept();

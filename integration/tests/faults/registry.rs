@@ -57,7 +57,12 @@ fn quick() -> Vec<Fault> {
     };
     let status = |status, after: Option<&str>| Misbehaviour::Status(status, after.map(Into::into));
     vec![
-        fault("429 with Retry-After", status(429, Some("1")), 2, "429"),
+        fault(
+            "429 with Retry-After",
+            status(429, Some("1")),
+            2,
+            "throttles blob",
+        ),
         fault("500", status(500, None), 2, "500"),
         fault("503", status(503, None), 2, "503"),
         fault(
@@ -120,7 +125,7 @@ fn slow() -> Vec<Fault> {
         what,
         strikes: 1,
         got: Got::Bytes,
-        said: "no byte",
+        said: "nothing came for",
         metric: "sluice_fetch_stalls_total",
         labels: &["source=\"origin\""],
     };
@@ -214,6 +219,8 @@ fn each_fault_of_a_registry_is_survived_or_told_and_never_silent() -> Result<()>
     })?;
     // What could not be had can be had as soon as the registry is well.
     registry.behave();
+    // What was waited for in vain is not asked for again at once.
+    std::thread::sleep(Duration::from_millis(200));
     for number in quick.len()..quick.len() + slow.len() {
         let (got, _) = seen.read(number)?;
         ensure!(got == Got::Bytes, "{number}: {got:?}");

@@ -10,12 +10,15 @@
 //! link's queue.
 
 use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use fuser::{Errno, ReplyData};
+use sluice_fetcher::store::DeviceKey;
 use sluice_proto::shim as wire;
 use sluice_proto::shim::envelope::Body;
 
@@ -89,11 +92,57 @@ pub struct WaitingReads {
 #[derive(Debug, Default)]
 struct Register {
     fills: Fills<PendingRead>,
+    given_up: GivenUp,
     /// Queue of the present link.
     link: Option<Sender<Vec<u8>>>,
 }
 
+/// For how long a range whose reader waited to the end is not waited for again.
+const GIVEN_UP: Duration = Duration::from_millis(100);
+/// How many such ranges are remembered.
+const GIVEN_UP_RANGES: usize = 256;
+
+/// Ranges whose readers have waited in vain, until just now.
+///
+/// The kernel reads ahead first, and when that fails it reads the page that is wanted once more: without this, its
+/// reader would wait twice.
+#[derive(Debug, Default)]
+struct GivenUp(VecDeque<(Instant, DeviceKey, Range<u64>)>);
+
+impl GivenUp {
+    fn note(&mut self, read: &PendingRead, now: Instant) {
+        let in_vain = |deadline| deadline <= now + GIVEN_UP;
+        if read.deadline.is_none_or(|deadline| !in_vain(deadline)) {
+            return;
+        }
+        if self.0.len() >= GIVEN_UP_RANGES {
+            self.0.pop_front();
+        }
+        self.0.push_back((now, read.device.key(), read.range()));
+    }
+
+    fn has(&mut self, read: &PendingRead, now: Instant) -> bool {
+        while self
+            .0
+            .front()
+            .is_some_and(|(at, ..)| now.duration_since(*at) >= GIVEN_UP)
+        {
+            self.0.pop_front();
+        }
+        let (key, wanted) = (read.device.key(), read.range());
+        let within = |range: &Range<u64>| range.start <= wanted.start && wanted.end <= range.end;
+        self.0
+            .iter()
+            .any(|(_, of, range)| *of == key && within(range))
+    }
+}
+
 impl PendingRead {
+    fn range(&self) -> Range<u64> {
+        let length = u64::try_from(self.length).unwrap_or(u64::MAX);
+        self.start..self.start.saturating_add(length)
+    }
+
     /// A read that has just found its data missing.
     pub fn new(
         device: Arc<OpenDevice>,
@@ -125,7 +174,7 @@ impl PendingRead {
 
     fn request(&self, id: u64, now: Instant) -> Vec<u8> {
         let key = self.device.key();
-        let length = u64::try_from(self.length).unwrap_or(u64::MAX);
+        let range = self.range();
         let left = self
             .deadline
             .map(|deadline| deadline.saturating_duration_since(now));
@@ -134,8 +183,8 @@ impl PendingRead {
             Body::Fill(wire::Fill {
                 diff_id: key.diff_id.to_string(),
                 index_digest: key.index.to_string(),
-                start: self.start,
-                end: self.start.saturating_add(length),
+                start: range.start,
+                end: range.end,
                 deadline_ms: protocol::deadline_to_wire(left),
                 // Who waits for an event reads from the store by himself.
                 takes_bytes: matches!(self.reply, Reply::Fuse(_)),
@@ -197,6 +246,11 @@ impl WaitingReads {
     /// or its deadline has passed. Returns at once.
     pub fn enter(&self, read: PendingRead) {
         let mut register = self.register();
+        if register.given_up.has(&read, Instant::now()) {
+            drop(register);
+            self.hand_to_finishers(Finish::Failed(read, FillErrno::Deadline));
+            return;
+        }
         let deadline = read.deadline;
         let earlier = match (deadline, register.fills.next_deadline()) {
             (Some(ours), Some(first)) => ours < first,
@@ -258,7 +312,10 @@ impl WaitingReads {
             match next {
                 Ok(Finish::Present(read)) => self.finish(read),
                 Ok(Finish::Passed(read, bytes)) => read.passed(&bytes),
-                Ok(Finish::Failed(read, failure)) => read.reply.failed(failure),
+                Ok(Finish::Failed(read, failure)) => {
+                    self.register().given_up.note(&read, Instant::now());
+                    read.reply.failed(failure);
+                }
                 Err(_) => return,
             }
         }
