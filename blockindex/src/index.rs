@@ -491,6 +491,11 @@ impl<B> Clone for Index<B> {
 }
 
 impl<B: AsRef<[u8]> + Send + Sync + 'static> Index<B> {
+    /// What holds its bytes.
+    pub fn source(&self) -> &B {
+        &self.bytes
+    }
+
     /// The tree: an EROFS image whose one device is the layer device.
     ///
     /// **Errors**: only when a mapped file was damaged after its validation.

@@ -20,7 +20,6 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use memmap2::Mmap;
 use sha2::{Digest as _, Sha256};
 use sluice_blockindex::annotations::LayerAnnotations;
 use sluice_blockindex::digest::{DiffId, IndexDigest};
@@ -28,13 +27,14 @@ use sluice_blockindex::index::{
     INDEX_FILE_MAX_BYTES, Index, IndexError, UncheckedIndex, decompress_index,
 };
 
+use crate::sys::map::MappedFile;
 use crate::{durable, sys};
 
 #[cfg(test)]
 pub mod sample;
 
 /// A validated index over a mapped file.
-pub type LayerIndex = Index<Mmap>;
+pub type LayerIndex = Index<MappedFile>;
 
 /// Ends the name of an index file.
 const SUFFIX: &str = ".idx";
@@ -196,6 +196,8 @@ impl IndexFiles {
                 return Err(error.into());
             }
         };
+        // Its checksums were a pass over all of it. Of a thousand layers that are open, what is used is little.
+        index.source().release_pages();
         let mut opened = self.opened();
         if let Some(earlier) = opened.get(&digest).and_then(Weak::upgrade) {
             return Ok(Some(earlier));

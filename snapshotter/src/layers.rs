@@ -199,6 +199,8 @@ impl Layers {
             origins: known_places,
         };
         let added = self.fetcher.add_layer(spec).await;
+        // The device was told of every chunk; of a layer that nobody reads no page is needed after that.
+        index.source().release_pages();
         added.map_err(|source| OpenLayerError::Device { key, source })
     }
 

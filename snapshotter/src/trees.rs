@@ -108,6 +108,9 @@ impl TreeFiles {
             }
         }
         let bytes = build(inputs)?;
+        for layer in &inputs.layers {
+            layer.source().release_pages();
+        }
         durable::write(&self.directory, &format!("{}{SUFFIX}", inputs.key), &bytes).map_err(
             |source| TreeBuildError::Io {
                 what: "write tree",

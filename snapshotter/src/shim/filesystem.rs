@@ -146,9 +146,7 @@ impl TreeFilesystem {
     /// message for each inode, so trees without ACLs do without.
     pub fn look_for_xattrs(&mut self) -> Result<(), TreeError> {
         self.xattrs = self.xattr_use()?;
-        if let Err(error) = self.tree.release_pages() {
-            tracing::debug!(%error, "release the pages of a tree");
-        }
+        self.tree.release_pages();
         Ok(())
     }
 

@@ -8,15 +8,46 @@ use std::path::Path;
 use memmap2::{Mmap, MmapOptions, UncheckedAdvice};
 use sluice_blockindex::erofs::TreeReader;
 
+/// A whole file, mapped for reading.
+#[derive(Debug)]
+pub struct MappedFile(Mmap);
+
+impl MappedFile {
+    /// Takes the pages out of this process; the page cache keeps them, and they come back when read.
+    /// After a pass over the whole file this keeps memory to what is really used.
+    pub fn release_pages(&self) {
+        // SAFETY: a shared mapping of a file, only read: a page taken away is read from the same
+        // file again, with the same bytes.
+        let released = unsafe { self.0.unchecked_advise(UncheckedAdvice::DontNeed) };
+        if let Err(error) = released {
+            tracing::debug!(%error, "release pages of a mapped file");
+        }
+    }
+}
+
+impl AsRef<[u8]> for MappedFile {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl std::ops::Deref for MappedFile {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
 /// Maps a whole file for reading; an empty file gives an empty mapping.
 ///
 /// The file must not shrink while it is mapped. Ours never do: trees and indexes are written under a
 /// temporary name, renamed, and from then on only ever unlinked, which leaves a mapping intact.
-pub fn read_only(path: &Path) -> io::Result<Mmap> {
+pub fn read_only(path: &Path) -> io::Result<MappedFile> {
     let file = File::open(path)?;
     // SAFETY: files mapped here are immutable once they have their name (see above), in directories
     // that only root may write.
-    unsafe { MmapOptions::new().map(&file) }
+    unsafe { MmapOptions::new().map(&file) }.map(MappedFile)
 }
 
 /// A mapped EROFS tree, and the reader that borrows from the mapping.
@@ -26,7 +57,7 @@ pub struct MappedTree {
     /// Borrows from `map`; declared first, so dropped first.
     reader: TreeReader<'static>,
     /// Keeps the bytes where they are.
-    map: Mmap,
+    map: MappedFile,
 }
 
 impl MappedTree {
@@ -41,12 +72,9 @@ impl MappedTree {
         Ok(MappedTree { reader, map })
     }
 
-    /// Takes the pages out of this process; the page cache keeps them, and they come back when read.
-    /// After a walk over the whole tree this keeps memory to what is really used.
-    pub fn release_pages(&self) -> io::Result<()> {
-        // SAFETY: a shared mapping of a file, only read: a page taken away is read from the same
-        // file again, with the same bytes.
-        unsafe { self.map.unchecked_advise(UncheckedAdvice::DontNeed) }
+    /// As [`MappedFile::release_pages`].
+    pub fn release_pages(&self) {
+        self.map.release_pages();
     }
 
     /// The reader.
