@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use clap::Parser;
 use sluice_snapshotter::config::{Config, Overrides};
+use sluice_snapshotter::sys::process;
 use sluice_snapshotter::{run, telemetry};
 
 /// Starts containers before their images are downloaded: a snapshotter for containerd.
@@ -27,6 +28,7 @@ struct Arguments {
 }
 
 fn main() -> anyhow::Result<()> {
+    process::keep_memory_small(process::DAEMON_ALLOCATOR);
     let arguments = Arguments::parse();
     let overrides = Overrides {
         root: arguments.root,

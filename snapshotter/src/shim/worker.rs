@@ -47,7 +47,7 @@ fn resends(release: &str) -> bool {
 /// `journal`: keep the requests of new mounts in memory that outlives it also where the kernel could hand them
 /// out again.
 pub fn run(run_dir: &Path, journal: bool) -> io::Result<std::convert::Infallible> {
-    process::keep_allocator_small();
+    process::keep_memory_small(process::WORKER_ALLOCATOR);
     process::spare_from_oom();
     if let Err(error) = process::raise_open_files() {
         tracing::warn!(%error, "raise the limit of open files");

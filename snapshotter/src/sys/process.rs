@@ -46,17 +46,46 @@ pub fn has_ended(process: BorrowedFd<'_>) -> bool {
     poll(&mut polls, PollTimeout::ZERO) != Ok(0)
 }
 
-/// Keeps the allocator small in a process with many threads and few, large, short-lived buffers.
-///
-/// fuser takes a buffer of 16 MiB for each thread, of which it touches a page or two. glibc would
-/// learn from the first one freed that such sizes belong on the heap, and clear them whole from then
-/// on. A fixed threshold keeps each a mapping of its own; two arenas are enough for our rare
-/// allocations.
-pub fn keep_allocator_small() {
-    // SAFETY: mallopt sets two numbers; it is called before any other thread starts.
+/// How much memory the allocator keeps that nobody uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AllocatorLimits {
+    /// Whatever is larger is a mapping of its own, which goes back to the kernel when it is freed.
+    pub mapped_from_bytes: libc::c_int,
+    /// What is free at the end of a heap goes back to the kernel from so much on.
+    pub trimmed_from_bytes: libc::c_int,
+    /// The most heaps. Threads beyond that share one; each keeps what its busiest moment needed.
+    pub heaps: libc::c_int,
+}
+
+/// Of the shim's worker, with many threads and few, large, short-lived buffers: fuser takes one of 16 MiB for each
+/// thread, of which it touches a page or two. glibc would learn from the first one freed that such sizes belong on
+/// the heap, and clear them whole from then on. Two heaps are enough for our rare allocations.
+pub const WORKER_ALLOCATOR: AllocatorLimits = AllocatorLimits {
+    mapped_from_bytes: 128 << 10,
+    trimmed_from_bytes: 128 << 10,
+    heaps: 2,
+};
+
+/// Of the daemon: it merges trees and decodes chunks, up to a few hundred MB at a time, and then is idle for days.
+/// glibc would learn to keep up to 64 MiB at the end of each heap, and has eight heaps per processor. Chunks (256 KiB
+/// at most) stay on the heap: they come by the thousand.
+pub const DAEMON_ALLOCATOR: AllocatorLimits = AllocatorLimits {
+    mapped_from_bytes: 1 << 20,
+    trimmed_from_bytes: 2 << 20,
+    heaps: 4,
+};
+
+/// Keeps the memory of this process to what it uses. To be called before any other thread starts.
+pub fn keep_memory_small(limits: AllocatorLimits) {
+    // SAFETY: mallopt sets numbers of the allocator; no other thread uses it yet.
     unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 * 1024);
-        libc::mallopt(libc::M_ARENA_MAX, 2);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, limits.mapped_from_bytes);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, limits.trimmed_from_bytes);
+        libc::mallopt(libc::M_ARENA_MAX, limits.heaps);
+    }
+    // Where the kernel gives huge pages unasked, the first byte of each of those buffers would cost 2 MiB.
+    if let Err(error) = nix::sys::prctl::set_thp_disable(true) {
+        tracing::debug!(%error, "do without huge pages");
     }
 }
 
@@ -76,9 +105,36 @@ pub fn spare_from_oom() -> bool {
 #[cfg(test)]
 mod tests {
     use std::os::fd::AsFd;
+    use std::os::unix::fs::FileExt as _;
     use std::process::Command;
 
     use super::*;
+
+    /// Pages of a buffer that are in memory.
+    fn resident(buffer: &[u8]) -> usize {
+        const PAGE: usize = 4096;
+        let (first, count) = (buffer.as_ptr() as usize / PAGE, buffer.len() / PAGE);
+        let mut entries = vec![0; count * 8];
+        let offset = u64::try_from(first * 8).unwrap();
+        let pagemap = std::fs::File::open("/proc/self/pagemap").unwrap();
+        pagemap.read_exact_at(&mut entries, offset).unwrap();
+        // The top bit of an entry says it.
+        let top = |entry: &[u8]| entry[7] & 0x80 != 0;
+        entries.chunks_exact(8).filter(|entry| top(entry)).count()
+    }
+
+    #[test]
+    fn a_large_buffer_costs_what_is_touched() {
+        keep_memory_small(WORKER_ALLOCATOR);
+        assert!(nix::sys::prctl::get_thp_disable().unwrap());
+        // Had glibc learnt from the first, the last would be on the heap, where the second was, and cleared.
+        for _ in 0..3 {
+            let mut buffer = vec![0u8; 16 << 20];
+            assert!(resident(&buffer) < 4, "{} pages", resident(&buffer));
+            buffer.fill(1);
+            assert!(resident(&buffer) > 4000);
+        }
+    }
 
     #[test]
     fn who_lives_has_not_ended() {
