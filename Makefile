@@ -67,10 +67,11 @@ check: setup ## formatting, lints, unit and model tests, docs
 	@cargo test --locked
 	@RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --workspace
 
-bench: tools images ## conversion throughput and file system ratios, release build
-	@echo "== bench: conversion and file system against their peers, as ratios"
+# BENCH names some of the benchmarks, e.g. BENCH=memory (target/release/bench --help lists them).
+bench: tools images ## conversion, file systems, first reads, memory; release build; writes docs/benchmarks/node.json
+	@echo "== bench: conversion and file systems against their peers, first reads, memory"
 	@cargo build --release --workspace --bins --locked
-	@target/release/bench
+	@target/release/bench --json docs/benchmarks/node.json $(BENCH)
 
 # SIMULATE adds options, e.g. SIMULATE='--scenario mine.json' (target/debug/simulate --help lists them).
 simulate: build ## clusters of 10 to 10,000 simulated nodes: registry egress, start times, load; draws docs/benchmarks

@@ -30,8 +30,8 @@ impl<'a> Rootfs<'a> {
         chain_id: &str,
         target: &Path,
     ) -> Result<Self> {
-        let name = target.file_name().unwrap_or_default().display();
-        let key = format!("rootfs-{snapshotter}-{name}");
+        let image = chain_id.trim_start_matches("sha256:");
+        let key = format!("rootfs-{snapshotter}-{image:.16}");
         let target_text = target.display().to_string();
         let output = containerd.ctr_ok(
             namespace,

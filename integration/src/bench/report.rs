@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Times that were measured, side by side, as text and as JSON.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+/// The times of one contender.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Times {
+    /// The middle one; the upper of two.
+    pub median_s: f64,
+    /// The shortest.
+    pub min_s: f64,
+    /// The longest.
+    pub max_s: f64,
+    /// How many there are.
+    pub samples: usize,
+}
+
+impl Times {
+    /// Of these seconds.
+    ///
+    /// **Errors**: there are none.
+    pub fn of(mut seconds: Vec<f64>) -> Result<Self> {
+        seconds.sort_by(f64::total_cmp);
+        let (min_s, max_s) = (seconds.first(), seconds.last());
+        Ok(Self {
+            median_s: *seconds.get(seconds.len() / 2).context("nothing measured")?,
+            min_s: *min_s.context("nothing measured")?,
+            max_s: *max_s.context("nothing measured")?,
+            samples: seconds.len(),
+        })
+    }
+
+    /// The median.
+    #[must_use]
+    pub fn median(&self) -> Duration {
+        Duration::from_secs_f64(self.median_s)
+    }
+}
+
+/// Sluice beside what does the same.
+#[derive(Debug, Clone, Serialize)]
+pub struct Comparison {
+    /// Who is compared with.
+    pub reference: String,
+    /// Its times.
+    pub theirs: Times,
+    /// Sluice's.
+    pub ours: Times,
+    /// How many times as fast Sluice is.
+    pub speed: f64,
+}
+
+impl Comparison {
+    /// Prints it, and keeps it.
+    pub fn print(reference: &str, theirs: Times, name: &str, ours: Times) -> Self {
+        for (name, times) in [(reference, &theirs), (name, &ours)] {
+            let Times {
+                median_s,
+                min_s,
+                max_s,
+                ..
+            } = times;
+            println!("   {name:<60} {median_s:>8.3} s  [{min_s:.3} .. {max_s:.3}]");
+        }
+        let speed = theirs.median_s / ours.median_s;
+        println!("   speed against the reference: {speed:.2} times");
+        Self {
+            reference: reference.to_owned(),
+            theirs,
+            ours,
+            speed,
+        }
+    }
+}
+
+/// Writes what one benchmark measured into the document at `path`, beside what others did.
+pub fn store(path: &Path, benchmark: &str, figures: Value) -> Result<()> {
+    let mut document: Value = match std::fs::read(path) {
+        Ok(bytes) => serde_json::from_slice(&bytes).context("read the document of figures")?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => json!({}),
+        Err(error) => return Err(error.into()),
+    };
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let entry = json!({
+        "command": format!("make bench BENCH={benchmark}"),
+        "kernel": kernel.trim(),
+        "cores": cores,
+        "figures": figures,
+    });
+    let entries = document.as_object_mut().context("an object of figures")?;
+    entries.insert(benchmark.to_owned(), entry);
+    let mut text = serde_json::to_string_pretty(&document)?;
+    text.push('\n');
+    std::fs::write(path, text).with_context(|| format!("write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_the_middle_one() {
+        let times = Times::of(vec![3.0, 1.0, 2.0, 9.0]).unwrap();
+        assert_eq!((times.median_s, times.min_s, times.max_s), (3.0, 1.0, 9.0));
+        assert_eq!(times.samples, 4);
+        assert_eq!(Times::of(vec![5.0, 1.0, 2.0]).unwrap().median_s, 2.0);
+        assert!(Times::of(Vec::new()).is_err());
+    }
+
+    #[test]
+    fn one_benchmark_leaves_the_figures_of_others_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("figures.json");
+        store(&path, "a", json!({"x": 1})).unwrap();
+        store(&path, "b", json!(2)).unwrap();
+        store(&path, "a", json!({"x": 3})).unwrap();
+        let document: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        assert_eq!(document["a"]["figures"]["x"], 3);
+        assert_eq!(document["b"]["figures"], 2);
+        assert_eq!(document["b"]["command"], "make bench BENCH=b");
+        std::fs::write(&path, "[]").unwrap();
+        assert!(store(&path, "a", json!(1)).is_err());
+    }
+}
