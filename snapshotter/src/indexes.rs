@@ -27,7 +27,7 @@ use sluice_blockindex::index::{
     INDEX_FILE_MAX_BYTES, Index, IndexError, UncheckedIndex, decompress_index,
 };
 
-use crate::sys::map::MappedFile;
+use crate::sys::map::{MappedFile, WeakFile};
 use crate::{durable, sys};
 
 #[cfg(test)]
@@ -143,6 +143,8 @@ fn agrees<B: AsRef<[u8]> + Send + Sync + 'static>(
 pub struct IndexFiles {
     directory: PathBuf,
     open: Mutex<HashMap<IndexDigest, Weak<LayerIndex>>>,
+    /// What is mapped. The chunk map of a layer that is open keeps its file mapped without the index.
+    mapped: Mutex<Vec<WeakFile>>,
     /// When an index was last handed out. A layer is in no metadata yet while its `Prepare` is being
     /// decided; this keeps its file from being swept meanwhile.
     touched: Mutex<HashMap<IndexDigest, Instant>>,
@@ -156,6 +158,7 @@ impl IndexFiles {
         Ok(Self {
             directory: directory.to_owned(),
             open: Mutex::default(),
+            mapped: Mutex::default(),
             touched: Mutex::default(),
         })
     }
@@ -198,6 +201,7 @@ impl IndexFiles {
         };
         // Its checksums were a pass over all of it. Of a thousand layers that are open, what is used is little.
         index.source().release_pages();
+        self.mapped().push(index.source().downgrade());
         let mut opened = self.opened();
         if let Some(earlier) = opened.get(&digest).and_then(Weak::upgrade) {
             return Ok(Some(earlier));
@@ -269,6 +273,17 @@ impl IndexFiles {
         Ok(removed)
     }
 
+    /// Takes the pages of all indexes that are mapped out of this process; those in use come back as they are read.
+    /// Each chunk that was ever looked up leaves some behind: the kernel maps 64 KiB around it.
+    pub fn release_pages(&self) {
+        let mapped: Vec<MappedFile> = {
+            let mut mapped = self.mapped();
+            mapped.retain(|file| file.upgrade().is_some());
+            mapped.iter().filter_map(WeakFile::upgrade).collect()
+        };
+        mapped.iter().for_each(MappedFile::release_pages);
+    }
+
     /// Whether somebody asked for the index within this time.
     #[must_use]
     pub fn touched_within(&self, digest: IndexDigest, time: Duration) -> bool {
@@ -279,6 +294,10 @@ impl IndexFiles {
 
     fn touch(&self, digest: IndexDigest) {
         self.touched().insert(digest, Instant::now());
+    }
+
+    fn mapped(&self) -> std::sync::MutexGuard<'_, Vec<WeakFile>> {
+        self.mapped.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn opened(&self) -> std::sync::MutexGuard<'_, HashMap<IndexDigest, Weak<LayerIndex>>> {
@@ -314,6 +333,43 @@ mod tests {
         assert_eq!(files.sweep(nobody, none).unwrap(), 1);
         assert!(!files.hold(digest));
         assert!(files.get(digest).unwrap().is_none());
+    }
+
+    /// Bytes of this process' page tables that stand in the file.
+    fn resident(path: &Path) -> u64 {
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut lines = maps
+            .lines()
+            .skip_while(|line| !line.ends_with(path.to_str().unwrap()));
+        let line = lines.find(|line| line.starts_with("Rss:")).unwrap();
+        line.split_whitespace()
+            .nth(1)
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+            << 10
+    }
+
+    #[test]
+    fn an_index_costs_what_is_read_of_it_until_its_pages_are_released() {
+        let directory = tempfile::tempdir().unwrap();
+        let files = IndexFiles::open(directory.path()).unwrap();
+        let (payload, annotations) = layer();
+        let digest = annotations.index_digest;
+        let index = files.put(&payload, &(&annotations).into()).unwrap();
+        let path = files.path(digest);
+        assert_eq!(resident(&path), 0, "opened");
+        let chunks = index.chunk_map().clone();
+        drop(index);
+        assert!(chunks.chunk(0).is_some());
+        assert!(resident(&path) > 0, "a chunk was looked up");
+        files.release_pages();
+        assert_eq!(resident(&path), 0);
+        let first = chunks.chunk(0);
+        assert!(first.is_some() && resident(&path) > 0, "they come back");
+        drop(chunks);
+        files.release_pages();
+        assert!(files.mapped().is_empty());
     }
 
     #[test]

@@ -194,13 +194,10 @@ impl Inner {
         let held = |digest: IndexDigest| {
             needed.contains(&digest) || used.iter().any(|key| key.index == digest)
         };
-        if let Err(error) = self
-            .parts
-            .layers
-            .indexes()
-            .sweep(held, self.options.file_grace)
-        {
+        let indexes = self.parts.layers.indexes();
+        if let Err(error) = indexes.sweep(held, self.options.file_grace) {
             tracing::warn!("failed to sweep indexes: {error}");
         }
+        indexes.release_pages();
     }
 }

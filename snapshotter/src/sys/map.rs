@@ -4,13 +4,14 @@
 use std::fs::File;
 use std::io;
 use std::path::Path;
+use std::sync::{Arc, Weak};
 
 use memmap2::{Mmap, MmapOptions, UncheckedAdvice};
 use sluice_blockindex::erofs::TreeReader;
 
-/// A whole file, mapped for reading.
-#[derive(Debug)]
-pub struct MappedFile(Mmap);
+/// A whole file, mapped for reading. Clones are the same mapping.
+#[derive(Clone, Debug)]
+pub struct MappedFile(Arc<Mmap>);
 
 impl MappedFile {
     /// Takes the pages out of this process; the page cache keeps them, and they come back when read.
@@ -22,6 +23,24 @@ impl MappedFile {
         if let Err(error) = released {
             tracing::debug!(%error, "release pages of a mapped file");
         }
+    }
+
+    /// To find it again for as long as somebody has it.
+    #[must_use]
+    pub fn downgrade(&self) -> WeakFile {
+        WeakFile(Arc::downgrade(&self.0))
+    }
+}
+
+/// A [`MappedFile`] that may be gone.
+#[derive(Clone, Debug)]
+pub struct WeakFile(Weak<Mmap>);
+
+impl WeakFile {
+    /// The file, while somebody has it.
+    #[must_use]
+    pub fn upgrade(&self) -> Option<MappedFile> {
+        self.0.upgrade().map(MappedFile)
     }
 }
 
@@ -47,7 +66,8 @@ pub fn read_only(path: &Path) -> io::Result<MappedFile> {
     let file = File::open(path)?;
     // SAFETY: files mapped here are immutable once they have their name (see above), in directories
     // that only root may write.
-    unsafe { MmapOptions::new().map(&file) }.map(MappedFile)
+    let map = unsafe { MmapOptions::new().map(&file) }?;
+    Ok(MappedFile(Arc::new(map)))
 }
 
 /// A mapped EROFS tree, and the reader that borrows from the mapping.
