@@ -7,6 +7,7 @@ use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use serde_json::json;
 use sluice_integration::bench::{conversion, files, first_read, memory, report};
+use sluice_integration::cluster::cpu::Account;
 use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::images;
 use sluice_integration::harness::proxy::Line;
@@ -38,6 +39,8 @@ struct Arguments {
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
+    // What else runs on the machine is not to be measured.
+    let _precedence = Account::open("sluice-bench");
     let all = Benchmark::value_variants();
     let chosen = match arguments.benchmarks.as_slice() {
         [] => all,
