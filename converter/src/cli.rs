@@ -25,6 +25,7 @@ mod pull;
 mod setup;
 mod setup_mirror;
 mod show;
+mod stuck;
 
 /// Sluice: containers start before their images are here.
 #[derive(Debug, Parser)]

@@ -11,6 +11,7 @@
 //! - [`prefetch`]: completes images in the background.
 //! - [`block_source`]: reads a layer device through all of that.
 //! - [`metrics`]: what is counted.
+//! - [`steps`]: what is under way, and the watchdog that names what is stuck.
 //! - [`cluster`]: many nodes, each byte once.
 //! - [`clock`]: time, in one place.
 
@@ -29,5 +30,6 @@ pub mod prefetch;
 pub mod registry;
 pub mod scheduler;
 pub mod source;
+pub mod steps;
 pub mod store;
 mod sys;

@@ -34,6 +34,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::source::{Class, Priority, SourceKind};
+use crate::steps::Steps;
 
 /// Where bytes came from, and for whom.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -106,6 +107,7 @@ pub struct Metrics {
     evicted_bytes: Counter,
     held: Gauge,
     pinned: Gauge,
+    steps: Steps,
 }
 
 impl Default for Metrics {
@@ -133,6 +135,7 @@ impl Default for Metrics {
             evicted_bytes: Counter::default(),
             held: Gauge::default(),
             pinned: Gauge::default(),
+            steps: Steps::default(),
         }
     }
 }
@@ -159,6 +162,19 @@ impl Metrics {
     /// Counters that nobody exports yet.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// As [`Self::new`]; what may get stuck is entered into `steps`, which are registered apart.
+    pub fn watched(steps: Steps) -> Self {
+        Self {
+            steps,
+            ..Self::default()
+        }
+    }
+
+    /// What is under way.
+    pub fn steps(&self) -> &Steps {
+        &self.steps
     }
 
     /// Exports the counters through `registry`, which adds its own prefix.

@@ -105,7 +105,8 @@ impl RegistryClient {
         Self::counted(options, credentials, Metrics::new())
     }
 
-    /// As [`Self::new`], counting what mirrors fail to give, and what expires, in `metrics`.
+    /// As [`Self::new`], counting what mirrors fail to give, and what expires, in `metrics`, whose steps name what is
+    /// waited for.
     ///
     /// **Errors** as [`Self::new`].
     pub fn counted(
@@ -114,7 +115,8 @@ impl RegistryClient {
         metrics: Metrics,
     ) -> Result<Self, RegistryError> {
         let options = Arc::new(options);
-        let transport = Arc::new(Transport::new(Arc::clone(&options))?);
+        let steps = metrics.steps().clone();
+        let transport = Arc::new(Transport::new(Arc::clone(&options), steps)?);
         let authorizer = Authorizer::new(Arc::clone(&options), Arc::clone(&transport), credentials);
         let redirects = Redirects::new(options.redirect_ttl);
         let ranges = RangeMemory::new(options.range_memory);

@@ -57,6 +57,7 @@ use crate::cluster::home::PieceKey;
 use crate::metrics::{FROM_STORE, Metrics, priority_word};
 use crate::peer::{Peers, Reach};
 use crate::source::Priority;
+use crate::steps::StepKind;
 use crate::store::{DeviceKey, Store, StoreError, lock};
 use flight::{Flights, Waiter};
 use gate::Gate;
@@ -368,6 +369,10 @@ impl Fetcher {
         }
         let started = clock::now();
         let until = deadline.and_then(|deadline| started.checked_add(deadline));
+        let key = layer.key();
+        let subject = std::fmt::from_fn(move |f| write!(f, "{extent} of {key}"));
+        let steps = self.core.metrics.steps();
+        let _step = steps.enter(FILL_STEP, priority_word(priority), subject);
         let result = self
             .fill_missing(layer, extent, priority, Reach::All, until, held)
             .await;
@@ -624,6 +629,9 @@ impl Turns {
         self.of(key).lock_owned().await
     }
 }
+
+/// What a reader, a boot list or a prefetch waits for: a tenth of the default read deadline.
+const FILL_STEP: StepKind = StepKind::new("fill", Duration::from_secs(30));
 
 /// How often a fill on behalf of another node looks whether the origin failed.
 const REFUSAL_LOOK: Duration = Duration::from_millis(100);

@@ -5,6 +5,7 @@
 //! safely. What needs no daemon (containerd's configuration, the kernel, FUSE connections) is looked at by the
 //! command line itself, which must work when no daemon runs.
 //!
+//! - `steps`: what is stuck now; first, for it may be what holds the others up.
 //! - `metadata`: the invariants of the metadata store.
 //! - `mounts`: the kernel's mounts against what the shim serves.
 //! - `layers`: an index for each layer, and seals that failed.
@@ -24,6 +25,7 @@ mod leftovers;
 mod metadata;
 mod mounts;
 mod registry;
+mod steps;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -202,6 +204,7 @@ impl Examiner {
     /// Runs all checks, one after the other: the node has other work to do.
     pub async fn run(&self) {
         let limit = Some(DEADLINE);
+        self.check("steps", limit, |it| self.steps(it)).await;
         self.check("metadata", limit, |it| self.metadata(it)).await;
         self.check("mounts", limit, |it| self.mounts(it)).await;
         self.check("layers", limit, |it| self.layers(it)).await;

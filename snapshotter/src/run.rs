@@ -28,6 +28,7 @@ use sluice_fetcher::blob_cache::PieceGivers;
 use sluice_fetcher::cluster::node::View;
 use sluice_fetcher::peer::{BlobNodes, Peers};
 use sluice_fetcher::registry::Repository;
+use sluice_fetcher::steps::{Steps, Watchdog};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -41,7 +42,7 @@ pub use sockets::{SocketError, bind_private};
 use self::cluster::ClusterSide;
 use crate::config::Config;
 use crate::mirror::Nodes;
-use crate::service;
+use crate::service::{self, RequestLimits};
 use crate::snapshots::{
     OverlayOptions, SnapshotDirectories, SnapshotError, SnapshotOptions, Snapshots,
 };
@@ -93,6 +94,9 @@ pub enum RunError {
     /// The lazy side does not start.
     #[error("start the lazy side: {0}")]
     Lazy(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// No thread can be started for the watchdog.
+    #[error("start the watchdog: {0}")]
+    Watchdog(#[source] io::Error),
     /// Signals cannot be caught.
     #[error("catch signals: {0}")]
     Signals(#[source] io::Error),
@@ -118,6 +122,8 @@ pub struct Parts<'a> {
     pub peers: Option<Arc<Peers>>,
     /// The mirror for ordinary pulls; `None`: none is configured.
     pub mirror: Option<MirrorSide>,
+    /// What is under way, watched.
+    pub steps: Steps,
     /// Cancelled when the daemon stops.
     pub stop: CancellationToken,
 }
@@ -159,11 +165,14 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Ru
 
     let path = config.root.join("metadata.redb");
     let store = MetadataStore::open(&path).map_err(|source| RunError::Store { path, source })?;
-    let store = Arc::new(store);
+    let steps = Steps::new();
+    let store = Arc::new(store.watched_by(steps.clone()));
     let directories = SnapshotDirectories::open(&config.root).map_err(RunError::Snapshots)?;
 
     let mut registry = Registry::default();
-    let metrics = SnapshotMetrics::register(&mut registry);
+    let metrics = SnapshotMetrics::register(&mut registry).watched_by(steps.clone());
+    steps.register(registry.sub_registry_with_prefix("sluice"));
+    let _watchdog = Watchdog::start(steps.clone()).map_err(RunError::Watchdog)?;
     let mut cluster = None;
     if let Some(membership) = &config.cluster {
         let side = ClusterSide::start(membership, &config.root, &mut registry, &stop).await;
@@ -184,6 +193,7 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Ru
         cluster: cluster.as_ref().map(ClusterSide::view),
         peers: cluster.as_ref().map(|side| Arc::clone(side.peers())),
         mirror: mirror.clone(),
+        steps: steps.clone(),
         stop: stop.clone(),
     })
     .await
@@ -216,7 +226,8 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Ru
         telemetry = Some((tokio::spawn(server), stopping));
     }
 
-    let server = service::serve(snapshots.clone(), listener, metrics, stop.clone());
+    let limits = RequestLimits::new(config.prepare_budget, config.rpc_deadline);
+    let server = service::serve(snapshots.clone(), listener, metrics, limits, stop.clone());
     let mut server = tokio::spawn(server);
     let pulls = mirror.as_ref().and_then(MirrorSide::serve);
     health.set(true);

@@ -6,6 +6,7 @@
 //! a mount's `target` (we give none). Conversion is in [`convert`], errors in [`status`].
 
 mod convert;
+mod limits;
 mod status;
 
 use std::collections::HashMap;
@@ -18,8 +19,9 @@ use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 
-use crate::snapshots::{Prepared, Snapshots};
+use crate::snapshots::{Prepared, SnapshotError, Snapshots};
 use crate::telemetry::SnapshotMetrics;
+pub use limits::RequestLimits;
 use status::Refusal;
 
 type Result<T> = std::result::Result<T, Refusal>;
@@ -30,9 +32,14 @@ pub async fn serve(
     snapshots: Snapshots,
     listener: UnixListener,
     metrics: SnapshotMetrics,
+    limits: RequestLimits,
     stop: CancellationToken,
 ) -> std::result::Result<(), tonic::transport::Error> {
-    let service = containerd_snapshots::server(Arc::new(Service { snapshots, metrics }));
+    let service = containerd_snapshots::server(Arc::new(Service {
+        snapshots,
+        metrics,
+        limits,
+    }));
     tonic::transport::Server::builder()
         .add_service(service)
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
@@ -46,6 +53,7 @@ pub async fn serve(
 struct Service {
     snapshots: Snapshots,
     metrics: SnapshotMetrics,
+    limits: RequestLimits,
 }
 
 impl Service {
@@ -57,7 +65,20 @@ impl Service {
         operation: impl Future<Output = Result<T>>,
     ) -> Result<T> {
         let begun = Instant::now();
-        let result = operation.await;
+        let limit = self.limits.of(method);
+        let subject = format!("{method} {key}");
+        let step = self
+            .metrics
+            .steps()
+            .enter(limit.step, "containerd", subject);
+        let result = match tokio::time::timeout(limit.deadline, operation).await {
+            Ok(result) => result,
+            // What was begun is carried through all the same.
+            Err(_) => Err(Refusal::Failed(SnapshotError::Deadline {
+                waited: limit.deadline,
+            })),
+        };
+        drop(step);
         let code = result.as_ref().err().map_or(tonic::Code::Ok, Refusal::code);
         let took = begun.elapsed();
         self.metrics.requested(method, format!("{code:?}"), took);
@@ -75,7 +96,10 @@ impl Service {
 fn refusal_is_ours(code: tonic::Code) -> bool {
     matches!(
         code,
-        tonic::Code::Internal | tonic::Code::DataLoss | tonic::Code::ResourceExhausted
+        tonic::Code::Internal
+            | tonic::Code::DataLoss
+            | tonic::Code::ResourceExhausted
+            | tonic::Code::DeadlineExceeded
     )
 }
 

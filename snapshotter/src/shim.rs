@@ -39,12 +39,13 @@ mod pump;
 pub mod reads;
 pub mod record;
 pub mod session;
+mod stuck;
 pub mod waiting;
 mod watch;
 pub mod worker;
 
 /// Newest version of the shim protocol that we speak.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 /// Oldest version of the shim protocol that we speak.
 pub const OLDEST_PROTOCOL_VERSION: u32 = 1;
 
@@ -55,6 +56,8 @@ pub const READS_VERSION: u32 = 2;
 pub const UPGRADE_VERSION: u32 = 3;
 /// The version in which the worker began to answer the kernel's events.
 pub const WATCH_VERSION: u32 = 3;
+/// The version in which the worker began to say what is stuck.
+pub const STEPS_VERSION: u32 = 4;
 
 /// Name of the socket below the run directory on which the daemon waits for the worker.
 pub const SOCKET_NAME: &str = "shim.sock";

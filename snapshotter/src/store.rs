@@ -24,6 +24,7 @@ mod layers;
 mod row;
 mod snapshots;
 mod tables;
+mod writing;
 
 #[cfg(test)]
 mod crash_tests;
@@ -43,6 +44,8 @@ pub use documents::DocumentTable;
 pub use error::{ErrorClass, StoreError};
 pub use snapshots::{Adopted, NewCommitted, NewSnapshot};
 
+use sluice_fetcher::steps::Steps;
+
 use crate::snapshots::SnapshotId;
 use tables::{FEATURES_INCOMPATIBLE, FEATURES_READ_ONLY, META, NEXT_ID, VERSION};
 
@@ -57,6 +60,7 @@ const CACHE_BYTES: usize = 16 << 20;
 pub struct MetadataStore {
     database: Database,
     next_id: AtomicU64,
+    steps: Steps,
 }
 
 impl MetadataStore {
@@ -121,7 +125,14 @@ impl MetadataStore {
         Ok(Self {
             database,
             next_id: AtomicU64::new(next_id),
+            steps: Steps::new(),
         })
+    }
+
+    /// Has its writes entered into these steps, which somebody watches.
+    #[must_use]
+    pub fn watched_by(self, steps: Steps) -> Self {
+        Self { steps, ..self }
     }
 
     /// A number that no snapshot has or had. It becomes durable with the snapshot that uses it.

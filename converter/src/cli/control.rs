@@ -16,6 +16,7 @@ use sluice_proto::control::{
 use tonic::transport::Channel;
 
 use super::show::{Table, bytes, printable, short};
+use super::stuck;
 use crate::grpc;
 
 /// How long the daemon may take to answer what it knows by heart.
@@ -245,6 +246,7 @@ fn write_status(out: &mut impl Write, status: &StatusResponse, verbose: bool) ->
     if let Some(mirror) = &status.mirror {
         writeln!(out, "{}", mirror_line(mirror))?;
     }
+    stuck::write(out, &status.stuck)?;
     let mut images = Table::new(&["NAMESPACE", "IMAGE", "LAYERS", "PRESENT", "BOOT LIST"]);
     for image in &status.images {
         images.row([
@@ -339,6 +341,7 @@ fn status_json(status: &StatusResponse) -> Value {
             "layers": mount.layers,
             "users": mount.users,
         })).collect::<Vec<_>>(),
+        "stuck": stuck::to_json(&status.stuck),
         "mirror": status.mirror.as_ref().map(|mirror| json!({
             "address": mirror.address,
             "listening": mirror.listening,
@@ -515,6 +518,7 @@ mod tests {
                 bytes: 7,
             }],
             mounts: Vec::new(),
+            stuck: Vec::new(),
             mirror: Some(Mirror {
                 address: "127.0.0.1:9642".into(),
                 problem: "the port is taken".into(),

@@ -25,7 +25,9 @@ use url::Url;
 use super::options::RegistryOptions;
 use super::reference::is_plain_http_default;
 use super::{MAX_REDIRECTS, RegistryError};
+use crate::metrics::priority_word;
 use crate::source::{Priority, ReadContext, SourceError};
+use crate::steps::{StepKind, Steps};
 
 /// Longest wait for a free place in the queue of an endpoint. Far above any healthy wait; it bounds
 /// the wait of callers without a deadline behind readers that do not read.
@@ -34,6 +36,12 @@ const QUEUE_TIMEOUT: Duration = Duration::from_secs(120);
 const LANES: NonZeroUsize = NonZeroUsize::new(256).expect("not zero");
 /// Pieces in which an upload's body is handed to the connection; each one counts as progress.
 const BODY_PIECE_BYTES: usize = 64 * 1024;
+/// A place in the queue of an endpoint; a reader's requests find one at once.
+const QUEUE_STEP: StepKind = StepKind::new("registry queue", Duration::from_secs(30));
+/// The head of an answer, connecting included: half of what the scheduler gives an endpoint.
+const HEAD_STEP: StepKind = StepKind::new("registry head", Duration::from_secs(5));
+/// The next bytes of a body: half of the scheduler's patience.
+const BODY_STEP: StepKind = StepKind::new("registry body", Duration::from_secs(5));
 /// How much of an error's body is read for its message.
 const ERROR_BODY_BYTES: u64 = 16 * 1024;
 /// How much of a registry's own words goes into our error.
@@ -123,10 +131,11 @@ pub(super) struct Transport {
     /// By the name under which the options were given.
     special: HashMap<String, reqwest::Client>,
     lanes: Mutex<LruCache<String, Arc<Lane>>>,
+    steps: Steps,
 }
 
 impl Transport {
-    pub(super) fn new(options: Arc<RegistryOptions>) -> Result<Self, RegistryError> {
+    pub(super) fn new(options: Arc<RegistryOptions>, steps: Steps) -> Result<Self, RegistryError> {
         let build = |host: &str, builder: reqwest::ClientBuilder| {
             builder
                 .build()
@@ -170,6 +179,7 @@ impl Transport {
             local,
             special,
             lanes: Mutex::new(LruCache::new(LANES)),
+            steps,
         })
     }
 
@@ -299,8 +309,13 @@ impl Transport {
                 .header(CONTENT_LENGTH, call.body.len())
                 .body(call.body.clone());
         }
+        let subject = format!("{} at {}", call.what, endpoint_of(url));
+        let whom = priority_word(context.priority);
+        let step = self.steps.enter(HEAD_STEP, whom, subject);
         let answer = self.head(request.send(), &progress);
-        match context.bound(answer).await? {
+        let answer = context.bound(answer).await;
+        drop(step);
+        match answer? {
             Some(Ok(response)) => Ok((response, permit)),
             Some(Err(error)) => Err(connect_error(endpoint_of(url), &error)),
             None => Err(RegistryError::NoAnswer {
@@ -343,6 +358,11 @@ impl Transport {
                 _background: background,
             })
         };
+        // Background requests stand in line for as long as there is other work.
+        let _step = (context.priority != Priority::Background).then(|| {
+            let whom = priority_word(context.priority);
+            self.steps.enter(QUEUE_STEP, whom, endpoint.clone())
+        });
         match context
             .bound(tokio::time::timeout(QUEUE_TIMEOUT, acquire))
             .await?
@@ -426,15 +446,24 @@ impl Transport {
         stall: Duration,
     ) -> impl Stream<Item = Result<Bytes, SourceError>> + Send + use<> {
         let Answer {
-            response, permit, ..
+            response,
+            permit,
+            endpoint,
+            ..
         } = answer;
         let body = Box::pin(response.bytes_stream());
-        let state = (body, permit, context.clone(), start);
-        stream::try_unfold(state, move |(mut body, permit, context, at)| async move {
-            match context
-                .bound(tokio::time::timeout(stall, body.next()))
-                .await?
-            {
+        let whom = priority_word(context.priority);
+        let subject = format!("bytes {start}..{end} from {endpoint}");
+        let step = self.steps.enter(BODY_STEP, whom, subject);
+        step.rest();
+        let state = (body, (permit, step), context.clone(), start);
+        stream::try_unfold(state, move |(mut body, held, context, at)| async move {
+            held.1.begin();
+            let next = context.bound(tokio::time::timeout(stall, body.next()));
+            let next = next.await;
+            // Who reads no further does not wait for the registry.
+            held.1.rest();
+            match next? {
                 Err(_) => Err(SourceError::Stalled {
                     after: stall,
                     offset: at,
@@ -447,7 +476,7 @@ impl Transport {
                 }),
                 Ok(Some(Ok(piece))) => {
                     let after = at.saturating_add(u64::try_from(piece.len()).unwrap_or(u64::MAX));
-                    Ok(Some((piece, (body, permit, context, after))))
+                    Ok(Some((piece, (body, held, context, after))))
                 }
             }
         })
@@ -650,7 +679,7 @@ mod tests {
     fn redirects_keep_to_the_rules() {
         let mut options = RegistryOptions::default();
         options.host_mut("plain.example").plain_http = Some(true);
-        let transport = Transport::new(Arc::new(options)).unwrap();
+        let transport = Transport::new(Arc::new(options), Steps::new()).unwrap();
         let cases = [
             ("https://a.example/x", Some("/y"), Ok("https://a.example/y")),
             (

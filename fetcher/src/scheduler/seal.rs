@@ -8,10 +8,14 @@ use std::time::Duration;
 use super::{Fetcher, LayerHandle};
 use crate::metrics::FROM_STORE;
 use crate::source::Priority;
+use crate::steps::StepKind;
 use crate::store::{Audit, Device, OnRot, SealStep, StoreError};
 
 /// How long such work looks away while a reader is receiving.
 const SEAL_NAP: Duration = Duration::from_millis(2);
+
+/// The next megabyte of a device, and the syncs of a seal: they wait for all writes of a disk.
+const READ_STEP: StepKind = StepKind::new("seal or audit", Duration::from_secs(60));
 
 impl Fetcher {
     /// Hashes a complete layer and records that it is what its diff ID says. Runs on a thread of its
@@ -79,10 +83,14 @@ impl Fetcher {
         let (core, device) = (Arc::clone(&self.core), Arc::clone(&layer.device));
         let token = stop.clone();
         let work = self.core.tasks.spawn_blocking(move || {
+            let key = device.key();
+            let step = core.metrics.steps().enter(READ_STEP, "background", key);
             work(&device, &mut || {
+                step.rest();
                 while !token.is_cancelled() && !core.gate.may_run(Priority::Boot) {
                     std::thread::sleep(SEAL_NAP);
                 }
+                step.begin();
                 if token.is_cancelled() {
                     SealStep::Cancel
                 } else {

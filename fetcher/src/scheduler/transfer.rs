@@ -12,6 +12,7 @@
 //! per layer; others hand their claims over to it.
 
 use std::collections::HashMap;
+use std::fmt::Display;
 use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -31,12 +32,13 @@ use super::plan::{FrameCutter, Piece, coalesce};
 use super::slots::{Slot, Slots};
 use super::sources::{Choice, SourceId};
 use crate::clock;
-use crate::metrics::FROM_STORE;
+use crate::metrics::{FROM_STORE, priority_word};
 use crate::peer::Reach;
 use crate::peer::wire::Form;
 use crate::source::{
     BlobSource, BlobStream, Priority, ReadContext, Served, SourceError, SourceKind,
 };
+use crate::steps::{StepGuard, StepKind};
 use crate::store::{Committed, Rechecked, StoreError, lock};
 
 /// Chunks of one transfer that are decoded or wait for it; beyond it the body is not read on. Bounds
@@ -51,6 +53,13 @@ const MOST_DOUBLINGS: u32 = 3;
 /// read deadline; below it asking another source is the better chance. A line of 64 kbit/s carries
 /// 20 such bodies at once, and on a slower one patience doubles.
 const PROGRESS_BYTES: usize = 4 << 10;
+
+/// A source that may be asked: failures rest it for less.
+const SOURCE_STEP: StepKind = StepKind::new("source", Duration::from_secs(30));
+/// A reader's place among the requests to an origin, and his turn.
+const SLOT_STEP: StepKind = StepKind::new("request slot", Duration::from_secs(30));
+/// Decoding, checking and writing one chunk. A disk that takes seconds is broken or drowned.
+const WRITE_STEP: StepKind = StepKind::new("chunk write", Duration::from_secs(5));
 
 /// Runs `transfer`, which has claims in `layer`, until they all landed or nobody wants them.
 ///
@@ -229,8 +238,11 @@ impl Run {
         }
         let most = self.core.peers().and_then(|peers| peers.origin_requests());
         let slots = self.core.origins.at_most(source.label(), most);
+        let step = (urgency.effective() == Priority::Foreground)
+            .then(|| self.enter(SLOT_STEP, source.label().to_owned()));
         let slot = self.unless_called_off(slots.take(urgency)).await?;
         self.unless_called_off(self.core.gate.turn(urgency)).await?;
+        drop(step);
         // It may have waited long: what landed meanwhile is not asked for.
         self.land_present();
         let Some(piece) = self.first_piece()? else {
@@ -264,6 +276,12 @@ impl Run {
         result.map_err(|(_, failure)| failure)
     }
 
+    /// Enters a step of this transfer.
+    fn enter(&self, kind: StepKind, subject: impl Display + Send + 'static) -> StepGuard {
+        let whom = priority_word(self.transfer.urgency.effective());
+        self.core.metrics.steps().enter(kind, whom, subject)
+    }
+
     /// What to ask for next; `None` when nothing is left to bring.
     fn first_piece(&self) -> Result<Option<Piece>, FetchFailure> {
         let claims = self.layer.flights.claims(&self.transfer);
@@ -289,6 +307,9 @@ impl Run {
     async fn choose(&self, chunk: u32) -> Result<(SourceId, Arc<dyn BlobSource>), FetchFailure> {
         // From before the first look: nothing that is added meanwhile is missed.
         let mut changed = self.layer.sources.watch();
+        let key = self.layer.key();
+        let subject = std::fmt::from_fn(move |f| write!(f, "chunk {chunk} of {key}"));
+        let _step = self.enter(SOURCE_STEP, subject);
         loop {
             let until = match self.layer.sources.choose(Some(chunk), clock::now()) {
                 Choice::Use(id, source) => return Ok((id, source)),
@@ -543,19 +564,24 @@ impl Receiving<'_> {
             let (core, device) = (Arc::clone(&run.core), Arc::clone(device));
             let transfer = Arc::clone(&run.transfer);
             decodes.spawn(async move {
-                let _slot = core.decodes.take(&transfer.urgency).await;
+                let slot = core.decodes.take(&transfer.urgency).await;
                 let ordinal = chunk.ordinal;
-                let core_of = Arc::clone(&core);
                 let work = tokio::task::spawn_blocking(move || {
+                    let key = device.key();
+                    let subject = std::fmt::from_fn(move |f| write!(f, "chunk {ordinal} of {key}"));
+                    let whom = priority_word(transfer.urgency.effective());
+                    let _step = core.metrics.steps().enter(WRITE_STEP, whom, subject);
                     let bytes = decode_chunk(&frame, &chunk).map_err(DecodeFailure::Corrupt)?;
-                    let kept = core_of.passing.keep(&device, &chunk, bytes)?;
-                    if let Some(peers) = core_of.peers() {
+                    let kept = core.passing.keep(&device, &chunk, bytes)?;
+                    if let Some(peers) = core.peers() {
                         // Other nodes will ask for it: it is passed on as it came.
                         peers.frames.put(chunk.digest, Form::Frame, &frame);
                     }
                     Ok(kept)
                 });
-                match work.await {
+                let done = work.await;
+                drop(slot);
+                match done {
                     Ok(result) => (ordinal, result),
                     Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
                 }

@@ -3,10 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use sluice_fetcher::source::{Priority, SourceKind};
+use sluice_fetcher::steps::Stuck;
 use sluice_fetcher::store::DeviceKey;
-use sluice_proto::control::{Image, Layer, Mirror, Mount, SourceBytes, StatusResponse};
+use sluice_proto::control::{Image, Layer, Mirror, Mount, SourceBytes, StatusResponse, StuckStep};
 
 use super::{ControlError, ControlService};
 use crate::layers::device_key;
@@ -82,6 +84,7 @@ impl ControlService {
             bytes_by_source: self.bytes_by_source(),
             mounts: mounts.collect(),
             mirror: self.mirror.as_ref().map(mirror_of),
+            stuck: self.stuck(),
         })
     }
 
@@ -170,6 +173,12 @@ impl ControlService {
         images
     }
 
+    fn stuck(&self) -> Vec<StuckStep> {
+        let metrics = self.lazy.parts().layers.fetcher().metrics();
+        let stuck = metrics.steps().stuck(Instant::now());
+        stuck.into_iter().map(stuck_step).collect()
+    }
+
     fn bytes_by_source(&self) -> Vec<SourceBytes> {
         let parts = self.lazy.parts();
         let metrics = parts.layers.fetcher().metrics();
@@ -205,6 +214,21 @@ impl ControlService {
                 bytes,
             })
             .collect()
+    }
+}
+
+fn stuck_step(stuck: Stuck) -> StuckStep {
+    let process = match stuck.pid == std::process::id() {
+        true => "sluiced",
+        false => "sluice-shim",
+    };
+    StuckStep {
+        step: stuck.step,
+        whom: stuck.whom,
+        subject: stuck.subject,
+        seconds: stuck.stands.as_secs(),
+        process: process.into(),
+        pid: stuck.pid,
     }
 }
 

@@ -5,9 +5,11 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use sluice_blockindex::digest::ChainId;
 use sluice_fetcher::source::Class;
+use sluice_fetcher::steps::StepKind;
 
 use super::Inner;
 use crate::chain::{Run, Segment, segments};
@@ -17,6 +19,9 @@ use crate::mount::{DeviceSpec, MountSpec};
 use crate::mounts::EnsureError;
 use crate::snapshots::{MountError, SnapshotId, SnapshotRecord};
 use crate::trees::{BelowPath, TreeBuildError, TreeInputs};
+
+/// The largest trees that are accepted are merged and written in a few seconds.
+const MERGE_STEP: StepKind = StepKind::new("tree merge", Duration::from_secs(15));
 
 /// Why a run cannot be made ready.
 #[derive(Debug, thiserror::Error)]
@@ -140,9 +145,13 @@ impl Inner {
             layers,
             below,
         };
-        Ok(self
-            .blocking(move |inner| inner.parts.trees.ensure(&inputs))
-            .await?)
+        let steps = self.parts.layers.fetcher().metrics().steps();
+        let step = steps.enter(MERGE_STEP, "containerd", format!("run {}", run.key));
+        let merged = self.blocking(move |inner| {
+            let _step = step;
+            inner.parts.trees.ensure(&inputs)
+        });
+        Ok(merged.await?)
     }
 }
 

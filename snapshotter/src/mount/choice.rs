@@ -15,8 +15,10 @@ use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
+use sluice_fetcher::steps::StepKind;
 
 use super::erofs::{self, KernelMounts};
 use super::{
@@ -25,6 +27,9 @@ use super::{
 };
 use crate::shim::session;
 use crate::sys::mountpoint::{self, Unmounted};
+
+/// A mount or unmount by the kernel: local and short, unless a disk or somebody else's file system hangs.
+const KERNEL_STEP: StepKind = StepKind::new("kernel mount", Duration::from_secs(5));
 
 /// Whether something may be done; if not, why not. An empty reason: nobody asked for it.
 pub type Ability = Result<(), String>;
@@ -101,7 +106,14 @@ impl MountChoice {
             self.watcher.watch(spec).await.map_err(io::Error::other)?;
         }
         let (kernel, kept) = (Arc::clone(&self.kernel), spec.clone());
+        let subject = format!("mount {}", spec.mountpoint.display());
+        let step = self
+            .metrics
+            .steps()
+            .enter(KERNEL_STEP, "containerd", subject);
         let mounted = blocking(move || {
+            // For as long as the call lasts, also when nobody waits for it any more.
+            let _step = step;
             let devices = erofs::open_devices(&kept)?;
             kernel.mount(&kept, &devices)
         });
@@ -227,7 +239,13 @@ impl ImageMount for MountChoice {
 
     async fn unmount(&self, key: &str, mode: UnmountMode) -> Result<UnmountOutcome, MountError> {
         let (kernel, name) = (Arc::clone(&self.kernel), key.to_owned());
-        let outcome = blocking(move || kernel.unmount(&name, mode)).await;
+        let subject = format!("unmount {key}");
+        let step = self.metrics.steps().enter(KERNEL_STEP, "sluiced", subject);
+        let outcome = blocking(move || {
+            let _step = step;
+            kernel.unmount(&name, mode)
+        });
+        let outcome = outcome.await;
         if outcome.map_err(|error| refused(key, &error))? == Unmounted::Busy {
             return Ok(UnmountOutcome::Busy);
         }

@@ -5,6 +5,7 @@ use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
+use sluice_fetcher::steps::Steps;
 
 use super::Backend;
 
@@ -18,9 +19,24 @@ struct ByBackend {
 pub struct MountMetrics {
     made: Family<ByBackend, Counter>,
     fallbacks: Counter,
+    steps: Steps,
 }
 
 impl MountMetrics {
+    /// Counts nothing yet; what may get stuck is entered into `steps`.
+    #[must_use]
+    pub fn watched(steps: Steps) -> Self {
+        Self {
+            steps,
+            ..Self::default()
+        }
+    }
+
+    /// What is under way.
+    pub(super) fn steps(&self) -> &Steps {
+        &self.steps
+    }
+
     /// Exports the counters through `registry`, which adds its own prefix.
     pub fn register(&self, registry: &mut Registry) {
         registry.register("mounts_made", "Mounts made", self.made.clone());

@@ -13,6 +13,7 @@ use containerd_client::services::v1 as api;
 use containerd_client::services::v1::content_client::ContentClient;
 use containerd_client::services::v1::images_client::ImagesClient;
 use hyper_util::rt::TokioIo;
+use sluice_fetcher::steps::{StepKind, Steps};
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Request, Status};
 
@@ -23,12 +24,16 @@ const NAMESPACE_HEADER: &str = "containerd-namespace";
 /// Lists of contents may be long: containerd sends them in pages of 100 below this size.
 const MESSAGE_CAP_BYTES: usize = 16 << 20;
 
+/// containerd answers from its own database and disk.
+const CALL_STEP: StepKind = StepKind::new("containerd call", Duration::from_secs(10));
+
 /// A connection to containerd.
 #[derive(Clone, Debug)]
 pub struct Containerd {
     channel: Channel,
     address: PathBuf,
     rpc_deadline: Duration,
+    steps: Steps,
 }
 
 impl Containerd {
@@ -51,7 +56,14 @@ impl Containerd {
             channel,
             address: address.to_owned(),
             rpc_deadline,
+            steps: Steps::new(),
         }
+    }
+
+    /// Has calls entered into these steps, which somebody watches.
+    #[must_use]
+    pub fn watched_by(self, steps: Steps) -> Self {
+        Self { steps, ..self }
     }
 
     /// Where containerd listens.
@@ -140,6 +152,7 @@ impl Containerd {
         what: &'static str,
         call: impl Future<Output = Result<T, Status>>,
     ) -> Result<T, ContentError> {
+        let _step = self.steps.enter(CALL_STEP, "sluiced", what);
         match tokio::time::timeout(deadline, call).await {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(status)) => {

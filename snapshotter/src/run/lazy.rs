@@ -87,6 +87,7 @@ impl LazySide {
             cluster,
             peers,
             mirror,
+            steps,
             stop,
             ..
         } = parts;
@@ -107,7 +108,7 @@ impl LazySide {
         let abilities = able::find_out(config, store).await;
 
         let registry = registry.sub_registry_with_prefix("sluice");
-        let metrics = Metrics::new();
+        let metrics = Metrics::watched(steps.clone());
         metrics.register(registry);
         let lazy_metrics = LazyMetrics::default();
         lazy_metrics.register(registry);
@@ -144,10 +145,11 @@ impl LazySide {
         let shim = ShimOptions {
             reserve,
             journal: config.mount_journal,
+            steps: steps.clone(),
             ..ShimOptions::new(config.run_dir.clone(), shim_program()?)
         };
         let attached = Arc::new(AttachedMount::new(shim, layers.clone()));
-        let mount_metrics = MountMetrics::default();
+        let mount_metrics = MountMetrics::watched(steps.clone());
         mount_metrics.register(registry);
         let backend = Arc::new(MountChoice::new(
             attached.clone(),
@@ -172,12 +174,15 @@ impl LazySide {
         }
         let (choice, adopted) = (backend, Arc::clone(&mounts));
         let attach = tokio::spawn(async move {
-            adopt(attached, kernel, adopted).await;
-            tend(&choice).await;
+            adopt(Arc::clone(&attached), kernel, adopted).await;
+            tokio::join!(tend(&choice), watch_shim(&attached));
         });
 
-        let containerd = Containerd::new(&config.containerd_address, config.rpc_deadline);
-        let reader = Containerd::new(&config.containerd_address, CONTENT_DEADLINE);
+        let containerd = |deadline| {
+            Containerd::new(&config.containerd_address, deadline).watched_by(steps.clone())
+        };
+        let reader = containerd(CONTENT_DEADLINE);
+        let containerd = containerd(config.rpc_deadline);
         let delay = config.prefetch.then_some(config.prefetch_delay);
         let reserve = DiskReserve::new(&config.root, config.store_reserve_bytes);
         let lazy = Lazy::start(
@@ -330,6 +335,14 @@ async fn tend(choice: &MountChoice) {
             tracing::warn!("failed to look after the watches of mounts: {error}");
         }
         tokio::time::sleep(TEND_INTERVAL).await;
+    }
+}
+
+/// Shows and counts what is stuck in the shim, for as long as the daemon lives.
+async fn watch_shim(attached: &AttachedMount) {
+    // It is attached, once and for all: the client looks for a new worker by itself.
+    if let Ok(client) = attached.attach().await {
+        Arc::clone(client).watch_steps().await;
     }
 }
 

@@ -64,7 +64,9 @@ fn code(error: &SnapshotError) -> Code {
             MountError::Unavailable { .. } => Code::Unavailable,
             MountError::Io { .. } => Code::Internal,
         },
-        SnapshotError::MountTimeout { .. } => Code::DeadlineExceeded,
+        SnapshotError::MountTimeout { .. } | SnapshotError::Deadline { .. } => {
+            Code::DeadlineExceeded
+        }
         SnapshotError::Directory { source, .. } => match source.kind() {
             std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
                 Code::ResourceExhausted
@@ -202,6 +204,12 @@ mod tests {
             (
                 SnapshotError::MountTimeout {
                     name: name(),
+                    waited: Duration::from_secs(1),
+                },
+                Code::DeadlineExceeded,
+            ),
+            (
+                SnapshotError::Deadline {
                     waited: Duration::from_secs(1),
                 },
                 Code::DeadlineExceeded,

@@ -93,9 +93,16 @@ impl Server {
         let stop = CancellationToken::new();
         let stopped = stop.clone();
         let task = tokio::spawn(async move {
-            serve(snapshots, listener, SnapshotMetrics::default(), stopped)
-                .await
-                .unwrap()
+            let limits = RequestLimits::new(Duration::from_secs(5), Duration::from_secs(30));
+            serve(
+                snapshots,
+                listener,
+                SnapshotMetrics::default(),
+                limits,
+                stopped,
+            )
+            .await
+            .unwrap()
         });
         let connect = tower::service_fn(move |_: Uri| UnixStream::connect(socket.clone()));
         let channel = Endpoint::from_static("http://unix")

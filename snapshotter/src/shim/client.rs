@@ -11,6 +11,7 @@
 mod connection;
 pub mod reserve;
 mod start;
+mod stuck;
 mod watches;
 
 use std::collections::HashMap;
@@ -23,6 +24,7 @@ use async_trait::async_trait;
 use sluice_blockindex::digest::{DiffId, IndexDigest};
 use sluice_blockindex::extent::{DeviceSpace, Extent};
 use sluice_fetcher::scheduler::Filled;
+use sluice_fetcher::steps::{StepKind, Steps};
 use sluice_proto::shim as wire;
 use sluice_proto::shim::envelope::Body;
 use thiserror::Error;
@@ -35,6 +37,9 @@ use super::protocol::{self, ProtocolError};
 use crate::mount::errno::FillErrno;
 use crate::mount::{FirstReads, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome};
 use crate::sys::process;
+
+/// What the worker does for the daemon is local and short; a third of the deadline.
+const CALL_STEP: StepKind = StepKind::new("shim call", Duration::from_secs(10));
 
 /// How the client finds and starts the shim.
 #[derive(Debug, Clone)]
@@ -53,6 +58,8 @@ pub struct ShimOptions {
     pub journal: bool,
     /// What is kept here of the shim's descriptors; the same one for as long as the process lives.
     pub reserve: Arc<Reserve>,
+    /// Calls are entered here, and what is stuck in the worker is shown here.
+    pub steps: Steps,
 }
 
 impl ShimOptions {
@@ -68,6 +75,7 @@ impl ShimOptions {
             parallel_fills: 1024,
             journal: false,
             reserve: Arc::default(),
+            steps: Steps::new(),
         }
     }
 }
@@ -399,7 +407,11 @@ impl ShimClient {
 
     /// Sends a request and waits for its answer, over as many connections as it takes.
     async fn call(&self, body: Body) -> Result<Body, MountError> {
-        let waited = self.shared.options.call_deadline;
+        let options = &self.shared.options;
+        let _step = options
+            .steps
+            .enter(CALL_STEP, "sluiced", protocol::describe(&body));
+        let waited = options.call_deadline;
         let deadline = Instant::now() + waited;
         let late = || MountError::Unanswered { waited };
         loop {

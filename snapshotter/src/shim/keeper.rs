@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit};
-use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
+use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout, sockopt::SendTimeout};
 use nix::sys::time::{TimeVal, TimeValLike};
 use prost::Message;
+use sluice_fetcher::steps::{StepGuard, StepKind, Steps};
 use sluice_proto::shim as wire;
 use sluice_proto::shim::holder_packet::Body;
 
@@ -25,6 +26,8 @@ use crate::sys::process;
 
 /// How long the holder may take to answer. It does nothing else; only a stopped one is this slow.
 const ANSWER_DEADLINE_SECONDS: i64 = 5;
+/// Holder and daemon do nothing else: half of what they are given to answer, for one of them.
+const KEEP_STEP: StepKind = StepKind::new("descriptor keeping", Duration::from_secs(2));
 /// How long a program that is to take over may take to say that it runs.
 const PROBE_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -49,6 +52,7 @@ pub struct Keeper {
     /// As it was when we started: after an upgrade, the path names the new binary.
     binary: PathBuf,
     inner: Mutex<Inner>,
+    steps: Steps,
 }
 
 #[derive(Debug)]
@@ -122,6 +126,7 @@ impl Keeper {
             journal,
             binary,
             inner: Mutex::new(inner),
+            steps: Steps::new(),
         };
         Ok((
             keeper,
@@ -130,6 +135,11 @@ impl Keeper {
                 holder_pid,
             },
         ))
+    }
+
+    /// Has conversations with the holder entered into these steps, which somebody watches.
+    pub fn watched_by(self, steps: Steps) -> Keeper {
+        Keeper { steps, ..self }
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -143,6 +153,7 @@ impl Keeper {
 
     /// Has descriptors kept under a name; when it returns, they outlive this process.
     pub fn keep(&self, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let _step = self.enter("keep", name);
         let mut inner = self.inner();
         inner.kept.insert(name.to_owned(), duplicate(fds)?);
         let told = inner.tell(
@@ -164,6 +175,11 @@ impl Keeper {
             fds,
         );
         Ok(())
+    }
+
+    fn enter(&self, what: &'static str, name: &str) -> StepGuard {
+        let subject = format!("{what} {name}");
+        self.steps.enter(KEEP_STEP, "the worker", subject)
     }
 
     /// Has the daemon keep all of it too. To be called whenever a daemon has come; **blocks** for a moment.
@@ -200,6 +216,7 @@ impl Keeper {
     /// Has a name forgotten. A failure leaves the entry with the holder, which costs descriptors and
     /// is put right when the next worker finds that its connection has ended.
     pub fn forget(&self, name: &str) {
+        let _step = self.enter("forget", name);
         let mut inner = self.inner();
         inner.kept.remove(name);
         let forget = Body::Forget(wire::Forget {
@@ -366,9 +383,8 @@ fn tell(socket: &PacketSocket, body: Body, name: &str, fds: &[BorrowedFd<'_>]) -
 }
 
 fn set_answer_deadline(socket: &PacketSocket) -> io::Result<()> {
-    Ok(setsockopt(
-        socket,
-        ReceiveTimeout,
-        &TimeVal::seconds(ANSWER_DEADLINE_SECONDS),
-    )?)
+    let deadline = TimeVal::seconds(ANSWER_DEADLINE_SECONDS);
+    // Sending waits too, once what was sent before fills the queue of one that does not read.
+    setsockopt(socket, SendTimeout, &deadline)?;
+    Ok(setsockopt(socket, ReceiveTimeout, &deadline)?)
 }

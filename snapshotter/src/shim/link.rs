@@ -11,6 +11,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use sluice_fetcher::steps::StepKind;
 use sluice_proto::shim as wire;
 use sluice_proto::shim::envelope::Body;
 
@@ -19,7 +20,7 @@ use super::mounts::Mounts;
 use super::protocol::{self, Unframer};
 use super::waiting::WaitingReads;
 use super::watch::Watches;
-use super::{OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, SOCKET_NAME};
+use super::{OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, SOCKET_NAME, stuck};
 use crate::mount::{MountSpec, UnmountMode, UnmountOutcome};
 use crate::sys::process;
 
@@ -31,6 +32,9 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 /// A shim that serves nothing ends when no daemon has been there for so long: nothing depends on it, and
 /// the next daemon starts another. Longer than a restart or an upgrade of the daemon takes.
 const ALONE: Duration = Duration::from_secs(60);
+
+/// A mount, an unmount, a look at the mount table. Half of what the daemon gives a call before it names it.
+const OPERATION_STEP: StepKind = StepKind::new("shim operation", Duration::from_secs(5));
 
 /// An operation of the daemon, and where its answer goes.
 #[derive(Debug)]
@@ -66,9 +70,13 @@ impl Link {
             mounts: mounts.clone(),
             watches: watches.clone(),
         };
+        let steps = waiting.steps().clone();
         super::worker::thread("operate", move || {
             while let Ok(operation) = todo.recv() {
+                let what = protocol::describe(&operation.body);
+                let step = steps.enter(OPERATION_STEP, "sluiced", what);
                 let (answer, last) = parts.operate(operation.body);
+                drop(step);
                 // A broken link: the daemon asks again on the next.
                 let _gone = operation.answer.send(protocol::frame(operation.id, answer));
                 if last {
@@ -199,6 +207,12 @@ impl Link {
                 }
             }
             Some(Body::FillReply(reply)) => self.waiting.answered(id, reply),
+            // Here and now: an operation may be what is stuck.
+            Some(Body::Steps(_)) => {
+                let stuck = self.waiting.steps().stuck(Instant::now());
+                let reply = Body::StepsReply(stuck::to_wire(stuck));
+                let _gone = outgoing.send(protocol::frame(id, reply));
+            }
             Some(
                 body @ (Body::Mount(_)
                 | Body::Unmount(_)
@@ -232,6 +246,7 @@ impl Link {
                 | Body::WatchReply(_)
                 | Body::UnwatchReply(_)
                 | Body::WatchesReply(_)
+                | Body::StepsReply(_)
                 | Body::ShutdownReply(_),
             ) => tracing::debug!(id, "ignore a message that is not for us"),
         }

@@ -215,6 +215,29 @@ impl TryFrom<wire::ReadsReply> for FirstReads {
     }
 }
 
+/// What a request wants, in words; for logs.
+pub fn describe(body: &wire::envelope::Body) -> String {
+    use wire::envelope::Body;
+    match body {
+        Body::Mount(mount) => format!("mount {}", mount.key),
+        Body::Unmount(unmount) => format!("unmount {}", unmount.key),
+        Body::Check(check) => format!("check {}", check.key),
+        Body::Reads(reads) => format!("first reads of {}", reads.key),
+        Body::Watch(watch) => {
+            let key = watch.mount.as_ref().map_or("", |mount| &mount.key);
+            format!("watch {key}")
+        }
+        Body::Unwatch(unwatch) => format!("unwatch {}", unwatch.key),
+        Body::Upgrade(upgrade) => format!("go on as {}", upgrade.binary),
+        Body::Watches(_) => "list watches".to_owned(),
+        Body::List(_) => "list mounts".to_owned(),
+        Body::Steps(_) => "list stuck steps".to_owned(),
+        Body::Shutdown(_) => "shut down".to_owned(),
+        // Those of the worker, and answers.
+        _ => "another message".to_owned(),
+    }
+}
+
 /// The range of a fill.
 pub fn fill_extent(fill: &wire::Fill) -> Result<Extent<DeviceSpace>, ProtocolError> {
     Extent::new(fill.start, fill.end).ok_or(ProtocolError::BadField { field: "extent" })

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use fuser::{Errno, ReplyData};
+use sluice_fetcher::steps::{StepGuard, StepKind, Steps};
 use sluice_fetcher::store::DeviceKey;
 use sluice_proto::shim as wire;
 use sluice_proto::shim::envelope::Body;
@@ -30,6 +31,11 @@ use crate::mount::errno::FillErrno;
 
 /// Threads that finish reads. They copy from the page cache; two keep a slow disk from stopping all.
 const FINISHERS: usize = 2;
+
+/// A reader of missing data: a tenth of the default read deadline.
+const READER_STEP: StepKind = StepKind::new("reader", Duration::from_secs(30));
+/// Reading what is present, and answering the kernel.
+const FINISH_STEP: StepKind = StepKind::new("shim read", Duration::from_secs(5));
 
 /// How often a read is asked again when the daemon says "present" and it is not, before it fails.
 /// More than once happens only if chunks are taken away between answer and read.
@@ -67,6 +73,8 @@ pub struct PendingRead {
     /// Who waits.
     pub reply: Reply,
     attempts: u32,
+    /// Stands from the first miss to the answer.
+    step: Option<StepGuard>,
 }
 
 /// What a finisher is to do.
@@ -87,6 +95,7 @@ pub struct WaitingReads {
     /// Wakes the clock when an earlier deadline appears.
     earlier: Condvar,
     finish: Sender<Finish>,
+    steps: Steps,
 }
 
 #[derive(Debug, Default)]
@@ -158,6 +167,7 @@ impl PendingRead {
             deadline,
             reply,
             attempts: 0,
+            step: None,
         }
     }
 
@@ -220,13 +230,14 @@ pub fn errno(failure: FillErrno) -> Errno {
 }
 
 impl WaitingReads {
-    /// Starts the clock and the finishers, which live as long as the process.
-    pub fn start() -> std::io::Result<Arc<WaitingReads>> {
+    /// Starts the clock and the finishers, which live as long as the process. Reads are entered into `steps`.
+    pub fn start(steps: Steps) -> std::io::Result<Arc<WaitingReads>> {
         let (finish, todo) = channel();
         let waiting = Arc::new(WaitingReads {
             register: Mutex::default(),
             earlier: Condvar::new(),
             finish,
+            steps,
         });
         let todo = Arc::new(Mutex::new(todo));
         for _ in 0..FINISHERS {
@@ -238,13 +249,24 @@ impl WaitingReads {
         Ok(waiting)
     }
 
+    /// What is under way in this process.
+    pub fn steps(&self) -> &Steps {
+        &self.steps
+    }
+
     fn register(&self) -> MutexGuard<'_, Register> {
         self.register.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes a read over: it will be answered, with data or an error, not before its data is there
     /// or its deadline has passed. Returns at once.
-    pub fn enter(&self, read: PendingRead) {
+    pub fn enter(&self, mut read: PendingRead) {
+        read.step.get_or_insert_with(|| {
+            let (key, start, length) = (read.device.key(), read.start, read.length);
+            let subject =
+                std::fmt::from_fn(move |f| write!(f, "{length} bytes from {start} of {key}"));
+            self.steps.enter(READER_STEP, "a reader", subject)
+        });
         let mut register = self.register();
         if register.given_up.has(&read, Instant::now()) {
             drop(register);
@@ -309,6 +331,9 @@ impl WaitingReads {
     fn finish_all(&self, todo: &Mutex<Receiver<Finish>>) {
         loop {
             let next = todo.lock().unwrap_or_else(PoisonError::into_inner).recv();
+            let _step = self
+                .steps
+                .enter(FINISH_STEP, "a reader", "the store and the kernel");
             match next {
                 Ok(Finish::Present(read)) => self.finish(read),
                 Ok(Finish::Passed(read, bytes)) => read.passed(&bytes),

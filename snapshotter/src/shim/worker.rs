@@ -6,6 +6,8 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
+use sluice_fetcher::steps::{Steps, Watchdog};
+
 use super::device::OpenDevices;
 use super::holder::LOCK_ENTRY;
 use super::keeper::{Inheritance, Keeper};
@@ -63,10 +65,13 @@ pub fn run(run_dir: &Path, journal: bool) -> io::Result<std::convert::Infallible
         holder = holder_pid,
         "worker starts"
     );
-    let keeper = Arc::new(keeper);
+    let steps = Steps::new();
+    // Lives as long as the process, and is not stopped by what hangs.
+    let _watchdog = Watchdog::start(steps.clone())?;
+    let keeper = Arc::new(keeper.watched_by(steps.clone()));
     let watching = keeper.clone();
     thread("holder", move || watching.replace_dead_holders())?;
-    let waiting = WaitingReads::start()?;
+    let waiting = WaitingReads::start(steps)?;
     let devices = Arc::new(OpenDevices::default());
     let watches = Watches::new(keeper.clone(), devices.clone(), waiting.clone());
     let serving = Serving {

@@ -27,6 +27,12 @@ pub enum SnapshotError {
         /// How long they were waited for.
         waited: Duration,
     },
+    /// The operation goes on, and its caller has waited for long enough.
+    #[error("not done after {} s; it goes on", waited.as_secs_f32())]
+    Deadline {
+        /// How long it was waited for.
+        waited: Duration,
+    },
     /// A directory cannot be made, read or moved.
     #[error("{action} {path:?}: {source}")]
     Directory {
@@ -76,6 +82,7 @@ impl SnapshotError {
             SnapshotError::Mount(MountError::Unusable { .. }) => ErrorClass::Corrupt,
             SnapshotError::Mount(MountError::Unavailable { .. } | MountError::Io { .. })
             | SnapshotError::MountTimeout { .. }
+            | SnapshotError::Deadline { .. }
             | SnapshotError::Directory { .. } => ErrorClass::Transient,
             SnapshotError::InvalidLabel { .. }
             | SnapshotError::Empty { .. }

@@ -49,7 +49,7 @@ impl MetadataStore {
         document: &T,
     ) -> Result<(), StoreError> {
         let bytes = serde_json::to_vec(document).map_err(|e| StoreError::corrupt(key, e))?;
-        let transaction = self.database.begin_write()?;
+        let transaction = self.write("store a document")?;
         transaction
             .open_table(table.definition())?
             .insert(key, bytes.as_slice())?;
@@ -65,7 +65,7 @@ impl MetadataStore {
         key: &str,
         change: impl FnOnce(Option<T>) -> Option<T>,
     ) -> Result<(), StoreError> {
-        let transaction = self.database.begin_write()?;
+        let transaction = self.write("change a document")?;
         {
             let mut rows = transaction.open_table(table.definition())?;
             let before = match rows.get(key)? {
@@ -122,7 +122,7 @@ impl MetadataStore {
 
     /// Removes a document; answers whether it was there.
     pub fn remove_document(&self, table: DocumentTable, key: &str) -> Result<bool, StoreError> {
-        let transaction = self.database.begin_write()?;
+        let transaction = self.write("remove a document")?;
         let existed = transaction
             .open_table(table.definition())?
             .remove(key)?

@@ -30,7 +30,7 @@ impl MetadataStore {
         name: &str,
         change: impl FnOnce(&mut LazyLayerRecord),
     ) -> Result<bool, StoreError> {
-        let transaction = self.database.begin_write()?;
+        let transaction = self.write("update a layer")?;
         {
             let Some(row) = snapshots::read(&transaction.open_table(SNAPSHOTS)?, name)? else {
                 return Ok(false);

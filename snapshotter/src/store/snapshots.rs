@@ -146,7 +146,7 @@ impl MetadataStore {
 
     /// Stores an active snapshot or a view.
     pub fn create(&self, new: NewSnapshot) -> Result<SnapshotRecord, StoreError> {
-        let transaction = self.database.begin_write()?;
+        let transaction = self.write("create a snapshot")?;
         let record = {
             let mut snapshots = transaction.open_table(SNAPSHOTS)?;
             let parent_id = committed_parent(&snapshots, new.parent.as_deref())?;
@@ -168,7 +168,7 @@ impl MetadataStore {
         usage: Usage,
         labels: Labels,
     ) -> Result<SnapshotRecord, StoreError> {
-        let transaction = self.database.begin_write()?;
+        let transaction = self.write("commit a snapshot")?;
         let record = {
             let mut snapshots = transaction.open_table(SNAPSHOTS)?;
             vacant(&snapshots, name)?;
@@ -196,7 +196,7 @@ impl MetadataStore {
     /// Stores a committed snapshot that answers a Prepare, unless one for the same chain ID and
     /// parent exists: then that one answers and nothing changes.
     pub fn adopt(&self, new: NewCommitted) -> Result<Adopted, StoreError> {
-        let transaction = self.database.begin_write()?;
+        let transaction = self.write("adopt a snapshot")?;
         let chain_id = new.chain_id.to_string();
         let name = format!(
             "sluice/{}/{}",
@@ -247,7 +247,7 @@ impl MetadataStore {
 
     /// Removes a snapshot that has no children; answers what it was. Its directory stays.
     pub fn remove(&self, name: &str) -> Result<SnapshotRecord, StoreError> {
-        let transaction = self.database.begin_write()?;
+        let transaction = self.write("remove a snapshot")?;
         let record = {
             let mut snapshots = transaction.open_table(SNAPSHOTS)?;
             let row = read(&snapshots, name)?
@@ -291,7 +291,7 @@ impl MetadataStore {
         mut labels: Labels,
         mask: &[String],
     ) -> Result<SnapshotRecord, StoreError> {
-        let transaction = self.database.begin_write()?;
+        let transaction = self.write("update labels")?;
         let record = {
             let mut snapshots = transaction.open_table(SNAPSHOTS)?;
             let mut row = read(&snapshots, name)?

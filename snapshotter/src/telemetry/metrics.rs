@@ -8,6 +8,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
+use sluice_fetcher::steps::Steps;
 
 /// What became of a Prepare with `containerd.io/snapshot.ref`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
@@ -51,6 +52,7 @@ pub struct SnapshotMetrics {
     prepares: Family<PrepareLabels, Counter>,
     requests: Family<RequestLabels, Counter>,
     seconds: Family<MethodLabels, Histogram, fn() -> Histogram>,
+    steps: Steps,
 }
 
 impl Default for SnapshotMetrics {
@@ -59,6 +61,7 @@ impl Default for SnapshotMetrics {
             prepares: Family::default(),
             requests: Family::default(),
             seconds: Family::new_with_constructor(|| Histogram::new(BUCKETS)),
+            steps: Steps::default(),
         }
     }
 }
@@ -83,6 +86,17 @@ impl SnapshotMetrics {
             metrics.seconds.clone(),
         );
         metrics
+    }
+
+    /// Has requests entered into these steps, which somebody watches.
+    #[must_use]
+    pub fn watched_by(self, steps: Steps) -> Self {
+        Self { steps, ..self }
+    }
+
+    /// What is under way.
+    pub fn steps(&self) -> &Steps {
+        &self.steps
     }
 
     /// Counts a Prepare.

@@ -10,6 +10,7 @@ use crate::registry::fake::{FakeRegistry, Misbehaviour};
 use crate::registry::media::{OCI_INDEX, OCI_MANIFEST};
 use crate::source::contract::{check_source, sample_blob};
 use crate::source::{BlobSource, Class, OriginSet, RegistryBlobSource, SourceError};
+use crate::steps::{Steps, Stuck};
 
 async fn setting() -> (FakeRegistry, Bytes, BlobDigest, Repository) {
     let fake = FakeRegistry::start().await;
@@ -196,6 +197,56 @@ async fn a_stall_is_noticed_and_resumed() {
     );
     assert_eq!(error.class(), Class::Transient);
     assert_eq!(fake.take_seen().len(), 3, "as many attempts as configured");
+}
+
+/// What stands for longer than half a minute from now, when something stands at all.
+async fn stuck_soon(steps: &Steps) -> Vec<Stuck> {
+    for _ in 0..1000 {
+        let stuck = steps.stuck(Instant::now() + Duration::from_secs(60));
+        if !stuck.is_empty() {
+            return stuck;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    Vec::new()
+}
+
+#[tokio::test]
+async fn a_registry_that_stalls_is_named_until_it_is_given_up() {
+    for (what, step) in [
+        (Misbehaviour::NoAnswer, "registry head"),
+        (Misbehaviour::StallBody(70_000), "registry body"),
+    ] {
+        let (fake, bytes, blob, place) = setting().await;
+        fake.misbehave("GET", "/blobs/", 0, 1, what);
+        let metrics = Metrics::new();
+        let steps = metrics.steps().clone();
+        let client =
+            RegistryClient::counted(quick_options(), Arc::new(NoCredentials), metrics).unwrap();
+        let host = place.host().to_owned();
+        let context = context();
+        let read = async {
+            let all = client
+                .blob(&context, &place, blob, length(&bytes))
+                .await
+                .unwrap();
+            all.collect(u64::MAX).await.unwrap()
+        };
+        let standing = async {
+            // The body's first bytes come: what stands a moment later is what stalls.
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            stuck_soon(&steps).await
+        };
+        let (all, stuck) = tokio::join!(read, standing);
+        assert_eq!(all, bytes);
+        let [stuck] = &stuck[..] else {
+            panic!("{step}: {stuck:?}")
+        };
+        assert_eq!((&*stuck.step, &*stuck.whom), (step, "foreground"));
+        assert!(stuck.subject.contains(&host), "{stuck:?}");
+        // The second attempt read all: nothing stands any more.
+        assert_eq!(steps.stuck(Instant::now() + Duration::from_secs(60)), []);
+    }
 }
 
 #[tokio::test]

@@ -118,6 +118,7 @@ impl Connection {
                 | Body::WatchReply(_)
                 | Body::UnwatchReply(_)
                 | Body::WatchesReply(_)
+                | Body::StepsReply(_)
                 | Body::ShutdownReply(_)),
             ) => {
                 // A call that gave up has taken its waiter away.
@@ -139,6 +140,7 @@ impl Connection {
                 | Body::Watch(_)
                 | Body::Unwatch(_)
                 | Body::Watches(_)
+                | Body::Steps(_)
                 | Body::Shutdown(_),
             ) => tracing::debug!(id, "ignore a message that is not for us"),
         }
@@ -245,10 +247,12 @@ impl Connection {
 }
 
 async fn run_fill(shared: &Shared, request: FillRequest) -> Result<Filled, FillErrno> {
-    // Closed never: the semaphore lives as long as the client.
-    let _permit = shared.permits.acquire().await.map_err(|_| FillErrno::Io)?;
     let deadline = request.deadline;
-    let filled = shared.fills.fill(request);
+    let filled = async {
+        // Closed never: the semaphore lives as long as the client.
+        let _permit = shared.permits.acquire().await.map_err(|_| FillErrno::Io)?;
+        shared.fills.fill(request).await
+    };
     match deadline {
         Some(deadline) => tokio::time::timeout(deadline, filled)
             .await
