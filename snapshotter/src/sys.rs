@@ -13,5 +13,6 @@ pub mod lease;
 pub mod map;
 pub mod mountpoint;
 pub mod newmount;
+pub mod privileges;
 pub mod process;
 pub mod slots;

@@ -6,6 +6,8 @@
 mod deaths;
 #[path = "shim_mounts/image.rs"]
 mod image;
+#[path = "shim_mounts/privileges.rs"]
+mod privileges;
 #[path = "shim_mounts/reader.rs"]
 mod reader;
 #[path = "shim_mounts/watches.rs"]

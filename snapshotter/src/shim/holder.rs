@@ -23,6 +23,7 @@ use sluice_proto::shim::holder_packet::Body;
 
 use super::{JOURNAL_FLAG, LOCK_NAME, PROTOCOL_VERSION};
 use crate::sys::fdpass::PacketSocket;
+use crate::sys::privileges::{self, Kept};
 use crate::sys::process;
 
 /// Name of the entry that holds the lock: it must live as long as holder or worker.
@@ -75,6 +76,10 @@ pub fn run(run_dir: &Path, origin: Origin, journal: bool) -> io::Result<()> {
     process::spare_from_oom();
     if let Err(error) = process::raise_open_files() {
         tracing::warn!(%error, "raise the limit of open files");
+    }
+    // What its workers need, only they know.
+    if let Err(error) = privileges::keep_only(Kept::Holder) {
+        tracing::warn!(%error, "give up privileges");
     }
     let binary = std::env::current_exe()?;
     let mut entries = Entries::new();

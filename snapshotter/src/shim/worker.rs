@@ -16,6 +16,7 @@ use super::mounts::Mounts;
 use super::session::Serving;
 use super::waiting::WaitingReads;
 use super::watch::{self, WATCH_PREFIX, Watches};
+use crate::sys::privileges::{self, Kept};
 use crate::sys::process;
 
 /// Stack of our threads. They recurse nowhere; what logging needs fits many times.
@@ -33,6 +34,11 @@ pub(super) fn thread(name: &str, body: impl FnOnce() + Send + 'static) -> io::Re
 fn kernel_resends() -> bool {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease");
     release.is_ok_and(|release| resends(&release))
+}
+
+/// Whether the requests of this mount are kept: its third descriptor is their journal.
+fn is_journaled(name: &str, fds: &[std::os::fd::OwnedFd]) -> bool {
+    !name.starts_with(WATCH_PREFIX) && fds.len() > 2
 }
 
 fn resends(release: &str) -> bool {
@@ -60,6 +66,14 @@ pub fn run(run_dir: &Path, journal: bool) -> io::Result<std::convert::Infallible
         holder_pid,
     } = inheritance;
     let mut reserved = watch::reserve(&entries);
+    let journaled = journal || !kernel_resends();
+    let kept = match journaled || entries.iter().any(|(name, fds)| is_journaled(name, fds)) {
+        true => Kept::JournaledMounts,
+        false => Kept::Mounts,
+    };
+    if let Err(error) = privileges::keep_only(kept) {
+        tracing::warn!(%error, ?kept, "give up privileges");
+    }
     tracing::info!(
         entries = entries.len(),
         holder = holder_pid,
@@ -77,7 +91,7 @@ pub fn run(run_dir: &Path, journal: bool) -> io::Result<std::convert::Infallible
     let serving = Serving {
         devices,
         waiting: waiting.clone(),
-        journaled: journal || !kernel_resends(),
+        journaled,
     };
     let mounts = Mounts::new(keeper.clone(), serving);
     for (entry, fds) in entries {
