@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup tools images build install demo test unit e2e fuzz check bench simulate soak clean
+.PHONY: help setup tools images build install demo test unit e2e fuzz check deny bench simulate soak clean
 PROFILE_DIR := target/debug
 FUZZ_SECONDS ?= 10
 PREFIX ?= /usr
@@ -60,7 +60,11 @@ test: tools images ## everything: units, models, contracts, faults, end-to-end, 
 	@$(MAKE) --no-print-directory fuzz
 	@echo "== test: all passed"
 
-check: setup ## formatting, lints, unit and model tests, docs
+deny: setup ## licences, sources and advisories of all crates, by cargo-deny (builds it once)
+	@echo "== deny: licences, bans, sources, advisories"
+	@integration/scripts/deny.sh target/tools
+
+check: setup deny ## formatting, lints, unit and model tests, docs, licences and advisories
 	@echo "== check: rustfmt, clippy, unit tests, docs"
 	@cargo fmt --all --check
 	@cargo clippy --locked --workspace --all-targets -- -D warnings

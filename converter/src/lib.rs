@@ -5,6 +5,8 @@
 //! moves blobs, [`convert`] runs them all, [`optimize`] attaches learned boot lists, [`doctor`] looks for what is wrong on a node, [`image`] reads and writes images wherever they are, and
 //! [`cli`] is the only part that talks to a user.
 
+#![forbid(unsafe_code)]
+
 pub mod cli;
 pub mod convert;
 pub mod doctor;

@@ -6,6 +6,8 @@
 //! deadline, so that a wedged mount can't wedge the harness. Synchronous code and threads only.
 
 pub mod bench;
+#![forbid(unsafe_code)]
+
 pub mod cluster;
 pub mod harness;
 pub mod simulate;

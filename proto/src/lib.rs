@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The generated code of Sluice's own APIs; the `.proto` files in `proto/proto/` are their definition.
+#![forbid(unsafe_code)]
 #![allow(missing_docs, missing_debug_implementations, reason = "generated code")]
 #![allow(clippy::all, reason = "generated code")]
 
