@@ -21,6 +21,7 @@ mod check;
 mod documents;
 mod error;
 mod layers;
+mod migrate;
 mod row;
 mod snapshots;
 mod tables;
@@ -28,6 +29,8 @@ mod writing;
 
 #[cfg(test)]
 mod crash_tests;
+#[cfg(test)]
+mod migrate_tests;
 #[cfg(test)]
 mod model_tests;
 #[cfg(test)]
@@ -38,7 +41,7 @@ use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use redb::{Builder, Database, ReadableTable as _};
+use redb::{Builder, Database, ReadableDatabase as _, ReadableTable as _};
 
 pub use documents::DocumentTable;
 pub use error::{ErrorClass, StoreError};
@@ -64,38 +67,55 @@ pub struct MetadataStore {
 }
 
 impl MetadataStore {
-    /// Opens the store in this file, creating it if there is none.
+    /// Opens the store in this file, creating it if there is none, and brings one of an older version to the
+    /// present one ([`migrate`]).
     ///
-    /// **Errors**: [`StoreError::Schema`] for a file of a later version; [`StoreError::Redb`] also
-    /// when another process has the file open.
+    /// **Errors**: [`StoreError::Schema`] for a file of a later version, which is left as it is;
+    /// [`StoreError::Redb`] also when another process has the file open.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
+        Self::open_by(path, migrate::STEPS)
+    }
+
+    /// As [`Self::open`], by these steps.
+    fn open_by(path: &Path, steps: &[migrate::Change]) -> Result<Self, StoreError> {
         if !path.exists() {
             // redb's first writes are not atomic: after a crash amid them the file has no header
             // and is refused for ever. So the file appears under its name when it is complete.
             let unnamed = path.with_extension("new");
             match std::fs::remove_file(&unnamed) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
-                _ => drop(Self::start(Builder::new().create(&unnamed)?)?),
+                _ => drop(Self::start(Builder::new().create(&unnamed)?, steps)?),
             }
             std::fs::rename(&unnamed, path)?;
             if let Some(directory) = path.parent() {
                 File::open(directory)?.sync_all()?;
             }
         }
-        Self::start(Builder::new().set_cache_size(CACHE_BYTES).create(path)?)
+        let open = || Builder::new().set_cache_size(CACHE_BYTES).create(path);
+        let mut database = open()?;
+        if let Some(found) = version_of(&database)?
+            && !migrate::needed(found, steps)?.is_empty()
+        {
+            // Closed, the file is whole.
+            drop(database);
+            let kept = migrate::keep_copy(path, found)?;
+            tracing::info!(from = found, kept = %kept.display(), "bring metadata to the present version");
+            database = open()?;
+        }
+        Self::start(database, steps)
     }
 
     /// Opens the store on another storage, for tests that cut the power.
     #[cfg(test)]
     fn open_on(backend: impl redb::StorageBackend) -> Result<Self, StoreError> {
-        Self::start(
-            Builder::new()
-                .set_cache_size(CACHE_BYTES)
-                .create_with_backend(backend)?,
-        )
+        let database = Builder::new()
+            .set_cache_size(CACHE_BYTES)
+            .create_with_backend(backend)?;
+        Self::start(database, migrate::STEPS)
     }
 
-    fn start(database: Database) -> Result<Self, StoreError> {
+    fn start(database: Database, steps: &[migrate::Change]) -> Result<Self, StoreError> {
+        let present = migrate::version_after(steps);
         let transaction = database.begin_write()?;
         let next_id = {
             let mut meta = transaction.open_table(META)?;
@@ -103,19 +123,21 @@ impl MetadataStore {
                 Ok(meta.get(key)?.map(|value| value.value()))
             };
             let (version, next_id) = (read(VERSION)?, read(NEXT_ID)?.unwrap_or(1));
-            // This version knows no feature bits; one that forbids writing is as bad as one that
+            // No version knows feature bits yet; one that forbids writing is as bad as one that
             // forbids reading, because the daemon cannot run without writing.
             let unknown =
                 read(FEATURES_INCOMPATIBLE)?.unwrap_or(0) | read(FEATURES_READ_ONLY)?.unwrap_or(0);
-            let found = version.unwrap_or(SCHEMA_VERSION);
-            if found != SCHEMA_VERSION || unknown != 0 {
+            let found = version.unwrap_or(present);
+            let needed = migrate::needed(found, steps)?;
+            if unknown != 0 {
                 return Err(StoreError::Schema {
                     found,
                     features: unknown,
                 });
             }
-            if version.is_none() {
-                meta.insert(VERSION, SCHEMA_VERSION)?;
+            needed.iter().try_for_each(|step| step(&transaction))?;
+            if version != Some(present) {
+                meta.insert(VERSION, present)?;
                 meta.insert(NEXT_ID, next_id)?;
             }
             next_id
@@ -145,5 +167,14 @@ impl MetadataStore {
     pub fn reserve_ids_through(&self, id: SnapshotId) {
         self.next_id
             .fetch_max(id.0.saturating_add(1), Ordering::Relaxed);
+    }
+}
+
+/// The version of a file; `None` of one that is new.
+fn version_of(database: &Database) -> Result<Option<u64>, StoreError> {
+    match database.begin_read()?.open_table(META) {
+        Ok(meta) => Ok(meta.get(VERSION)?.map(|version| version.value())),
+        Err(redb::TableError::TableDoesNotExist(_)) => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }

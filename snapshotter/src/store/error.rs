@@ -76,7 +76,7 @@ pub enum StoreError {
     },
     /// The file was written by a later version.
     #[error(
-        "metadata has schema version {found} and features {features:#x}, this program knows version {} and no features",
+        "metadata has schema version {found} and features {features:#x}, this program knows versions up to {} and no features; nothing was changed: start the newer sluiced",
         super::SCHEMA_VERSION
     )]
     Schema {
