@@ -22,6 +22,7 @@ mod pins;
 mod prepare;
 mod sweep;
 mod unpack_job;
+mod usage;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -37,7 +38,7 @@ use crate::background::Background;
 use crate::boot::Boot;
 use crate::chain::RunKey;
 use crate::disk::DiskReserve;
-use crate::layers::{Layers, device_key};
+use crate::layers::Layers;
 use crate::mounts::Mounts;
 use crate::plan::{LayoutLayer, Outcome, Plans};
 use crate::resolve::ContentReader;
@@ -119,6 +120,7 @@ struct Inner {
     stop: CancellationToken,
     swept: Notify,
     budget: evict::BudgetWatch,
+    payers: usage::Remembered,
 }
 
 impl Lazy {
@@ -134,6 +136,7 @@ impl Lazy {
             stop: CancellationToken::new(),
             swept: Notify::new(),
             budget: evict::BudgetWatch::default(),
+            payers: usage::Remembered::default(),
         });
         let sweeper = Arc::clone(&inner);
         inner.spawn(async move { sweeper.sweep_until_stopped().await });
@@ -320,17 +323,8 @@ impl LazyLayers for Lazy {
         self.0.swept.notify_one();
     }
 
-    fn usage(&self, layer: &LazyLayerRecord) -> Usage {
-        let key = device_key(layer);
-        let held = self.0.parts.layers.fetcher().store().held_bytes(&key);
-        let index = std::fs::metadata(self.0.parts.layers.indexes().path(layer.index_digest));
-        // The data file, the bitmap, its record and the index.
-        let inodes = if held.is_ok() { 3 } else { 0 } + u64::from(index.is_ok());
-        let index_bytes = index.map_or(0, |metadata| metadata.len());
-        Usage {
-            inodes,
-            size_bytes: held.unwrap_or(0) + index_bytes,
-        }
+    fn usage(&self, record: &SnapshotRecord) -> Usage {
+        usage::of(&self.0, record)
     }
 
     fn lacks_index(&self, layer: &LazyLayerRecord) -> bool {

@@ -51,3 +51,4 @@ pub use record::{
     BlobOrigin, LABEL_SNAPSHOT_REF, Labels, LazyLayerRecord, SnapshotId, SnapshotKind,
     SnapshotRecord, Usage, namespace_of,
 };
+pub(crate) use usage::{of_file as usage_of_file, of_tree as usage_of_tree};

@@ -10,6 +10,8 @@ mod forge;
 mod image;
 #[path = "lazy/site.rs"]
 mod site;
+#[path = "lazy/usage.rs"]
+mod usage;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

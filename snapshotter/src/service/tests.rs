@@ -53,7 +53,7 @@ impl LazyLayers for AlwaysLazy {
         })
     }
     fn released(&self, _: &SnapshotRecord) {}
-    fn usage(&self, _: &LazyLayerRecord) -> Usage {
+    fn usage(&self, _: &SnapshotRecord) -> Usage {
         Usage {
             inodes: 3,
             size_bytes: 4,

@@ -144,8 +144,9 @@ pub trait LazyLayers: Send + Sync + Debug + 'static {
     /// its use of mounts, a committed lazy one its layer. Returns at once; the work is done later.
     fn released(&self, removed: &SnapshotRecord);
 
-    /// What the layer really holds of this node's disk. Returns at once: no network, no mount.
-    fn usage(&self, layer: &LazyLayerRecord) -> Usage;
+    /// What a lazy snapshot holds of this node's disk; what several have, one of them is charged for. Blocks
+    /// shortly: no network, no mount.
+    fn usage(&self, record: &SnapshotRecord) -> Usage;
 
     /// Whether the layer's index is not on disk, which a mount after a restart needs. What is there
     /// stays for a while. Blocks shortly.

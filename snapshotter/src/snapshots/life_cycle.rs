@@ -154,10 +154,10 @@ impl Snapshots {
         self.running()?
             .blocking(move |inner| {
                 let record = inner.store.get(&name)?;
-                match (record.kind, &record.layer) {
-                    (SnapshotKind::Active, _) => inner.count(&record),
-                    (_, Some(layer)) => Ok(inner.lazy.usage(layer)),
-                    (SnapshotKind::View | SnapshotKind::Committed, None) => Ok(record.usage),
+                match record.kind {
+                    SnapshotKind::Active => inner.count(&record),
+                    _ if record.is_lazy() => Ok(inner.lazy.usage(&record)),
+                    SnapshotKind::View | SnapshotKind::Committed => Ok(record.usage),
                 }
             })
             .await

@@ -107,7 +107,8 @@ impl LazyLayers for Scripted {
         self.released.lock().unwrap().push(removed.name.clone());
     }
 
-    fn usage(&self, layer: &LazyLayerRecord) -> Usage {
+    fn usage(&self, record: &SnapshotRecord) -> Usage {
+        let layer = record.layer.as_ref().unwrap();
         Usage {
             inodes: 1,
             size_bytes: layer.device_bytes,

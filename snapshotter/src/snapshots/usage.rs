@@ -14,7 +14,7 @@ const ST_BLOCKS_UNIT: u64 = 512;
 
 /// Allocated bytes and distinct inodes of a tree, its root included. What vanishes meanwhile does
 /// not count: a container may be writing.
-pub(super) fn of_tree(root: &Path) -> io::Result<Usage> {
+pub(crate) fn of_tree(root: &Path) -> io::Result<Usage> {
     let mut tally = Tally::default();
     tally.add(&symlink_metadata(root)?);
     let mut pending = vec![root.to_path_buf()];
@@ -37,6 +37,13 @@ pub(super) fn of_tree(root: &Path) -> io::Result<Usage> {
             }
         }
     }
+    Ok(tally.usage)
+}
+
+/// Allocated bytes of one file or directory, without what is in it.
+pub(crate) fn of_file(path: &Path) -> io::Result<Usage> {
+    let mut tally = Tally::default();
+    tally.add(&symlink_metadata(path)?);
     Ok(tally.usage)
 }
 
