@@ -9,6 +9,7 @@ pub mod clock;
 pub mod connections;
 pub mod containerd;
 pub mod kernel;
+pub mod kernel_mounts;
 pub mod look;
 pub mod mountinfo;
 

@@ -37,6 +37,7 @@ use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status};
 
 use crate::lazy::{CacheError, Lazy};
+use crate::mount::attached::AttachedMount;
 use crate::mount::choice::Abilities;
 use crate::prewarm::Prewarms;
 use crate::resolve::{Containerd, ContentError, ContentReader, ResolveError};
@@ -140,6 +141,8 @@ fn status_of(error: &ControlError) -> Status {
 pub struct ControlParts {
     /// The lazy layers.
     pub lazy: Lazy,
+    /// The shim.
+    pub shim: Arc<AttachedMount>,
     /// What the kernel serves.
     pub abilities: Abilities,
     /// containerd, for names of images.
@@ -160,6 +163,7 @@ pub struct ControlParts {
 #[derive(Clone, Debug)]
 pub struct ControlService {
     lazy: Lazy,
+    shim: Arc<AttachedMount>,
     /// What the kernel serves.
     abilities: Abilities,
     containerd: Containerd,
@@ -179,6 +183,7 @@ impl ControlService {
     pub fn new(parts: ControlParts, stop: CancellationToken) -> Self {
         let ControlParts {
             lazy,
+            shim,
             abilities,
             containerd,
             cluster,
@@ -190,6 +195,7 @@ impl ControlService {
         let content = Arc::clone(&lazy.parts().content);
         Self {
             lazy,
+            shim,
             abilities,
             containerd,
             content,

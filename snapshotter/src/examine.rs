@@ -7,6 +7,7 @@
 //!
 //! - `steps`: what is stuck now; first, for it may be what holds the others up.
 //! - `metadata`: the invariants of the metadata store.
+//! - `shim`: the shim that serves against the one that is installed.
 //! - `mounts`: the kernel's mounts against what the shim serves.
 //! - `layers`: an index for each layer, and seals that failed.
 //! - `leftovers`: devices and trees that no snapshot needs.
@@ -25,6 +26,7 @@ mod leftovers;
 mod metadata;
 mod mounts;
 mod registry;
+mod shim;
 mod steps;
 
 use std::collections::BTreeMap;
@@ -38,6 +40,7 @@ use tokio::sync::mpsc;
 
 use crate::layers::device_key;
 use crate::lazy::Lazy;
+use crate::mount::attached::AttachedMount;
 use crate::snapshots::{BlobOrigin, LazyLayerRecord};
 use crate::store::StoreError;
 
@@ -135,6 +138,7 @@ pub struct WantedImage {
 #[derive(Debug)]
 pub struct Examiner {
     lazy: Lazy,
+    shim: Arc<AttachedMount>,
     client: RegistryClient,
     wanted: Wanted,
     /// The names of images by the chain IDs of their layers.
@@ -186,7 +190,7 @@ impl Examiner {
     /// Examines on behalf of a client that reads `events`.
     #[must_use]
     pub fn new(
-        lazy: Lazy,
+        (lazy, shim): (Lazy, Arc<AttachedMount>),
         client: RegistryClient,
         wanted: Wanted,
         names: BTreeMap<String, Vec<String>>,
@@ -194,6 +198,7 @@ impl Examiner {
     ) -> Self {
         Self {
             lazy,
+            shim,
             client,
             wanted,
             names,
@@ -206,6 +211,7 @@ impl Examiner {
         let limit = Some(DEADLINE);
         self.check("steps", limit, |it| self.steps(it)).await;
         self.check("metadata", limit, |it| self.metadata(it)).await;
+        self.check("shim", limit, |it| self.shim(it)).await;
         self.check("mounts", limit, |it| self.mounts(it)).await;
         self.check("layers", limit, |it| self.layers(it)).await;
         self.check("leftovers", limit, |it| self.leftovers(it))

@@ -10,8 +10,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use nix::mount::{MntFlags, umount2};
+use prost::Message as _;
+use sluice_fetcher::store::{DeviceState, PresenceMap};
 
-use super::mountinfo::{FuseMount, fuse_mounts, is_locked};
+use super::kernel_mounts::{self, Completeness};
+use super::mountinfo::{FuseMount, KernelMount, erofs_mounts, fuse_mounts, is_locked, is_top};
 use super::{Done, Finding, Severity, clock, connections, containerd, kernel};
 use crate::setup::Wanted;
 
@@ -24,6 +27,8 @@ const STEP: Duration = Duration::from_millis(100);
 /// How long a socket of this machine may take to answer.
 const CONNECT: Duration = Duration::from_secs(3);
 
+/// The mounts of our namespace.
+const MOUNTINFO: &str = "/proc/self/mountinfo";
 const FUSE_CONTROL: &str = "/sys/fs/fuse/connections";
 /// The lock that the shim holds, in the run directory.
 const SHIM_LOCK: &str = "shim.lock";
@@ -138,10 +143,16 @@ fn waiting(mount: &FuseMount) -> Option<u64> {
 }
 
 /// Gives a mount up: its readers get an error, and it is no mount any more.
+///
+/// **Errors** those of umount2(2); `ResourceBusy` where something else is mounted over it, which stays.
 fn give_up(mount: &FuseMount) -> io::Result<()> {
     let path = Path::new(FUSE_CONTROL).join(mount.connection.to_string());
     // Where all descriptors of a server are gone, the kernel has done so already.
     let _ = std::fs::write(path.join("abort"), "1");
+    if !is_top(&std::fs::read(MOUNTINFO)?, mount) {
+        let problem = "another mount lies on it";
+        return Err(io::Error::new(io::ErrorKind::ResourceBusy, problem));
+    }
     umount2(
         &mount.mountpoint,
         MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW,
@@ -149,20 +160,44 @@ fn give_up(mount: &FuseMount) -> io::Result<()> {
     Ok(())
 }
 
-/// The FUSE mounts below the root: whether somebody serves them, and whether requests hang.
+/// Whether the layers below a mount of the kernel are sealed, as its note in the run directory names them.
+fn completeness(run: &Path, mount: &KernelMount) -> Completeness {
+    let sealed = || -> Option<bool> {
+        let name = mount.mountpoint.file_name()?.to_str()?;
+        let note = std::fs::read(run.join("mounts").join(format!("{name}.mount"))).ok()?;
+        let note = sluice_proto::shim::Mount::decode(&*note).ok()?;
+        let mut states = note.devices.iter().map(|device| {
+            let present = Path::new(&device.directory).join("present");
+            let state = PresenceMap::open(&present).ok()?.state();
+            Some(state == DeviceState::Sealed)
+        });
+        states.try_fold(true, |all, one| Some(all && one?))
+    };
+    match sealed() {
+        Some(true) => Completeness::Sealed,
+        Some(false) => Completeness::Lazy,
+        None => Completeness::Unknown,
+    }
+}
+
+/// The mounts below the root: whether somebody serves them, and whether requests hang.
 pub async fn connections(root: &Path, run: &Path, fix: bool) -> Looked {
     const CHECK: &str = connections::CHECK;
     // mountinfo has no symbolic links; neither the root nor its parents are mounts of ours.
     let real = tokio::fs::canonicalize(root).await;
     let directory = real.unwrap_or_else(|_| root.to_owned()).join("mnt");
-    let mounts = match tokio::fs::read("/proc/self/mountinfo").await {
-        Ok(text) => fuse_mounts(&text, &directory),
+    let (mounts, kernels) = match tokio::fs::read(MOUNTINFO).await {
+        Ok(text) => (
+            fuse_mounts(&text, &directory),
+            erofs_mounts(&text, &directory),
+        ),
         Err(error) => {
-            let finding = Finding::new(CHECK, Severity::Error, "/proc/self/mountinfo", error);
+            let finding = Finding::new(CHECK, Severity::Error, MOUNTINFO, error);
             return (vec![finding], done(CHECK, 0));
         }
     };
-    if mounts.is_empty() {
+    let looked_at = mounts.len() + kernels.len();
+    if looked_at == 0 {
         return (Vec::new(), done(CHECK, 0));
     }
     let mut lives = shim_lives(run);
@@ -174,6 +209,9 @@ pub async fn connections(root: &Path, run: &Path, fix: bool) -> Looked {
         }
         // A shim that died is started again by the daemon: only one that stays away is dead.
         lives |= shim_lives(run);
+        if lives && mounts.is_empty() {
+            break;
+        }
         tokio::time::sleep(STEP).await;
     }
     let mut found = Vec::new();
@@ -191,7 +229,17 @@ pub async fn connections(root: &Path, run: &Path, fix: bool) -> Looked {
         }
         found.push(finding);
     }
-    (found, done(CHECK, mounts.len()))
+    if !lives {
+        let run = run.to_owned();
+        let judged = bounded(CHECK, move || {
+            let judge = |mount: &KernelMount| {
+                kernel_mounts::judge(CHECK, &mount.mountpoint, completeness(&run, mount))
+            };
+            (kernels.iter().filter_map(judge).collect(), done(CHECK, 0))
+        });
+        found.extend(judged.await.0);
+    }
+    (found, done(CHECK, looked_at))
 }
 
 /// The clock, by the registry of `host` as well where there is one.

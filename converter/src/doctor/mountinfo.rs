@@ -5,6 +5,13 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 
+/// A mount of a run that the kernel's EROFS serves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelMount {
+    /// Where; its last component is the run's key.
+    pub mountpoint: PathBuf,
+}
+
 /// A FUSE mount of ours.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FuseMount {
@@ -19,22 +26,58 @@ pub struct FuseMount {
 /// **Source** proc_pid_mountinfo(5).
 #[must_use]
 pub fn fuse_mounts(mountinfo: &[u8], directory: &Path) -> Vec<FuseMount> {
-    let lines = mountinfo.split(|byte| *byte == b'\n');
-    lines
-        .filter_map(parse_line)
-        .filter(|mount| mount.mountpoint.parent() == Some(directory))
+    below(mountinfo, directory)
+        .filter(|line| line.kind == b"fuse.sluice")
+        .map(|line| FuseMount {
+            mountpoint: line.mountpoint,
+            connection: line.minor,
+        })
         .collect()
 }
 
-fn parse_line(line: &[u8]) -> Option<FuseMount> {
+/// The mounts of type `erofs` directly below `directory`.
+#[must_use]
+pub fn erofs_mounts(mountinfo: &[u8], directory: &Path) -> Vec<KernelMount> {
+    below(mountinfo, directory)
+        .filter(|line| line.kind == b"erofs")
+        .map(|line| KernelMount {
+            mountpoint: line.mountpoint,
+        })
+        .collect()
+}
+
+/// Whether this mount is the topmost at its mountpoint: an unmount there would take this one, and no other.
+#[must_use]
+pub fn is_top(mountinfo: &[u8], mount: &FuseMount) -> bool {
+    // The list is in the order in which they were made.
+    let lines = mountinfo.split(|byte| *byte == b'\n');
+    let there = lines.filter_map(parse_line);
+    let top = there.rev().find(|line| line.mountpoint == mount.mountpoint);
+    top.is_some_and(|top| top.kind == b"fuse.sluice" && top.minor == mount.connection)
+}
+
+struct Line<'a> {
+    mountpoint: PathBuf,
+    minor: u32,
+    kind: &'a [u8],
+}
+
+fn below<'a>(mountinfo: &'a [u8], directory: &'a Path) -> impl Iterator<Item = Line<'a>> {
+    let lines = mountinfo.split(|byte| *byte == b'\n');
+    let lines = lines.filter_map(parse_line);
+    lines.filter(move |line| line.mountpoint.parent() == Some(directory))
+}
+
+fn parse_line(line: &[u8]) -> Option<Line<'_>> {
     let mut fields = line.split(|byte| *byte == b' ');
     let device = std::str::from_utf8(fields.nth(2)?).ok()?;
-    let connection = device.split_once(':')?.1.parse().ok()?;
+    let minor = device.split_once(':')?.1.parse().ok()?;
     let mountpoint = unescape(fields.nth(1)?);
     let kind = fields.skip_while(|field| *field != b"-").nth(1)?;
-    (kind == b"fuse.sluice").then(|| FuseMount {
+    Some(Line {
         mountpoint: OsString::from_vec(mountpoint).into(),
-        connection,
+        minor,
+        kind,
     })
 }
 
@@ -89,6 +132,26 @@ mod tests {
         };
         assert_eq!(fuse_mounts(text, Path::new("/r x/mnt")), [expected]);
         assert_eq!(fuse_mounts(b"", Path::new("/")), []);
+    }
+
+    #[test]
+    fn an_unmount_takes_only_what_is_on_top() {
+        let fuse = "77 36 0:51 / /r/mnt/aa ro - fuse.sluice sluice ro\n";
+        let kernel = "81 77 0:60 / /r/mnt/aa ro - erofs /r/trees/aa.erofs ro\n";
+        let beside = "82 36 0:61 / /r/mnt/bb ro - erofs /r/trees/bb.erofs ro\n";
+        let mount = FuseMount {
+            mountpoint: "/r/mnt/aa".into(),
+            connection: 51,
+        };
+        let top = |lines: &[&str]| is_top(lines.concat().as_bytes(), &mount);
+        assert!(top(&[fuse]) && top(&[fuse, beside]) && top(&[kernel, fuse]));
+        assert!(!top(&[fuse, kernel]) && !top(&[]));
+        // Another connection that was mounted over it.
+        assert!(!top(&[fuse, &fuse.replace("0:51", "0:52")]));
+        let both = [fuse, kernel, beside].concat();
+        let found = erofs_mounts(both.as_bytes(), Path::new("/r/mnt"));
+        let found: Vec<_> = found.into_iter().map(|it| it.mountpoint).collect();
+        assert_eq!(found, [Path::new("/r/mnt/aa"), Path::new("/r/mnt/bb")]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::pin::Pin;
+use std::sync::Arc;
 
 use futures::{Stream, StreamExt as _};
 use sluice_proto::control::examine_event::Event as Sent;
@@ -81,7 +82,8 @@ impl ControlService {
                     false => Some(service.wanted_image(image).await),
                 };
                 let wanted = Wanted { deep, fix, image };
-                let (lazy, client) = (service.lazy.clone(), service.client.clone());
+                let lazy = (service.lazy.clone(), Arc::clone(&service.shim));
+                let client = service.client.clone();
                 let names = service.names_by_chain().await;
                 Examiner::new(lazy, client, wanted, names, events)
                     .run()

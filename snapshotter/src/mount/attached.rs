@@ -5,6 +5,7 @@
 //! mount then fails and says why, and the next one tries again. Whoever comes first attaches; others
 //! wait for it.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -15,7 +16,7 @@ use super::fuse::FuseMount;
 use super::{
     Backend, FirstReads, ImageMount, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome,
 };
-use crate::shim::client::{FillService, ShimClient, ShimError, ShimOptions};
+use crate::shim::client::{FillService, ShimClient, ShimError, ShimOptions, ShimPeer};
 
 /// Mounts through a shim that may not be there yet.
 #[derive(Debug)]
@@ -50,6 +51,18 @@ impl AttachedMount {
             Ok(Arc::new(client))
         };
         self.client.get_or_try_init(start).await
+    }
+
+    /// Who serves now; `None`: nobody, or nobody was needed yet. Waits for nothing.
+    #[must_use]
+    pub fn peer(&self) -> Option<ShimPeer> {
+        self.client.get()?.peer()
+    }
+
+    /// The shim's program.
+    #[must_use]
+    pub fn program(&self) -> &Path {
+        &self.options.binary
     }
 
     async fn backend(&self) -> Result<FuseMount, MountError> {

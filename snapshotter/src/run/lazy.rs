@@ -172,6 +172,7 @@ impl LazySide {
         if let Some(zone) = zone {
             boot.set_peers(zone);
         }
+        let examined = Arc::clone(&attached);
         let (choice, adopted) = (backend, Arc::clone(&mounts));
         let attach = tokio::spawn(async move {
             adopt(Arc::clone(&attached), kernel, adopted).await;
@@ -227,6 +228,7 @@ impl LazySide {
         };
         let control = ControlParts {
             lazy: lazy.clone(),
+            shim: examined,
             abilities,
             containerd,
             cluster,
