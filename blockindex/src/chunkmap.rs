@@ -9,58 +9,55 @@
 //! cheaply. A map that comes from [`crate::index::Index`] is validated: starts ascend from 0, no
 //! chunk is empty or above the cap, frames ascend without overlap inside the frame area.
 //!
-//! The byte table is in `docs/formats/layer-index.md`.
+//! In a blob that Sluice wrote, each chunk has a zstd frame of its own. In an unmodified blob a frame is
+//! whatever the blob allows to decompress alone ([`Codec`]): then neighbours may share a frame that is
+//! longer than a chunk may be, and a frame of gzip begins at a [`Restart`] point.
+//!
+//! The byte tables are in `docs/formats/layer-index.md`.
+
+mod check;
+mod error;
+mod format;
+mod restart;
+mod write;
 
 use std::fmt;
-use std::mem::{offset_of, size_of};
+use std::mem::size_of;
 use std::ops::Range;
 use std::sync::Arc;
 
-use zerocopy::little_endian::{U32, U64};
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+use zerocopy::FromBytes;
 
-use crate::digest::{ChunkDigest, DIGEST_BYTES, StrongAlgorithm};
+use crate::digest::{ChunkDigest, StrongAlgorithm};
 use crate::extent::{BlobSpace, DeviceSpace, Extent};
-use crate::units::{CHUNK_MAX_BYTES, FRAME_MAX_BYTES};
+use crate::units::CHUNK_MAX_BYTES;
 
-/// First bytes of the section.
-#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct RawHeader {
-    device_bytes: U64,
-    frames_bytes: U64,
-    chunk_count: U32,
-    algorithm: u8,
-    reserved: [u8; 11],
-}
+use check::check_records;
+use format::{RawChunk, RawHeader, RawRestart};
 
-/// One chunk.
-#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct RawChunk {
-    device_start: U64,
-    frame_start: U64,
-    frame_bytes: U32,
-    crc32: U32,
-    codec: u8,
-    reserved: [u8; 7],
-    digest: [u8; DIGEST_BYTES],
-}
-
-const _: () = assert!(size_of::<RawHeader>() == 32);
-const _: () = assert!(offset_of!(RawHeader, chunk_count) == 16);
-const _: () = assert!(offset_of!(RawHeader, algorithm) == 20);
-const _: () = assert!(size_of::<RawChunk>() == 64);
-const _: () = assert!(offset_of!(RawChunk, frame_bytes) == 16);
-const _: () = assert!(offset_of!(RawChunk, codec) == 24);
-const _: () = assert!(offset_of!(RawChunk, digest) == 32);
+pub use error::ChunkMapError;
+pub(crate) use restart::write_restarts;
+pub use restart::{Restart, RestartState, WindowPin};
+pub(crate) use write::write_unmodified;
+pub use write::{PlacedChunk, write_chunk_map};
 
 /// How a frame becomes the chunk's device bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Codec {
-    /// One zstd frame that names its content size.
+    /// One zstd frame that names its content size: what Sluice itself writes.
     Zstd,
+    /// One or more whole zstd frames of an unmodified blob.
+    ZstdFrames,
+    /// A part of a gzip blob, from a [`Restart`] point on.
+    Deflate,
+    /// The device bytes as they are.
+    Raw,
+    /// The first part of a zstd frame that is too long to be decompressed for one chunk. It, and the
+    /// [`Codec::ZstdNext`] that follow, can only be had one after the other: by prefix.
+    ZstdStream,
+    /// Continues the frame of the chunk before.
+    ZstdNext,
 }
 
 impl Codec {
@@ -68,6 +65,11 @@ impl Codec {
     pub const fn code(self) -> u8 {
         match self {
             Self::Zstd => 1,
+            Self::ZstdFrames => 2,
+            Self::Deflate => 3,
+            Self::Raw => 4,
+            Self::ZstdStream => 5,
+            Self::ZstdNext => 6,
         }
     }
 
@@ -75,9 +77,29 @@ impl Codec {
     pub const fn from_code(code: u8) -> Option<Self> {
         match code {
             1 => Some(Self::Zstd),
+            2 => Some(Self::ZstdFrames),
+            3 => Some(Self::Deflate),
+            4 => Some(Self::Raw),
+            5 => Some(Self::ZstdStream),
+            6 => Some(Self::ZstdNext),
             _ => None,
         }
     }
+
+    /// Whether a chunk needs nothing but its own frame (and, for gzip, its window).
+    pub const fn is_random_access(self) -> bool {
+        !matches!(self, Self::ZstdStream | Self::ZstdNext)
+    }
+}
+
+/// In which order the chunks of a blob can be had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// In any.
+    Random,
+    /// Some only after all those before them in the same zstd frame: the layer is lazy by prefix, and
+    /// another node that has the chunk is the only short way to it.
+    Prefix,
 }
 
 /// One chunk: all that is needed to fetch, decode and verify it.
@@ -87,10 +109,12 @@ pub struct Chunk {
     pub ordinal: u32,
     /// The device bytes that it holds.
     pub device: Extent<DeviceSpace>,
-    /// Its frame in the blob.
+    /// Its frame in the blob. A frame may be that of the chunks before and after it, too.
     pub blob: Extent<BlobSpace>,
     /// How the frame becomes the device bytes.
     pub codec: Codec,
+    /// Bytes that the frame gives before those of this chunk: those of the chunks that share it.
+    pub skip_bytes: u32,
     /// CRC-32 (IEEE) of the device bytes.
     pub crc32: u32,
     /// Algorithm of `digest`.
@@ -114,69 +138,18 @@ pub struct ChunkRecord {
     pub digest: ChunkDigest,
 }
 
-/// A chunk map that breaks its own rules.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum ChunkMapError {
-    /// The section is not as long as its header says.
-    #[error("chunk map of {actual} bytes, want {expected}")]
-    Length {
-        /// Bytes that the header asks for.
-        expected: u64,
-        /// Bytes there are.
-        actual: u64,
+/// Whose blob the map is of, which decides what it may hold.
+#[derive(Debug, Clone)]
+pub(crate) enum Rules {
+    /// One that Sluice wrote.
+    Own,
+    /// Any other.
+    Unmodified {
+        /// Where the restart points stand; none is an empty table.
+        restarts: Option<Range<usize>>,
+        /// Size of the file of windows.
+        windows_bytes: u64,
     },
-    /// An algorithm of strong digests that this version does not know.
-    #[error("unknown strong digest algorithm {code}")]
-    Algorithm {
-        /// The code as read.
-        code: u8,
-    },
-    /// A reserved byte is not zero.
-    #[error("reserved byte set in chunk map, chunk {ordinal:?}")]
-    Reserved {
-        /// The chunk, or none for the header.
-        ordinal: Option<u32>,
-    },
-    /// A codec that this version does not know.
-    #[error("chunk {ordinal} has unknown codec {code}")]
-    Codec {
-        /// The chunk.
-        ordinal: u32,
-        /// The code as read.
-        code: u8,
-    },
-    /// The device range of a chunk is empty, too long, or does not follow the one before.
-    #[error("chunk {ordinal} has device range {start}..{end}")]
-    Device {
-        /// The chunk.
-        ordinal: u32,
-        /// Its first byte.
-        start: u64,
-        /// One past its last byte.
-        end: u64,
-    },
-    /// The frame of a chunk is empty, too long, overlaps the one before or leaves the frame area.
-    #[error("chunk {ordinal} has frame {start}+{bytes}, frames end at {limit}")]
-    Frame {
-        /// The chunk.
-        ordinal: u32,
-        /// First byte of its frame.
-        start: u64,
-        /// Bytes of its frame.
-        bytes: u64,
-        /// Where the frame area ends.
-        limit: u64,
-    },
-    /// A device with bytes but without chunks.
-    #[error("no chunk for a device of {device_bytes} bytes")]
-    Uncovered {
-        /// Bytes of the device.
-        device_bytes: u64,
-    },
-    /// More chunks than 32-bit ordinals, or an address above 64 bits.
-    #[error("layer too large for a chunk map")]
-    TooLarge,
 }
 
 /// A validated chunk map, read in place.
@@ -184,25 +157,45 @@ pub enum ChunkMapError {
 pub struct ChunkMap {
     bytes: Arc<dyn AsRef<[u8]> + Send + Sync>,
     records: Range<usize>,
+    restarts: Range<usize>,
     count: u32,
     algorithm: StrongAlgorithm,
+    access: Access,
     device_bytes: u64,
     frames_bytes: u64,
 }
 
 impl ChunkMap {
-    /// Reads and validates the section that is the whole of `bytes`.
+    /// Reads and validates the section that is the whole of `bytes`, of a blob that Sluice wrote.
     ///
     /// **Errors**: any rule that the section breaks.
     pub fn parse(bytes: Vec<u8>) -> Result<Self, ChunkMapError> {
         let range = 0..bytes.len();
-        Self::parse_in(Arc::new(bytes), range)
+        Self::parse_in(Arc::new(bytes), range, Rules::Own)
+    }
+
+    /// Reads and validates the sections of an unmodified blob: chunk map and restart points.
+    ///
+    /// **Errors**: any rule that they break.
+    pub fn parse_unmodified(
+        mut chunks: Vec<u8>,
+        restarts: &[u8],
+        windows_bytes: u64,
+    ) -> Result<Self, ChunkMapError> {
+        let range = 0..chunks.len();
+        chunks.extend_from_slice(restarts);
+        let rules = Rules::Unmodified {
+            restarts: Some(range.end..chunks.len()),
+            windows_bytes,
+        };
+        Self::parse_in(Arc::new(chunks), range, rules)
     }
 
     /// Reads and validates the section at `range` of `bytes`. Costs one pass over the records.
     pub(crate) fn parse_in(
         bytes: Arc<dyn AsRef<[u8]> + Send + Sync>,
         range: Range<usize>,
+        rules: Rules,
     ) -> Result<Self, ChunkMapError> {
         let all = (*bytes).as_ref();
         let section = all.get(range.clone()).ok_or(ChunkMapError::Length {
@@ -230,13 +223,28 @@ impl ChunkMap {
             return Err(ChunkMapError::Reserved { ordinal: None });
         }
         let (device_bytes, frames_bytes) = (header.device_bytes.get(), header.frames_bytes.get());
-        check_records(as_records(rest), device_bytes, frames_bytes)?;
+        let chunks = as_records(rest);
+        let own = matches!(rules, Rules::Own);
+        let access = check_records(chunks, device_bytes, frames_bytes, own)?;
+        let restarts = match rules {
+            Rules::Own => 0..0,
+            Rules::Unmodified {
+                restarts,
+                windows_bytes,
+            } => {
+                let restarts = restarts.unwrap_or(0..0);
+                restart::check(as_table(all, &restarts)?, chunks, windows_bytes)?;
+                restarts
+            }
+        };
         let records = range.start + size_of::<RawHeader>()..range.end;
         Ok(Self {
             bytes,
             records,
+            restarts,
             count,
             algorithm,
+            access,
             device_bytes,
             frames_bytes,
         })
@@ -271,6 +279,28 @@ impl ChunkMap {
         self.algorithm
     }
 
+    /// In which order the chunks can be had.
+    pub fn access(&self) -> Access {
+        self.access
+    }
+
+    /// The restart point of a chunk's frame; `None` for codecs without (or when a mapped file was
+    /// damaged after its validation).
+    pub fn restart(&self, chunk: &Chunk) -> Option<Restart> {
+        if chunk.codec != Codec::Deflate {
+            return None;
+        }
+        let table = as_table((*self.bytes).as_ref(), &self.restarts).ok()?;
+        let start = chunk.blob.start();
+        let found = table.binary_search_by_key(&start, |raw| raw.frame_start.get());
+        restart::read(table.get(found.ok()?)?)
+    }
+
+    /// How many restart points there are.
+    pub fn restart_count(&self) -> usize {
+        self.restarts.len() / size_of::<RawRestart>()
+    }
+
     /// The chunk at `ordinal`; `None` from [`Self::count`] on (or when a mapped file was damaged
     /// after its validation).
     pub fn chunk(&self, ordinal: u32) -> Option<Chunk> {
@@ -287,6 +317,7 @@ impl ChunkMap {
                 .filter(|device| device.len() <= CHUNK_MAX_BYTES)?,
             blob: Extent::from_length(record.frame_start.get(), record.frame_bytes.get().into())?,
             codec: Codec::from_code(record.codec)?,
+            skip_bytes: record.skip_bytes.get(),
             crc32: record.crc32.get(),
             algorithm: self.algorithm,
             digest: ChunkDigest(record.digest),
@@ -330,6 +361,8 @@ impl fmt::Debug for ChunkMap {
         f.debug_struct("ChunkMap")
             .field("count", &self.count)
             .field("algorithm", &self.algorithm)
+            .field("access", &self.access)
+            .field("restart_count", &self.restart_count())
             .field("device_bytes", &self.device_bytes)
             .field("frames_bytes", &self.frames_bytes)
             .finish_non_exhaustive()
@@ -340,116 +373,12 @@ fn as_records(bytes: &[u8]) -> &[RawChunk] {
     <[RawChunk]>::ref_from_bytes(bytes).unwrap_or_default()
 }
 
-fn check_records(
-    records: &[RawChunk],
-    device_bytes: u64,
-    frames_bytes: u64,
-) -> Result<(), ChunkMapError> {
-    if records.is_empty() && device_bytes != 0 {
-        return Err(ChunkMapError::Uncovered { device_bytes });
-    }
-    let mut device_end = 0;
-    let mut frame_end = 0;
-    for (ordinal, record) in (0..).zip(records) {
-        let start = record.device_start.get();
-        let end = match usize::try_from(ordinal)
-            .ok()
-            .and_then(|index| records.get(index + 1))
-        {
-            Some(next) => next.device_start.get(),
-            None => device_bytes,
-        };
-        let fits = start < end && end - start <= CHUNK_MAX_BYTES;
-        if start != device_end || !fits {
-            return Err(ChunkMapError::Device {
-                ordinal,
-                start,
-                end,
-            });
-        }
-        device_end = end;
-        let (start, bytes) = (
-            record.frame_start.get(),
-            u64::from(record.frame_bytes.get()),
-        );
-        let end = start.checked_add(bytes).filter(|end| *end <= frames_bytes);
-        match end {
-            Some(end) if start >= frame_end && (1..=FRAME_MAX_BYTES).contains(&bytes) => {
-                frame_end = end;
-            }
-            _ => {
-                return Err(ChunkMapError::Frame {
-                    ordinal,
-                    start,
-                    bytes,
-                    limit: frames_bytes,
-                });
-            }
-        }
-        if Codec::from_code(record.codec).is_none() {
-            return Err(ChunkMapError::Codec {
-                ordinal,
-                code: record.codec,
-            });
-        }
-        if record.reserved != [0; 7] {
-            return Err(ChunkMapError::Reserved {
-                ordinal: Some(ordinal),
-            });
-        }
-    }
-    Ok(())
-}
-
-/// Writes the section for chunks that follow one another from 0, in the device and in the blob.
-///
-/// **Shape**: `records` ascend by ordinal from 0 without gaps.
-///
-/// **Errors**: records that no valid map can hold.
-pub fn write_chunk_map(
-    algorithm: StrongAlgorithm,
-    records: &[ChunkRecord],
-) -> Result<Vec<u8>, ChunkMapError> {
-    let chunk_count = u32::try_from(records.len()).map_err(|_| ChunkMapError::TooLarge)?;
-    let mut body = Vec::with_capacity(size_of_val(records));
-    let (mut device_start, mut frame_start) = (0u64, 0u64);
-    for (ordinal, record) in (0..).zip(records) {
-        let device_end = device_start
-            .checked_add(record.device_bytes.into())
-            .ok_or(ChunkMapError::TooLarge)?;
-        if record.ordinal != ordinal {
-            return Err(ChunkMapError::Device {
-                ordinal,
-                start: device_start,
-                end: device_end,
-            });
-        }
-        let raw = RawChunk {
-            device_start: device_start.into(),
-            frame_start: frame_start.into(),
-            frame_bytes: record.frame_bytes.into(),
-            crc32: record.crc32.into(),
-            codec: Codec::Zstd.code(),
-            reserved: [0; 7],
-            digest: record.digest.0,
-        };
-        body.extend_from_slice(raw.as_bytes());
-        device_start = device_end;
-        frame_start = frame_start
-            .checked_add(record.frame_bytes.into())
-            .ok_or(ChunkMapError::TooLarge)?;
-    }
-    check_records(as_records(&body), device_start, frame_start)?;
-    let header = RawHeader {
-        device_bytes: device_start.into(),
-        frames_bytes: frame_start.into(),
-        chunk_count: chunk_count.into(),
-        algorithm: algorithm.code(),
-        reserved: [0; 11],
-    };
-    let mut section = header.as_bytes().to_vec();
-    section.append(&mut body);
-    Ok(section)
+fn as_table<'a>(bytes: &'a [u8], range: &Range<usize>) -> Result<&'a [RawRestart], ChunkMapError> {
+    let section = bytes.get(range.clone()).unwrap_or_default();
+    <[RawRestart]>::ref_from_bytes(section).map_err(|_| ChunkMapError::Length {
+        expected: (section.len() as u64).next_multiple_of(size_of::<RawRestart>() as u64),
+        actual: section.len() as u64,
+    })
 }
 
 #[cfg(test)]

@@ -18,6 +18,10 @@ pub struct DeviceSpace;
 #[derive(Debug, Clone, Copy)]
 pub struct BlobSpace;
 
+/// Address space of a file of windows, which goes with the index of an unmodified gzip blob.
+#[derive(Debug, Clone, Copy)]
+pub struct WindowsSpace;
+
 /// A half-open byte range `start..end` in the address space `S`.
 pub struct Extent<S> {
     start: u64,

@@ -5,6 +5,10 @@
 //! buffer and refuses a bomb before it starts. Compression contexts are kept per thread: setting one
 //! up costs as much as compressing a small chunk. The bytes depend on the chunk, the level and the
 //! version of zstd alone, not on what the thread compressed before.
+//!
+//! `frames/unmodified.rs` decodes what stands in blobs that Sluice did not write.
+
+mod unmodified;
 
 use std::cell::RefCell;
 
@@ -13,7 +17,11 @@ use zstd::zstd_safe::{self, CParameter};
 
 use crate::chunkmap::{Chunk, ChunkRecord, Codec};
 use crate::digest::{ChunkDigest, StrongAlgorithm};
+use crate::gzip::GzipError;
 use crate::units::{CHUNK_MAX_BYTES, FRAME_MAX_BYTES};
+
+pub use unmodified::decode_restarted_into;
+pub(crate) use unmodified::decoder as unmodified_decoder;
 
 /// zstd level of chunks: see the measurement in `docs/decisions/003-zstd-level.md`.
 pub const DEFAULT_LEVEL: i32 = 3;
@@ -73,6 +81,23 @@ pub enum DecodeFrameError {
         ordinal: u32,
         /// zstd's words.
         reason: String,
+    },
+    /// The frame is no gzip from its restart point on.
+    #[error("chunk {ordinal}: {error}")]
+    Gzip {
+        /// The chunk.
+        ordinal: u32,
+        /// What is wrong.
+        error: GzipError,
+    },
+    /// A chunk of this codec is not decoded so: gzip needs a restart point, a part of a long zstd frame all
+    /// parts before it. No damage, but a mistake of the caller.
+    #[error("chunk {ordinal}: cannot be decoded alone, its codec is {codec:?}")]
+    Codec {
+        /// The chunk.
+        ordinal: u32,
+        /// Its codec.
+        codec: Codec,
     },
     /// The device bytes have another crc32.
     #[error("chunk {ordinal}: crc32 {actual:08x}, want {expected:08x}")]
@@ -162,14 +187,24 @@ fn compress(bytes: &[u8], level: i32) -> Result<Vec<u8>, EncodeFrameError> {
 /// **Shape**: `frame` is exactly the bytes at `expect.blob`; afterwards `out` holds exactly
 /// `expect.device.len()` bytes, or is empty on error.
 ///
-/// **Errors**: anything that is not precisely what the chunk map says. All are corruption.
+/// **Errors**: anything that is not precisely what the chunk map says. All are corruption, but for the codecs of
+/// unmodified blobs that need more than the frame ([`DecodeFrameError::Codec`]).
 pub fn decode_chunk_into(
     frame: &[u8],
     expect: &Chunk,
     out: &mut Vec<u8>,
 ) -> Result<(), DecodeFrameError> {
     out.clear();
-    let result = decompress(frame, expect, out).and_then(|()| verify_chunk(out, expect));
+    let decoded = match expect.codec {
+        Codec::Zstd => decompress(frame, expect, out),
+        Codec::ZstdFrames => unmodified::zstd_frames(frame, expect, out),
+        Codec::Raw => unmodified::raw(frame, expect, out),
+        Codec::Deflate | Codec::ZstdStream | Codec::ZstdNext => Err(DecodeFrameError::Codec {
+            ordinal: expect.ordinal,
+            codec: expect.codec,
+        }),
+    };
+    let result = decoded.and_then(|()| verify_chunk(out, expect));
     if result.is_err() {
         out.clear();
     }
@@ -221,9 +256,6 @@ fn decompress(frame: &[u8], expect: &Chunk, out: &mut Vec<u8>) -> Result<(), Dec
             expected: expect.blob.len(),
             actual: frame_bytes,
         });
-    }
-    match expect.codec {
-        Codec::Zstd => {}
     }
     let length = zstd_safe::find_frame_compressed_size(frame);
     if length != Ok(frame.len()) || is_skippable(frame) {

@@ -12,187 +12,46 @@
 //! An `Index` is proof: its chunk map and file table hold their rules, all its parts agree on the
 //! device, and its tree was validated. Nothing here trusts a length before it is checked.
 //!
+//! An index of an unmodified blob ([`UncheckedIndex::parse_unmodified`]) says of which blob it is, has
+//! chunks of other codecs, restart points where that blob is gzip, and no skeleton. Who expects an index
+//! of Sluice's own blobs never gets one of these.
+//!
 //! The byte tables are in `docs/formats/layer-index.md`.
 
+mod error;
 mod files;
 mod format;
+mod sections;
 mod write;
 
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::FromBytes;
 use zstd::zstd_safe;
 
-use crate::chunkmap::{ChunkMap, ChunkMapError};
-use crate::digest::{DiffId, StrongAlgorithm};
+use crate::chunkmap::{ChunkMap, Rules};
+use crate::digest::{BlobDigest, DIGEST_BYTES, DiffId, StrongAlgorithm};
 use crate::erofs::{FileType, Nid, TreeError, TreeLimits, TreeReader, validate};
 use crate::extent::{BlobSpace, Extent};
 use crate::units::blocks_for;
+use crate::windows::WINDOWS_MAX_BYTES;
 
+pub use error::IndexError;
 pub use files::{FileContent, FileTable};
 pub(crate) use write::device_tag;
 pub use write::{IndexParts, SkeletonPin, compress_index, write_index};
+pub(crate) use write::{UnmodifiedParts, write_unmodified_index};
 
 use format::{
-    FLAG_REQUIRED, INCOMPATIBLE, MAGIC, RawHeader, RawMetadata, RawSection, SECTION_ALIGN,
-    SECTION_CHUNKS, SECTION_FILES, SECTION_METADATA, SECTION_TREE, SECTIONS_MAX, VERSION,
+    RawMetadata, SECTION_CHUNKS, SECTION_FILES, SECTION_METADATA, SECTION_RESTARTS, SECTION_TREE,
 };
+use sections::{Section, parse_sections, slice};
 
 /// The largest index file, decompressed, that a reader accepts: 512 MiB, enough for some millions of
 /// files. It bounds what a forged payload can make a node allocate.
 pub const INDEX_FILE_MAX_BYTES: u64 = 512 * 1024 * 1024;
-
-/// Bytes of an index that cannot be used.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum IndexError {
-    /// The payload is no single zstd frame that names its size.
-    #[error("index payload is not one zstd frame with a size")]
-    Payload,
-    /// More decompressed bytes than the cap.
-    #[error("index of {bytes} bytes, at most {cap} are accepted")]
-    AboveCap {
-        /// What the payload claims.
-        bytes: u64,
-        /// The cap.
-        cap: u64,
-    },
-    /// zstd refused the payload.
-    #[error("decompress index: {reason}")]
-    Zstd {
-        /// zstd's words.
-        reason: String,
-    },
-    /// The magic is missing.
-    #[error("not a layer index")]
-    Magic,
-    /// A version that this reader does not know.
-    #[error("layer index of version {version}")]
-    Version {
-        /// The version.
-        version: u32,
-    },
-    /// Features that a reader must know.
-    #[error("layer index needs unknown features {features:#x}")]
-    Features {
-        /// Their bits.
-        features: u64,
-    },
-    /// The file is not as long as its header says.
-    #[error("layer index of {actual} bytes, want {expected}")]
-    Length {
-        /// What the header says.
-        expected: u64,
-        /// What there is.
-        actual: u64,
-    },
-    /// Too many sections, or a section out of place.
-    #[error("layer index: section {ordinal} at {offset}+{bytes} is out of place")]
-    SectionPlace {
-        /// Its place in the table.
-        ordinal: u32,
-        /// Its first byte.
-        offset: u64,
-        /// Its length.
-        bytes: u64,
-    },
-    /// A section that is needed and missing, or there twice, or unknown and required.
-    #[error("layer index: section {id} is missing, repeated or unknown")]
-    Section {
-        /// Its kind.
-        id: u32,
-    },
-    /// A checksum does not match; `id` 0 is the header.
-    #[error("layer index: section {id} has crc32 {actual:08x}, want {expected:08x}")]
-    Crc32 {
-        /// The section's kind.
-        id: u32,
-        /// What the table says.
-        expected: u32,
-        /// That of the bytes.
-        actual: u32,
-    },
-    /// A reserved or padding byte is not zero.
-    #[error("layer index: reserved byte set in {place}")]
-    Reserved {
-        /// Where.
-        place: &'static str,
-    },
-    /// An unknown algorithm of strong digests.
-    #[error("layer index: unknown strong digest algorithm {code}")]
-    Algorithm {
-        /// Its code.
-        code: u8,
-    },
-    /// Two parts of the index contradict each other.
-    #[error("layer index: parts disagree on {what}: {left} and {right}")]
-    Disagree {
-        /// On what.
-        what: &'static str,
-        /// What one says.
-        left: u64,
-        /// What the other says.
-        right: u64,
-    },
-    /// The skeleton overlaps the frames, or runs backwards.
-    #[error("layer index: skeleton at {start}+{bytes} is out of place")]
-    Skeleton {
-        /// Its first byte.
-        start: u64,
-        /// Its length.
-        bytes: u64,
-    },
-    /// The file table is not as long as it says.
-    #[error("layer index: file table of {actual} bytes, want {expected}")]
-    FilesLength {
-        /// What it says.
-        expected: u64,
-        /// What there is.
-        actual: u64,
-    },
-    /// A content that is empty, off its block, out of order or outside the device.
-    #[error("layer index: content {ordinal} at {start}+{bytes} is out of place")]
-    FileContent {
-        /// Its place in the table.
-        ordinal: u32,
-        /// Its first byte.
-        start: u64,
-        /// Its length.
-        bytes: u64,
-    },
-    /// A file of the tree whose run is not in the file table, or there with another size.
-    #[error("layer index: file at block {start_block} of {bytes} bytes has no digest")]
-    FileDigest {
-        /// First block of its run.
-        start_block: u64,
-        /// Its size.
-        bytes: u64,
-    },
-    /// The chunk map breaks its rules.
-    #[error("layer index: {0}")]
-    ChunkMap(#[from] ChunkMapError),
-    /// The tree breaks its rules.
-    #[error("layer index: tree: {0}")]
-    Tree(#[from] TreeError),
-    /// More than 32-bit counts can hold.
-    #[error("layer too large for an index")]
-    TooLarge,
-}
-
-impl IndexError {
-    /// Whether the layer has more of something than an index may have, though nothing is wrong.
-    pub(crate) fn is_too_large(&self) -> bool {
-        matches!(
-            self,
-            Self::AboveCap { .. }
-                | Self::TooLarge
-                | Self::ChunkMap(ChunkMapError::TooLarge)
-                | Self::Tree(TreeError::Limit { .. })
-        )
-    }
-}
 
 /// Decompresses the payload that the annotations pin.
 ///
@@ -242,6 +101,28 @@ pub struct Metadata {
     pub algorithm: StrongAlgorithm,
     /// Name of the program that wrote the index; for people only.
     pub writer: String,
+    /// The blob, if Sluice did not write it; the skeleton is empty then.
+    pub unmodified: Option<UnmodifiedBlob>,
+}
+
+/// The blob of an index that is not in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UnmodifiedBlob {
+    /// Its digest.
+    pub digest: BlobDigest,
+    /// Its size.
+    pub bytes: u64,
+    /// The file of windows that goes with the index; none where no restart point has a window.
+    pub windows: Option<WindowsPin>,
+}
+
+/// What the index says of its file of windows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WindowsPin {
+    /// Its size.
+    pub bytes: u64,
+    /// sha256 of it.
+    pub digest: [u8; DIGEST_BYTES],
 }
 
 /// An index whose header and section table are sound, and nothing more.
@@ -249,23 +130,41 @@ pub struct Metadata {
 pub struct UncheckedIndex<B> {
     bytes: B,
     sections: Vec<Section>,
-}
-
-#[derive(Debug, Clone)]
-struct Section {
-    id: u32,
-    range: Range<usize>,
-    crc32: u32,
+    unmodified: bool,
 }
 
 impl<B: AsRef<[u8]> + Send + Sync + 'static> UncheckedIndex<B> {
-    /// Reads the header and the section table; costs nothing beyond these.
+    /// Reads the header and the section table of the index of a blob that Sluice wrote; costs nothing
+    /// beyond these.
     ///
     /// **Errors**: not an index of a version and with features that this reader knows, another
-    /// length, or sections that overlap or leave the file.
+    /// length, sections that overlap or leave the file, or the index of an unmodified blob.
     pub fn parse(bytes: B) -> Result<Self, IndexError> {
-        let sections = parse_sections(bytes.as_ref())?;
-        Ok(Self { bytes, sections })
+        Self::parse_kind(bytes, false)
+    }
+
+    /// As [`Self::parse`], for the index of a blob that Sluice did not write.
+    pub fn parse_unmodified(bytes: B) -> Result<Self, IndexError> {
+        Self::parse_kind(bytes, true)
+    }
+
+    fn parse_kind(bytes: B, unmodified: bool) -> Result<Self, IndexError> {
+        let (sections, actual) = parse_sections(bytes.as_ref())?;
+        if actual != unmodified {
+            let name = |unmodified| match unmodified {
+                true => "an unmodified blob",
+                false => "a blob that Sluice wrote",
+            };
+            return Err(IndexError::Kind {
+                expected: name(unmodified),
+                actual: name(actual),
+            });
+        }
+        Ok(Self {
+            bytes,
+            sections,
+            unmodified,
+        })
     }
 
     /// Proves all rules and makes it an [`Index`].
@@ -287,8 +186,15 @@ impl<B: AsRef<[u8]> + Send + Sync + 'static> UncheckedIndex<B> {
         let tree = self.section(SECTION_TREE)?;
         let files = self.section(SECTION_FILES)?;
         let chunks = self.section(SECTION_CHUNKS)?;
+        let rules = match &metadata.unmodified {
+            None => Rules::Own,
+            Some(blob) => Rules::Unmodified {
+                restarts: self.section(SECTION_RESTARTS).ok(),
+                windows_bytes: blob.windows.map_or(0, |pin| pin.bytes),
+            },
+        };
         let bytes = Arc::new(self.bytes);
-        let chunk_map = ChunkMap::parse_in(bytes.clone(), chunks)?;
+        let chunk_map = ChunkMap::parse_in(bytes.clone(), chunks, rules)?;
         let index = Index {
             bytes,
             tree,
@@ -330,9 +236,10 @@ impl<B: AsRef<[u8]> + Send + Sync + 'static> UncheckedIndex<B> {
                     id: SECTION_METADATA,
                 }
             })?;
-        if raw.reserved != [0; 7] || raw.reserved_tail != [0; 112] {
+        if raw.reserved != [0; 7] || raw.reserved_tail != [0; 32] {
             return Err(IndexError::Reserved { place: "metadata" });
         }
+        let unmodified = self.unmodified_blob(raw)?;
         let (start, bytes) = (raw.skeleton_start.get(), raw.skeleton_bytes.get());
         let extent: Extent<BlobSpace> = Extent::from_length(start, bytes)
             .filter(|extent| extent.start() >= raw.frames_bytes.get())
@@ -356,108 +263,46 @@ impl<B: AsRef<[u8]> + Send + Sync + 'static> UncheckedIndex<B> {
                 code: raw.algorithm,
             })?,
             writer: String::from_utf8_lossy(writer).into_owned(),
+            unmodified,
         })
     }
-}
 
-fn slice<'a>(bytes: &'a [u8], range: &Range<usize>) -> &'a [u8] {
-    bytes.get(range.clone()).unwrap_or_default()
-}
-
-fn parse_sections(bytes: &[u8]) -> Result<Vec<Section>, IndexError> {
-    let (header, rest) = RawHeader::ref_from_prefix(bytes).map_err(|_| IndexError::Magic)?;
-    if header.magic != MAGIC {
-        return Err(IndexError::Magic);
-    }
-    if header.version.get() != VERSION {
-        return Err(IndexError::Version {
-            version: header.version.get(),
-        });
-    }
-    let features = header.incompatible.get() & !INCOMPATIBLE;
-    if features != 0 {
-        return Err(IndexError::Features { features });
-    }
-    let (expected, actual) = (header.file_bytes.get(), bytes.len() as u64);
-    if expected != actual {
-        return Err(IndexError::Length { expected, actual });
-    }
-    let count = header.section_count.get();
-    let table_bytes = usize::try_from(count)
-        .ok()
-        .filter(|_| count <= SECTIONS_MAX)
-        .and_then(|count| count.checked_mul(size_of::<RawSection>()))
-        .filter(|bytes| *bytes <= rest.len())
-        .ok_or(IndexError::SectionPlace {
-            ordinal: count,
-            offset: 0,
-            bytes: 0,
-        })?;
-    let (table, _) = rest.split_at(table_bytes);
-    let mut hasher = crc32fast::Hasher::new();
-    hasher.update(&header.as_bytes()[..60]);
-    hasher.update(table);
-    let (expected, actual) = (header.crc32.get(), hasher.finalize());
-    if expected != actual {
-        return Err(IndexError::Crc32 {
-            id: 0,
-            expected,
-            actual,
-        });
-    }
-    if header.reserved != [0; 12] {
-        return Err(IndexError::Reserved { place: "header" });
-    }
-    let table = <[RawSection]>::ref_from_bytes(table).map_err(|_| IndexError::Magic)?;
-    let mut end = size_of::<RawHeader>() + table_bytes;
-    let mut sections: Vec<Section> = Vec::new();
-    for (ordinal, raw) in (0..).zip(table) {
-        let section = place(raw, bytes, end).ok_or(IndexError::SectionPlace {
-            ordinal,
-            offset: raw.offset.get(),
-            bytes: raw.bytes.get(),
-        })?;
-        let unknown_flags = raw.flags.get() & !FLAG_REQUIRED != 0;
-        if unknown_flags
-            || raw.reserved.get() != 0
-            || bytes[end..section.range.start].iter().any(|b| *b != 0)
-        {
-            return Err(IndexError::Reserved {
-                place: "section table or padding",
+    /// What the metadata says of a blob that Sluice did not write.
+    fn unmodified_blob(&self, raw: &RawMetadata) -> Result<Option<UnmodifiedBlob>, IndexError> {
+        let (windows, blob) = (raw.windows_bytes.get(), raw.blob_bytes.get());
+        let no_windows = windows == 0 && raw.windows_digest == [0; DIGEST_BYTES];
+        if !self.unmodified {
+            let zeros = no_windows && blob == 0 && raw.blob_digest == [0; DIGEST_BYTES];
+            return match zeros {
+                true => Ok(None),
+                false => Err(IndexError::Reserved { place: "metadata" }),
+            };
+        }
+        if raw.frames_bytes.get() > blob {
+            let (left, right) = (raw.frames_bytes.get(), blob);
+            let what = "frames and blob";
+            return Err(IndexError::Disagree { what, left, right });
+        }
+        if raw.skeleton_bytes.get() != 0 || raw.skeleton_digest != [0; DIGEST_BYTES] {
+            return Err(IndexError::Skeleton {
+                start: raw.skeleton_start.get(),
+                bytes: raw.skeleton_bytes.get(),
             });
         }
-        end = section.range.end;
-        let id = section.id;
-        let known = matches!(
-            id,
-            SECTION_TREE | SECTION_CHUNKS | SECTION_FILES | SECTION_METADATA
-        );
-        let refused = !known && raw.flags.get() & FLAG_REQUIRED != 0;
-        if refused || sections.iter().any(|earlier| earlier.id == id) {
-            return Err(IndexError::Section { id });
+        if windows > WINDOWS_MAX_BYTES {
+            let (bytes, cap) = (windows, WINDOWS_MAX_BYTES);
+            return Err(IndexError::AboveCap { bytes, cap });
         }
-        sections.push(section);
+        let pin = WindowsPin {
+            bytes: windows,
+            digest: raw.windows_digest,
+        };
+        Ok(Some(UnmodifiedBlob {
+            digest: BlobDigest::from_bytes(raw.blob_digest),
+            bytes: blob,
+            windows: (!no_windows).then_some(pin),
+        }))
     }
-    if end != bytes.len() {
-        return Err(IndexError::Length {
-            expected: end as u64,
-            actual: bytes.len() as u64,
-        });
-    }
-    Ok(sections)
-}
-
-/// A section that is aligned, begins at `end` or later, and lies inside the file.
-fn place(raw: &RawSection, bytes: &[u8], end: usize) -> Option<Section> {
-    let offset = raw.offset.get();
-    let start = usize::try_from(offset).ok()?;
-    let stop = start.checked_add(usize::try_from(raw.bytes.get()).ok()?)?;
-    let sound = start >= end && stop <= bytes.len() && offset.is_multiple_of(SECTION_ALIGN);
-    sound.then(|| Section {
-        id: raw.id.get(),
-        range: start..stop,
-        crc32: raw.crc32.get(),
-    })
 }
 
 /// A validated layer index over bytes of any kind: a `Vec`, or a mapped file.
@@ -520,6 +365,12 @@ impl<B: AsRef<[u8]> + Send + Sync + 'static> Index<B> {
         FileTable::open(slice((*self.bytes).as_ref(), &self.files))
     }
 
+    /// The index file; `None` while somebody has a clone of the index or of its chunk map.
+    pub(crate) fn into_bytes(self) -> Option<B> {
+        drop(self.chunk_map);
+        Arc::try_unwrap(self.bytes).ok()
+    }
+
     /// What the index says of the layer as a whole.
     pub fn metadata(&self) -> &Metadata {
         &self.metadata
@@ -538,6 +389,32 @@ impl<B: AsRef<[u8]> + Send + Sync + 'static> Index<B> {
     /// Bytes of the whole index file.
     pub fn file_bytes(&self) -> u64 {
         (*self.bytes).as_ref().len() as u64
+    }
+
+    /// That the index is of this blob, which Sluice did not write.
+    ///
+    /// **Errors**: it is of another.
+    pub fn check_blob(&self, digest: BlobDigest, blob_bytes: u64) -> Result<(), IndexError> {
+        let Some(blob) = &self.metadata.unmodified else {
+            return Err(IndexError::Kind {
+                expected: "an unmodified blob",
+                actual: "a blob that Sluice wrote",
+            });
+        };
+        if blob.digest != digest {
+            return Err(IndexError::OtherBlob {
+                expected: digest,
+                actual: blob.digest,
+            });
+        }
+        if blob.bytes != blob_bytes {
+            return Err(IndexError::Disagree {
+                what: "bytes of the blob",
+                left: blob.bytes,
+                right: blob_bytes,
+            });
+        }
+        Ok(())
     }
 
     /// Whether everything that the index names lies inside a blob of `blob_bytes`.

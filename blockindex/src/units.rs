@@ -18,6 +18,14 @@ pub const CHUNK_MAX_BYTES: u64 = 1024 * 1024;
 /// The most blob bytes that a frame may have: an incompressible chunk and what zstd adds to it.
 pub const FRAME_MAX_BYTES: u64 = CHUNK_MAX_BYTES + CHUNK_MAX_BYTES / 128 + 1024;
 
+/// The most blob bytes that a frame of an unmodified blob may have: so much a reader of one chunk fetches
+/// at most. Frames of 8 MiB of device, which some parallel compressors write, fit in.
+pub const SPAN_FRAME_MAX_BYTES: u64 = 8 * 1024 * 1024;
+
+/// The most device bytes that a frame of an unmodified blob may give: so much a reader of one chunk
+/// decompresses at most. A deflate block of zeros is some 4 MiB with the encoders in use.
+pub const SPAN_MAX_BYTES: u64 = 16 * 1024 * 1024;
+
 /// Rounds a byte count up to whole device blocks.
 ///
 /// **Units**: bytes in, blocks out.

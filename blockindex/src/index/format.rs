@@ -18,13 +18,16 @@ pub(super) const SECTIONS_MAX: u32 = 64;
 pub(super) const COMPATIBLE: u64 = 0;
 /// Features that a reader may ignore as long as it does not rewrite the file.
 pub(super) const READ_ONLY: u64 = 0;
-/// Features that a reader must know.
-pub(super) const INCOMPATIBLE: u64 = 0;
+/// Incompatible feature: the index is of a blob that Sluice did not write. It names that blob, has no
+/// skeleton, and its chunks may have any codec.
+pub(super) const UNMODIFIED: u64 = 1;
 
 pub(super) const SECTION_TREE: u32 = 1;
 pub(super) const SECTION_CHUNKS: u32 = 2;
 pub(super) const SECTION_FILES: u32 = 3;
 pub(super) const SECTION_METADATA: u32 = 4;
+/// Restart points; only in an index of an unmodified blob.
+pub(super) const SECTION_RESTARTS: u32 = 5;
 
 /// Section flag: a reader that does not know the section must refuse the file.
 pub(super) const FLAG_REQUIRED: u32 = 1;
@@ -69,7 +72,12 @@ pub(super) struct RawMetadata {
     pub algorithm: u8,
     pub reserved: [u8; 7],
     pub writer: [u8; 32],
-    pub reserved_tail: [u8; 112],
+    /// From here on zeros unless the index is of an unmodified blob.
+    pub blob_digest: [u8; 32],
+    pub blob_bytes: U64,
+    pub windows_bytes: U64,
+    pub windows_digest: [u8; 32],
+    pub reserved_tail: [u8; 32],
 }
 
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -98,5 +106,8 @@ const _: () = assert!(size_of::<RawMetadata>() == 256);
 const _: () = assert!(offset_of!(RawMetadata, skeleton_digest) == 64);
 const _: () = assert!(offset_of!(RawMetadata, algorithm) == 104);
 const _: () = assert!(offset_of!(RawMetadata, writer) == 112);
+const _: () = assert!(offset_of!(RawMetadata, blob_digest) == 144);
+const _: () = assert!(offset_of!(RawMetadata, windows_bytes) == 184);
+const _: () = assert!(offset_of!(RawMetadata, reserved_tail) == 224);
 const _: () = assert!(size_of::<RawFilesHeader>() == 16);
 const _: () = assert!(size_of::<RawFile>() == 48);

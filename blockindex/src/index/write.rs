@@ -7,11 +7,15 @@ use zerocopy::IntoBytes;
 
 use super::files::{self, FileContent};
 use super::format::{
-    COMPATIBLE, FLAG_REQUIRED, INCOMPATIBLE, MAGIC, READ_ONLY, RawHeader, RawMetadata, RawSection,
-    SECTION_ALIGN, SECTION_CHUNKS, SECTION_FILES, SECTION_METADATA, SECTION_TREE, VERSION,
+    COMPATIBLE, FLAG_REQUIRED, MAGIC, READ_ONLY, RawHeader, RawMetadata, RawSection, SECTION_ALIGN,
+    SECTION_CHUNKS, SECTION_FILES, SECTION_METADATA, SECTION_RESTARTS, SECTION_TREE, UNMODIFIED,
+    VERSION,
 };
-use super::{INDEX_FILE_MAX_BYTES, IndexError};
-use crate::chunkmap::{ChunkMapError, ChunkRecord, write_chunk_map};
+use super::{INDEX_FILE_MAX_BYTES, IndexError, UnmodifiedBlob};
+use crate::chunkmap::{
+    ChunkMapError, ChunkRecord, PlacedChunk, Restart, write_chunk_map, write_restarts,
+    write_unmodified,
+};
 use crate::digest::{DIGEST_BYTES, DiffId, StrongAlgorithm};
 use crate::extent::{BlobSpace, Extent};
 
@@ -56,6 +60,29 @@ pub(crate) fn device_tag(diff_id: DiffId) -> Box<[u8; 64]> {
     tag
 }
 
+/// What the index of an unmodified blob is made of.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct UnmodifiedParts<'a> {
+    /// The EROFS image; its one device has [`device_tag`] and as many blocks as the device needs.
+    pub(crate) tree: &'a [u8],
+    /// All chunks, in device order from 0.
+    pub(crate) chunks: &'a [PlacedChunk],
+    /// Restart points of the frames of gzip.
+    pub(crate) restarts: &'a [Restart],
+    /// All file contents, in device order.
+    pub(crate) files: &'a [FileContent],
+    /// Diff ID of the layer.
+    pub(crate) diff_id: DiffId,
+    /// The blob, and the windows.
+    pub(crate) blob: UnmodifiedBlob,
+    /// Where the frames end in the blob.
+    pub(crate) frames_bytes: u64,
+    /// Algorithm of all strong digests.
+    pub(crate) algorithm: StrongAlgorithm,
+    /// Name of the program; its first 32 bytes are kept.
+    pub(crate) writer: &'a str,
+}
+
 /// Writes an index file.
 ///
 /// The parts are not validated against each other; [`super::UncheckedIndex::validate`] does that.
@@ -65,16 +92,91 @@ pub(crate) fn device_tag(diff_id: DiffId) -> Box<[u8; 64]> {
 pub fn write_index(parts: &IndexParts<'_>) -> Result<Vec<u8>, IndexError> {
     let chunks = write_chunk_map(parts.algorithm, parts.chunks)?;
     let files = files::write(parts.algorithm, parts.files)?;
-    let metadata = metadata(parts)?;
-    let sections = [
+    let total = |bytes: fn(&ChunkRecord) -> u32| {
+        parts
+            .chunks
+            .iter()
+            .try_fold(0u64, |total, chunk| total.checked_add(bytes(chunk).into()))
+            .ok_or(ChunkMapError::TooLarge)
+    };
+    let metadata = RawMetadata {
+        diff_id: *parts.diff_id.as_bytes(),
+        device_bytes: total(|chunk| chunk.device_bytes)?.into(),
+        frames_bytes: total(|chunk| chunk.frame_bytes)?.into(),
+        skeleton_start: parts.skeleton.extent.start().into(),
+        skeleton_bytes: parts.skeleton.extent.len().into(),
+        skeleton_digest: parts.skeleton.digest,
+        chunk_count: count(parts.chunks.len())?.into(),
+        file_count: count(parts.files.len())?.into(),
+        algorithm: parts.algorithm.code(),
+        reserved: [0; 7],
+        writer: writer(parts.writer),
+        blob_digest: [0; DIGEST_BYTES],
+        blob_bytes: 0.into(),
+        windows_bytes: 0.into(),
+        windows_digest: [0; DIGEST_BYTES],
+        reserved_tail: [0; 32],
+    };
+    write_sections(
+        0,
+        &[
+            (SECTION_TREE, parts.tree),
+            (SECTION_CHUNKS, &chunks),
+            (SECTION_FILES, &files),
+            (SECTION_METADATA, metadata.as_bytes()),
+        ],
+    )
+}
+
+/// Writes the index file of an unmodified blob; see [`write_index`].
+pub(crate) fn write_unmodified_index(parts: &UnmodifiedParts<'_>) -> Result<Vec<u8>, IndexError> {
+    let chunks = write_unmodified(parts.algorithm, parts.chunks, parts.frames_bytes)?;
+    let restarts = write_restarts(parts.restarts);
+    let files = files::write(parts.algorithm, parts.files)?;
+    let device_bytes = parts
+        .chunks
+        .iter()
+        .try_fold(0u64, |total, chunk| {
+            total.checked_add(chunk.device_bytes.into())
+        })
+        .ok_or(ChunkMapError::TooLarge)?;
+    let metadata = RawMetadata {
+        diff_id: *parts.diff_id.as_bytes(),
+        device_bytes: device_bytes.into(),
+        frames_bytes: parts.frames_bytes.into(),
+        skeleton_start: parts.frames_bytes.into(),
+        skeleton_bytes: 0.into(),
+        skeleton_digest: [0; DIGEST_BYTES],
+        chunk_count: count(parts.chunks.len())?.into(),
+        file_count: count(parts.files.len())?.into(),
+        algorithm: parts.algorithm.code(),
+        reserved: [0; 7],
+        writer: writer(parts.writer),
+        blob_digest: *parts.blob.digest.as_bytes(),
+        blob_bytes: parts.blob.bytes.into(),
+        windows_bytes: parts.blob.windows.map_or(0, |pin| pin.bytes).into(),
+        windows_digest: parts
+            .blob
+            .windows
+            .map_or([0; DIGEST_BYTES], |pin| pin.digest),
+        reserved_tail: [0; 32],
+    };
+    let mut sections: Vec<(u32, &[u8])> = vec![
         (SECTION_TREE, parts.tree),
         (SECTION_CHUNKS, &chunks),
         (SECTION_FILES, &files),
         (SECTION_METADATA, metadata.as_bytes()),
     ];
+    if !restarts.is_empty() {
+        sections.push((SECTION_RESTARTS, &restarts));
+    }
+    write_sections(UNMODIFIED, &sections)
+}
+
+fn write_sections(incompatible: u64, sections: &[(u32, &[u8])]) -> Result<Vec<u8>, IndexError> {
     let mut end = (size_of::<RawHeader>() + size_of::<RawSection>() * sections.len()) as u64;
     let mut table = Vec::new();
-    for (id, bytes) in sections {
+    for (id, bytes) in sections.iter().copied() {
         let offset = end.next_multiple_of(SECTION_ALIGN);
         let length = bytes.len() as u64;
         end = offset + length;
@@ -102,7 +204,7 @@ pub fn write_index(parts: &IndexParts<'_>) -> Result<Vec<u8>, IndexError> {
             .into(),
         compatible: COMPATIBLE.into(),
         read_only: READ_ONLY.into(),
-        incompatible: INCOMPATIBLE.into(),
+        incompatible: incompatible.into(),
         file_bytes: end.into(),
         reserved: [0; 12],
         crc32: 0.into(),
@@ -128,33 +230,16 @@ pub fn write_index(parts: &IndexParts<'_>) -> Result<Vec<u8>, IndexError> {
     Ok(file)
 }
 
-fn metadata(parts: &IndexParts<'_>) -> Result<RawMetadata, IndexError> {
-    let total = |bytes: fn(&ChunkRecord) -> u32| {
-        parts
-            .chunks
-            .iter()
-            .try_fold(0u64, |total, chunk| total.checked_add(bytes(chunk).into()))
-            .ok_or(ChunkMapError::TooLarge)
-    };
-    let count = |length: usize| u32::try_from(length).map_err(|_| IndexError::TooLarge);
+fn count(length: usize) -> Result<u32, IndexError> {
+    u32::try_from(length).map_err(|_| IndexError::TooLarge)
+}
+
+fn writer(name: &str) -> [u8; 32] {
     let mut writer = [0; 32];
-    for (at, byte) in writer.iter_mut().zip(parts.writer.bytes()) {
+    for (at, byte) in writer.iter_mut().zip(name.bytes()) {
         *at = byte;
     }
-    Ok(RawMetadata {
-        diff_id: *parts.diff_id.as_bytes(),
-        device_bytes: total(|chunk| chunk.device_bytes)?.into(),
-        frames_bytes: total(|chunk| chunk.frame_bytes)?.into(),
-        skeleton_start: parts.skeleton.extent.start().into(),
-        skeleton_bytes: parts.skeleton.extent.len().into(),
-        skeleton_digest: parts.skeleton.digest,
-        chunk_count: count(parts.chunks.len())?.into(),
-        file_count: count(parts.files.len())?.into(),
-        algorithm: parts.algorithm.code(),
-        reserved: [0; 7],
-        writer,
-        reserved_tail: [0; 112],
-    })
+    writer
 }
 
 /// Compresses an index file into the payload that a blob carries.
