@@ -4,13 +4,16 @@
 //! The files in the tree came from it; run it again when a format changes.
 
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use sluice_blockindex::digest::BlobDigest;
 use sluice_blockindex::encode::{EncodeOptions, encode_layer};
 use sluice_blockindex::extent::Extent;
 use sluice_blockindex::index::{INDEX_FILE_MAX_BYTES, UncheckedIndex, decompress_index};
+use sluice_blockindex::indexer::{IndexOptions, index_blob};
 
 fn main() {
     let directory = std::env::args_os().nth(1).expect("usage: seeds DIRECTORY");
@@ -71,6 +74,75 @@ fn main() {
         digest.to_string().as_bytes(),
     );
     write(&directory, "annotations", "not-lazy", b"8=sparse file\n");
+    unmodified(&directory, &tar);
+}
+
+/// Blobs of others, and the index of one of them.
+fn unmodified(directory: &Path, tar: &[u8]) {
+    // Long enough for several blocks and restart points, small enough for a corpus.
+    let content: Vec<u8> = (0u32..40_000)
+        .map(|at| (at.wrapping_mul(at) >> 9).to_le_bytes()[0] & 0x0f)
+        .collect();
+    let gzip = |bytes: &[u8], level| {
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::new(level));
+        encoder.write_all(bytes).expect("in memory");
+        encoder.flush().expect("in memory");
+        encoder.write_all(bytes).expect("in memory");
+        encoder.finish().expect("in memory")
+    };
+    let (small, large) = (gzip(tar, 9), gzip(&content, 6));
+    let zstd = zstd::encode_all(tar, 3).expect("in memory");
+    let members = [gzip(tar, 1), gzip(tar, 6), vec![0; 10]].concat();
+    // Mode, chunks of at most 512 bytes times that, pieces.
+    let with = |mode: u8, bytes: &[u8]| [&[mode, 7, 3], bytes].concat();
+    write(directory, "gzip", "small", &with(0, &small));
+    write(directory, "gzip", "members", &with(0, &members));
+    write(directory, "gzip", "zstd", &with(0, &zstd));
+    write(directory, "gzip", "stream", &with(1, &large[10..]));
+    write(
+        directory,
+        "gzip",
+        "stored",
+        &with(1, &gzip(&content[..2000], 0)[10..]),
+    );
+    write(directory, "gzip", "frame", &with(2, &large[10..]));
+    let mut builder = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_gnu();
+    header.set_size(content.len() as u64);
+    builder
+        .append_data(&mut header, "file", content.as_slice())
+        .expect("in memory");
+    let layer = builder.into_inner().expect("in memory");
+    let options = IndexOptions {
+        chunk_max_bytes: 30_000,
+        writer: "seeds".into(),
+        ..IndexOptions::default()
+    };
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::new(6));
+    for part in layer.chunks(10_000) {
+        encoder.write_all(part).expect("in memory");
+        encoder.flush().expect("in memory");
+    }
+    let blob = encoder.finish().expect("in memory");
+    let index = index_blob(&blob, options)
+        .expect("sound")
+        .index
+        .expect("lazy");
+    write(directory, "index", "unmodified", &index.file);
+    let word = |at: usize| u64::from_le_bytes(index.file[at..at + 8].try_into().expect("8 bytes"));
+    let section = |at: usize| -> Extent<()> {
+        Extent::from_length(word(64 + 32 * at + 8), word(64 + 32 * at + 16)).expect("in the file")
+    };
+    let (map, restarts) = (
+        slice(&index.file, section(1)),
+        slice(&index.file, section(4)),
+    );
+    write(
+        directory,
+        "chunk_map",
+        "unmodified",
+        &[&[0; 16], map, restarts].concat(),
+    );
 }
 
 fn slice<S>(bytes: &[u8], extent: Extent<S>) -> &[u8] {

@@ -296,6 +296,16 @@ impl ChunkMap {
         restart::read(table.get(found.ok()?)?)
     }
 
+    /// The first chunk of the long zstd frame that the chunk is a part of; `None` for chunks that can be
+    /// had alone.
+    pub fn stream_start(&self, ordinal: u32) -> Option<Chunk> {
+        let mut chunk = self.chunk(ordinal)?;
+        while chunk.codec == Codec::ZstdNext {
+            chunk = self.chunk(chunk.ordinal.checked_sub(1)?)?;
+        }
+        (chunk.codec == Codec::ZstdStream).then_some(chunk)
+    }
+
     /// How many restart points there are.
     pub fn restart_count(&self) -> usize {
         self.restarts.len() / size_of::<RawRestart>()
@@ -383,3 +393,5 @@ fn as_table<'a>(bytes: &'a [u8], range: &Range<usize>) -> Result<&'a [RawRestart
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod unmodified_tests;

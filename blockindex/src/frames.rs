@@ -8,6 +8,7 @@
 //!
 //! `frames/unmodified.rs` decodes what stands in blobs that Sluice did not write.
 
+mod stream;
 mod unmodified;
 
 use std::cell::RefCell;
@@ -20,6 +21,7 @@ use crate::digest::{ChunkDigest, StrongAlgorithm};
 use crate::gzip::GzipError;
 use crate::units::{CHUNK_MAX_BYTES, FRAME_MAX_BYTES};
 
+pub use stream::StreamDecoder;
 pub use unmodified::decode_restarted_into;
 pub(crate) use unmodified::decoder as unmodified_decoder;
 

@@ -507,3 +507,5 @@ fn check_file(tree: &TreeReader<'_>, nid: Nid, files: &FileTable<'_>) -> Result<
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod unmodified_tests;

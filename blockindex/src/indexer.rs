@@ -9,7 +9,7 @@
 //!
 //! | blob | frames | any chunk alone |
 //! | --- | --- | --- |
-//! | gzip | between restart points, about 1 MiB of device each | yes |
+//! | gzip | between restart points, up to 512 KiB of device each | yes |
 //! | zstd of several frames | groups of whole frames, 128 KiB of device or more | yes |
 //! | zstd with a frame above 16 MiB of device or 8 MiB | parts of that frame | no: by prefix ([`crate::chunkmap::Access::Prefix`]) |
 //! | plain tar | 128 KiB of it | yes |
@@ -85,8 +85,9 @@ pub struct IndexOptions {
 impl Default for IndexOptions {
     fn default() -> Self {
         Self {
-            // The most that any chunk may have: windows cost 1 to 2 % of the blob then.
-            chunk_max_bytes: 1024 * 1024,
+            // Index and windows are about 2 % of a gzip blob then; with 256 KiB they are 3 %, and with 1 MiB a
+            // small read costs twice as much (docs/decisions/040-gzip-restarts.md).
+            chunk_max_bytes: 512 * 1024,
             device_max_bytes: u64::MAX,
             algorithm: DEFAULT_ALGORITHM,
             writer: "sluice".to_owned(),

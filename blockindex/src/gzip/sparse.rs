@@ -5,8 +5,8 @@
 //! from its window. They are decompressed three times, with windows whose bytes tell their own
 //! positions: low bits, high bits, and the low bits inverted. Where the first and the last output
 //! differ, the byte came from the window, and from which place of it. All other places of the window
-//! can as well be zeros, and zeros compress well. It costs a tenth of the decompression of a chunk of
-//! 1 MiB and makes windows less than half as large (`docs/decisions/040-gzip-restarts.md`).
+//! can as well be zeros, and zeros compress well: windows become a fifth as large
+//! (`docs/decisions/040-gzip-restarts.md`).
 
 use super::inflate::{Inflater, Stop};
 use super::{LeadingBits, WINDOW_MAX_BYTES};

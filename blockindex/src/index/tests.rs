@@ -83,7 +83,7 @@ fn validated(file: Vec<u8>) -> Result<Index<Vec<u8>>, IndexError> {
 }
 
 /// Puts the checksums of header and sections right, so that the other rules are reached.
-fn seal(file: &mut [u8]) {
+pub(super) fn seal(file: &mut [u8]) {
     let count = file[12] as usize;
     for entry in (64..64 + 32 * count).step_by(32) {
         let word = |at| {
