@@ -7,6 +7,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use sluice_blockindex::chunkmap::Codec;
 use sluice_blockindex::erofs::{FileType, TreeReader};
 use sluice_blockindex::index::{decompress_index, Index, UncheckedIndex};
 
@@ -14,13 +15,15 @@ fuzz_target!(|data: &[u8]| {
     let _ = decompress_index(data, 1 << 20);
     let mut bytes = data.to_vec();
     put_checksums_right(&mut bytes);
-    if let Ok(index) = UncheckedIndex::parse(bytes.clone()).and_then(UncheckedIndex::reopen) {
-        for chunk in index.chunk_map().chunks() {
-            chunk.expect("reopened maps are checked");
+    for parse in [UncheckedIndex::parse, UncheckedIndex::parse_unmodified] {
+        if let Ok(index) = parse(bytes.clone()).and_then(UncheckedIndex::reopen) {
+            for chunk in index.chunk_map().chunks() {
+                chunk.expect("reopened maps are checked");
+            }
         }
-    }
-    if let Ok(index) = UncheckedIndex::parse(bytes).and_then(UncheckedIndex::validate) {
-        read_everything(&index);
+        if let Ok(index) = parse(bytes.clone()).and_then(UncheckedIndex::validate) {
+            read_everything(&index);
+        }
     }
 });
 
@@ -29,7 +32,13 @@ fn read_everything(index: &Index<Vec<u8>>) {
     for chunk in index.chunk_map().chunks() {
         let chunk = chunk.expect("validated");
         assert_eq!(chunk.device.start(), end);
-        assert!(!chunk.device.is_empty() && !chunk.blob.is_empty());
+        assert!(!chunk.device.is_empty());
+        assert!(!chunk.blob.is_empty() || !chunk.codec.is_random_access());
+        let restart = index.chunk_map().restart(&chunk);
+        assert_eq!(restart.is_some(), chunk.codec == Codec::Deflate);
+        if let Some(blob) = &index.metadata().unmodified {
+            assert!(chunk.blob.end() <= blob.bytes);
+        }
         assert_eq!(index.chunk_map().at(end), Some(chunk));
         end = chunk.device.end();
     }
