@@ -465,6 +465,10 @@ fn what_ordinary_tools_refuse_is_refused() {
         index_blob(&two, IndexOptions::default()),
         Err(IndexerError::Gzip(GzipError::Deflate { .. }))
     ));
+    // Nor does a reader of a frame that has both.
+    let mut out = Vec::new();
+    let result = crate::gzip::restart::inflate_into(&two, RestartAt::Member, 2000, &mut out);
+    assert!(matches!(result, Err(GzipError::Deflate { .. })));
     let mut indexer = LayerIndexer::new(IndexOptions::default()).unwrap();
     let damaged = [&blob[..10], &[0xff; 100_000]].concat();
     assert!(indexer.push(&damaged, &mut |_| {}).is_err());
@@ -522,6 +526,41 @@ fn a_block_that_is_too_long_is_not_lazy() {
             limit_bytes: 20_000_000
         })
     );
+}
+
+#[test]
+fn the_first_byte_of_a_whole_window_is_kept() {
+    // A copy from as far back as there can be, right after a restart point: no encoder at hand makes one.
+    let (before, copied) = (40_000, 258);
+    let mut content = text(41, before - 512);
+    for _ in 0..copied {
+        content.push(content[content.len() - 32_768]);
+    }
+    let tar = tar(&[content]);
+    let mut stream = deflate(&[&tar[..before]], 6, FlushCompress::Sync);
+    let sync = [0, 0, 0xff, 0xff];
+    let end = stream.windows(4).rposition(|it| it == sync).unwrap() + 4;
+    stream.truncate(end);
+    let mut bits = Bits::default();
+    bits.push(0b010, 3);
+    bits.push_code(0b1100_0101, 8);
+    bits.push_code(29, 5);
+    bits.push(8191, 13);
+    bits.push_code(0, 7);
+    bits.push(0b001, 3);
+    stream.extend(bits.finish());
+    let rest = &tar[before + copied..];
+    let length = u16::try_from(rest.len()).unwrap();
+    stream.extend(length.to_le_bytes());
+    stream.extend((!length).to_le_bytes());
+    stream.extend(rest);
+    let options = small(u32::try_from(before).unwrap());
+    let opened = Opened::new(&member(HEADER, &stream, &tar), options);
+    opened.check(&tar);
+    let (_, window) = opened.window(&opened.map().chunk(1).unwrap()).unwrap();
+    assert_eq!(window.len(), 32 * 1024);
+    let needed = window.iter().filter(|byte| **byte != 0).count();
+    assert!(needed <= copied, "{needed}");
 }
 
 /// A deflate stream, bit by bit.
