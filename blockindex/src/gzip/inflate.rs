@@ -48,6 +48,12 @@ impl Inflater {
         Self(Box::default())
     }
 
+    /// Begins the first block of another stream. Cheaper than a new one, which has 10 KiB to clear: a blob
+    /// may have millions of small members.
+    pub(super) fn begin_again(&mut self) {
+        self.0.init();
+    }
+
     /// Between two blocks, the second of which begins with `bits`.
     pub(super) fn between_blocks(bits: LeadingBits) -> Self {
         Self(Box::new(DecompressorOxide::from_block_boundary_state(

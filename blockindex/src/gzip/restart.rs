@@ -68,7 +68,7 @@ pub fn inflate_into(
             Stop::End if made == end => {}
             Stop::End => {
                 position = header(frame, position + TRAILER_BYTES)?;
-                inflater = Inflater::new();
+                inflater.begin_again();
                 base = made;
             }
         }

@@ -49,7 +49,7 @@ pub(crate) struct Trailing {
 #[derive(Debug)]
 enum State {
     Header(HeaderParser),
-    Body(Inflater),
+    Body,
     /// Up to the trailer's last byte.
     Trailer {
         bytes: [u8; TRAILER_BYTES],
@@ -65,6 +65,7 @@ enum State {
 #[derive(Debug)]
 pub(crate) struct GzipScanner {
     state: State,
+    inflater: Inflater,
     /// A stop whose output was told of first.
     pending: Option<Stop>,
     /// Window and output. The member's output begins at `base`, or it began earlier and `base` is 0.
@@ -84,6 +85,7 @@ impl GzipScanner {
     pub(crate) fn new() -> Self {
         Self {
             state: State::Header(HeaderParser::new()),
+            inflater: Inflater::new(),
             pending: None,
             buffer: vec![0; WINDOW_MAX_BYTES + OUTPUT_BYTES],
             base: 0,
@@ -105,7 +107,7 @@ impl GzipScanner {
             Some(stop) => Ok((0, self.stopped(stop))),
             None => match &mut self.state {
                 State::Header(_) => Ok((self.header(input)?, Event::Nothing)),
-                State::Body(_) => self.body(input),
+                State::Body => self.body(input),
                 State::Trailer { .. } => Ok((self.trailer(input)?, Event::Nothing)),
                 State::After { .. } => Ok(self.after(input)),
                 State::Trailing => {
@@ -144,7 +146,8 @@ impl GzipScanner {
         })?;
         self.offset += taken as u64;
         if parser.is_done() {
-            self.state = State::Body(Inflater::new());
+            self.state = State::Body;
+            self.inflater.begin_again();
             self.base = self.at;
             self.member_bytes = 0;
             self.crc = crc32fast::Hasher::new();
@@ -154,15 +157,13 @@ impl GzipScanner {
 
     fn body(&mut self, input: &[u8]) -> Result<(usize, Event<'_>), GzipError> {
         self.make_room();
-        let State::Body(inflater) = &mut self.state else {
-            return Ok((0, Event::Nothing));
-        };
         let (from, out) = (self.at, &mut self.buffer[self.base..]);
-        let step = inflater
-            .step(input, out, self.at - self.base)
-            .ok_or(GzipError::Deflate {
-                offset: self.offset,
-            })?;
+        let step =
+            self.inflater
+                .step(input, out, self.at - self.base)
+                .ok_or(GzipError::Deflate {
+                    offset: self.offset,
+                })?;
         self.at += step.made;
         self.offset += step.taken as u64;
         self.member_bytes += step.made as u64;

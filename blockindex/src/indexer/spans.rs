@@ -181,6 +181,14 @@ impl Spans {
         }
         let window = match at.boundary.state {
             State::Clean => Vec::new(),
+            // After an empty block it is what it was; a blob may have millions of these in a row.
+            State::Block { window_bytes, .. }
+                if at.at == 0
+                    && self.frame.chunks == 0
+                    && self.frame.window.len() == window_bytes =>
+            {
+                std::mem::take(&mut self.frame.window)
+            }
             State::Block { window_bytes, .. } => {
                 let from = self.history.saturating_sub(window_bytes);
                 self.bytes[from..self.history].to_vec()
