@@ -5,9 +5,9 @@
 //! fails. This process never touches a mount itself: whoever reads a mount is a child with a
 //! deadline, so that a wedged mount can't wedge the harness. Synchronous code and threads only.
 
-pub mod bench;
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod cluster;
 pub mod harness;
 pub mod simulate;
