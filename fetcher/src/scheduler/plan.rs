@@ -70,7 +70,8 @@ pub(crate) fn coalesce(
 /// Cuts a stream of blob bytes into the frames of chunks.
 ///
 /// Bytes between frames, and frames that are not wanted when they begin, are dropped as they pass:
-/// it never holds more than one frame.
+/// it never holds more than one frame. A frame that several chunks share (in an unmodified blob) goes to
+/// each of them that is wanted.
 #[derive(Debug)]
 pub(crate) struct FrameCutter {
     at: u64,
@@ -115,26 +116,38 @@ impl FrameCutter {
                 continue;
             }
             if self.at == chunk.blob.start() {
-                self.skipping = !wanted(&chunk);
+                let any_wanted = self.sharing(chunk.blob).any(&wanted);
+                self.skipping = !any_wanted;
             }
             let part = bytes.split_to(shorter(chunk.blob.end() - self.at, bytes.len()));
             self.advance(part.len());
             let ends = self.at == chunk.blob.end();
-            if !self.skipping {
-                if ends && self.frame.is_empty() {
-                    frames.push((chunk, part));
-                } else {
+            let frame = match ends {
+                _ if self.skipping => None,
+                true if self.frame.is_empty() => Some(part),
+                _ => {
                     self.frame.extend_from_slice(&part);
-                    if ends {
-                        frames.push((chunk, self.frame.split().freeze()));
-                    }
+                    ends.then(|| self.frame.split().freeze())
                 }
-            }
+            };
             if ends {
-                self.chunks.pop_front();
+                let count = self.sharing(chunk.blob).count();
+                let chunks = self.chunks.drain(..count);
+                if let Some(frame) = frame {
+                    // A chunk with a frame of its own was wanted when that began.
+                    let wanted = chunks.filter(|chunk| count == 1 || wanted(chunk));
+                    frames.extend(wanted.map(|chunk| (chunk, frame.clone())));
+                }
             }
         }
         frames
+    }
+
+    /// The next chunks, as far as their frame is this one.
+    fn sharing(&self, frame: Extent<BlobSpace>) -> impl Iterator<Item = &Chunk> {
+        self.chunks
+            .iter()
+            .take_while(move |chunk| chunk.blob == frame)
     }
 
     fn advance(&mut self, bytes: usize) {
@@ -219,6 +232,40 @@ mod tests {
             for (chunk, frame) in found {
                 let device = sluice_blockindex::frames::decode_chunk(&frame, &chunk).unwrap();
                 assert_eq!(device, layer.bytes_of(chunk.ordinal));
+            }
+        }
+    }
+
+    #[test]
+    fn a_shared_frame_goes_to_each_chunk_that_wants_it() {
+        let extents = [(0, 10), (0, 10), (0, 10), (12, 20), (12, 20), (20, 21)];
+        let bytes = Bytes::from_iter(0..21_u8);
+        let pieces = coalesce(
+            chunks(&extents).into_iter(),
+            &Limits {
+                gap_bytes: 5,
+                first_bytes: 10,
+                piece_bytes: 10,
+            },
+            |_, _| false,
+        );
+        let asked: Vec<_> = pieces.iter().map(|piece| piece.extent).collect();
+        assert_eq!(asked, [blob(0, 10), blob(12, 21)]);
+        for size in [1, 4, 100] {
+            for wants in [&[0, 1, 2, 3, 4, 5][..], &[1, 2, 5], &[2], &[4], &[]] {
+                let mut cutter = FrameCutter::new(0, chunks(&extents).into_iter());
+                let mut found = Vec::new();
+                for at in (0..bytes.len()).step_by(size) {
+                    let part = bytes.slice(at..bytes.len().min(at + size));
+                    found.extend(cutter.push(part, |chunk| wants.contains(&chunk.ordinal)));
+                }
+                let ordinals: Vec<u32> = found.iter().map(|(chunk, _)| chunk.ordinal).collect();
+                assert_eq!(ordinals, wants, "pieces of {size}");
+                for (chunk, frame) in found {
+                    let range = chunk.blob.range();
+                    let at = |offset| usize::try_from(offset).unwrap();
+                    assert_eq!(frame, bytes[at(range.start)..at(range.end)]);
+                }
             }
         }
     }
