@@ -2,7 +2,7 @@
 //! Blobs of the real tools: what `gzip`, `pigz` and `zstd` write is indexed, read back a chunk at a time
 //! from its restart points, and is what was compressed; and the index is as small as promised.
 //!
-//! Prints SKIPPED for a tool that is not there.
+//! Needs these tools: `make setup` installs them.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::io::Write;
@@ -48,24 +48,21 @@ fn sample() -> &'static [u8] {
     })
 }
 
-/// What a tool makes of these bytes; `None` when it is not there.
-fn run(tool: &str, arguments: &[&str], input: &[u8]) -> Option<Vec<u8>> {
+/// What a tool makes of these bytes.
+fn run(tool: &str, arguments: &[&str], input: &[u8]) -> Vec<u8> {
     let spawned = Command::new(tool)
         .args(arguments)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn();
-    let Ok(mut child) = spawned else {
-        println!("SKIPPED {tool}: not installed");
-        return None;
-    };
+    let mut child = spawned.unwrap_or_else(|error| panic!("{tool}, of `make setup`: {error}"));
     let mut stdin = child.stdin.take().unwrap();
     let output = std::thread::scope(|scope| {
         scope.spawn(move || stdin.write_all(input).unwrap());
         child.wait_with_output().unwrap()
     });
     assert!(output.status.success(), "{tool} {arguments:?}");
-    Some(output.stdout)
+    output.stdout
 }
 
 fn slice<S>(bytes: &[u8], extent: Extent<S>) -> &[u8] {
@@ -127,9 +124,7 @@ fn per_mille(blob: &[u8], built: &BuiltIndex) -> usize {
 #[test]
 fn gzip_of_every_level() {
     for level in 1..=9 {
-        let Some(blob) = run("gzip", &["-n", &format!("-{level}")], sample()) else {
-            return;
-        };
+        let blob = run("gzip", &["-n", &format!("-{level}")], sample());
         let (layer, built) = check(&blob, sample());
         assert_eq!((layer.trailing_bytes, built.access), (0, Access::Random));
         let share = per_mille(&blob, &built);
@@ -144,23 +139,22 @@ fn gzip_of_every_level() {
 #[test]
 fn gzip_with_rsyncable_flushes_and_members() {
     let tar = sample();
-    if let Some(blob) = run("gzip", &["-n", "--rsyncable"], tar) {
-        check(&blob, tar);
-        let (first, second) = tar.split_at(tar.len() / 3);
-        let two = [
-            run("gzip", &["-9"], first).unwrap(),
-            run("gzip", &["-1"], second).unwrap(),
-            vec![0; 1000],
-        ]
-        .concat();
-        let (layer, _) = check(&two, tar);
-        assert_eq!(
-            (layer.trailing_bytes, layer.trailing_garbage),
-            (1000, false)
-        );
-        // The tool agrees that this is one.
-        assert!(run("gzip", &["-dc"], &two).unwrap() == tar);
-    }
+    let blob = run("gzip", &["-n", "--rsyncable"], tar);
+    check(&blob, tar);
+    let (first, second) = tar.split_at(tar.len() / 3);
+    let two = [
+        run("gzip", &["-9"], first),
+        run("gzip", &["-1"], second),
+        vec![0; 1000],
+    ]
+    .concat();
+    let (layer, _) = check(&two, tar);
+    assert_eq!(
+        (layer.trailing_bytes, layer.trailing_garbage),
+        (1000, false)
+    );
+    // The tool agrees that this is one.
+    assert!(run("gzip", &["-dc"], &two) == tar);
 }
 
 #[test]
@@ -172,18 +166,17 @@ fn pigz_with_and_without_independent_blocks() {
         &["-0"],
         &["-9", "-b", "512"],
     ] {
-        if let Some(blob) = run("pigz", arguments, sample()) {
-            let (_, built) = check(&blob, sample());
-            let share = per_mille(&blob, &built);
-            println!(
-                "pigz {arguments:?}: {} bytes, index {share} per mille",
-                blob.len()
-            );
-            assert!(share < 30, "{arguments:?}: {share} per mille");
-            if arguments.contains(&"-i") {
-                // Its blocks copy from no other, so there is no window to keep.
-                assert!(built.windows.is_empty());
-            }
+        let blob = run("pigz", arguments, sample());
+        let (_, built) = check(&blob, sample());
+        let share = per_mille(&blob, &built);
+        println!(
+            "pigz {arguments:?}: {} bytes, index {share} per mille",
+            blob.len()
+        );
+        assert!(share < 30, "{arguments:?}: {share} per mille");
+        if arguments.contains(&"-i") {
+            // Its blocks copy from no other, so there is no window to keep.
+            assert!(built.windows.is_empty());
         }
     }
 }
@@ -191,15 +184,13 @@ fn pigz_with_and_without_independent_blocks() {
 #[test]
 fn zstd_of_one_frame_and_of_many() {
     let tar = sample();
-    let Some(one) = run("zstd", &["-qc"], tar) else {
-        return;
-    };
+    let one = run("zstd", &["-qc"], tar);
     let (_, built) = check(&one, tar);
     assert_eq!(built.access, Access::Prefix);
     assert!(per_mille(&one, &built) < 10);
     let many: Vec<u8> = tar
         .chunks(1_000_000)
-        .flat_map(|part| run("zstd", &["-qc"], part).unwrap())
+        .flat_map(|part| run("zstd", &["-qc"], part))
         .collect();
     let (_, built) = check(&many, tar);
     assert_eq!(built.access, Access::Random);

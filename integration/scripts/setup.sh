@@ -6,7 +6,7 @@ set -euo pipefail
 needed=(gcc=build-essential g++=g++ make=make protoc=protobuf-compiler git=git curl=curl
   containerd=containerd ctr=containerd runc=runc docker-registry=docker-registry skopeo=skopeo umoci=umoci
   debootstrap=debootstrap zstd=zstd gzip=gzip fsck.erofs=erofs-utils setcap=libcap2-bin mount=mount ip=iproute2
-  faketime=faketime tc=iproute2 iptables=iptables ebtables=iptables)
+  faketime=faketime pigz=pigz tc=iproute2 iptables=iptables ebtables=iptables)
 # Packages with no program of their own name to look for.
 files=(/usr/bin/busybox=busybox-static)
 export PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin:$HOME/.cargo/bin:/usr/local/go/bin
