@@ -28,6 +28,7 @@ pub mod client;
 pub mod device;
 pub mod filesystem;
 pub mod fills;
+mod given_up;
 pub mod holder;
 mod journal;
 pub mod keeper;

@@ -622,16 +622,7 @@ async fn closing_ends_fills_and_shutdown_joins_everything() {
 
 #[tokio::test(start_paused = true)]
 async fn a_full_store_is_said_at_once_and_gets_better() {
-    let disk = CrashDisk::default();
-    let boot = StoreOptions {
-        boot: Some(BootId([1; 16])),
-        reclaim: None,
-    };
-    let store = Store::on(Box::new(disk.clone()), None, boot).unwrap();
-    let fetcher = Fetcher::new(options(), Arc::new(store), Metrics::new());
-    let layer = TestLayer::even(21, 3, 4000);
-    let line = Line::new("a", &layer.blob);
-    let handle = add(&fetcher, &layer, &[&line]).await;
+    let (disk, fetcher, layer, _, handle) = on_a_disk(21).await;
     let fill = |chunk| {
         fetcher.fill(
             &handle,
@@ -668,8 +659,8 @@ async fn a_source_that_is_slower_than_the_stall_limit_still_serves() {
     assert_eq!(fetcher.metrics().stalls(SourceKind::Origin), 2);
 }
 
-/// A store whose disk refuses so many writes, and a layer of it.
-async fn refusing(number: u8, writes: u32) -> (Fetcher, TestLayer, Line, Arc<LayerHandle>) {
+/// A layer in a store on a disk that can be filled up.
+async fn on_a_disk(seed: u64) -> (CrashDisk, Fetcher, TestLayer, Line, Arc<LayerHandle>) {
     let disk = CrashDisk::default();
     let boot = StoreOptions {
         boot: Some(BootId([1; 16])),
@@ -677,16 +668,16 @@ async fn refusing(number: u8, writes: u32) -> (Fetcher, TestLayer, Line, Arc<Lay
     };
     let store = Store::on(Box::new(disk.clone()), None, boot).unwrap();
     let fetcher = Fetcher::new(options(), Arc::new(store), Metrics::new());
-    let layer = TestLayer::even(number.into(), 8, 4000);
+    let layer = TestLayer::even(seed, 8, 4000);
     let line = Line::new("a", &layer.blob);
     let handle = add(&fetcher, &layer, &[&line]).await;
-    disk.fill_up(writes);
-    (fetcher, layer, line, handle)
+    (disk, fetcher, layer, line, handle)
 }
 
 #[tokio::test(start_paused = true)]
 async fn what_a_full_store_does_not_keep_is_passed_to_its_readers() {
-    let (fetcher, layer, line, handle) = refusing(31, 3).await;
+    let (disk, fetcher, layer, line, handle) = on_a_disk(31).await;
+    disk.fill_up(3);
     // From the middle of one chunk to the middle of another: three are refused, the fourth is kept.
     let extent = Extent::<DeviceSpace>::new(4000 + 100, 4 * 4000 + 7).unwrap();
     let pass = || fetcher.fill_or_pass(&handle, extent, Priority::Foreground, Some(30 * SECOND));
@@ -706,7 +697,8 @@ async fn what_a_full_store_does_not_keep_is_passed_to_its_readers() {
 
 #[tokio::test(start_paused = true)]
 async fn many_readers_of_a_full_store_get_their_bytes() {
-    let (fetcher, layer, _, handle) = refusing(32, u32::MAX).await;
+    let (disk, fetcher, layer, _, handle) = on_a_disk(32).await;
+    disk.fill_up(u32::MAX);
     let read = |chunk: u32| {
         let (fetcher, handle) = (fetcher.clone(), Arc::clone(&handle));
         let extent = chunk_extent(&layer, chunk);

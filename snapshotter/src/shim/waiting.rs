@@ -10,7 +10,6 @@
 //! link's queue.
 
 use std::cell::RefCell;
-use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -19,12 +18,12 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use fuser::{Errno, ReplyData};
 use sluice_fetcher::steps::{StepGuard, StepKind, Steps};
-use sluice_fetcher::store::DeviceKey;
 use sluice_proto::shim as wire;
 use sluice_proto::shim::envelope::Body;
 
 use super::device::{DeviceRead, OpenDevice};
 use super::fills::Fills;
+use super::given_up::GivenUp;
 use super::protocol;
 use super::watch::EventReply;
 use crate::mount::errno::FillErrno;
@@ -104,46 +103,6 @@ struct Register {
     given_up: GivenUp,
     /// Queue of the present link.
     link: Option<Sender<Vec<u8>>>,
-}
-
-/// For how long a range whose reader waited to the end is not waited for again.
-const GIVEN_UP: Duration = Duration::from_millis(100);
-/// How many such ranges are remembered.
-const GIVEN_UP_RANGES: usize = 256;
-
-/// Ranges whose readers have waited in vain, until just now.
-///
-/// The kernel reads ahead first, and when that fails it reads the page that is wanted once more: without this, its
-/// reader would wait twice.
-#[derive(Debug, Default)]
-struct GivenUp(VecDeque<(Instant, DeviceKey, Range<u64>)>);
-
-impl GivenUp {
-    fn note(&mut self, read: &PendingRead, now: Instant) {
-        let in_vain = |deadline| deadline <= now + GIVEN_UP;
-        if read.deadline.is_none_or(|deadline| !in_vain(deadline)) {
-            return;
-        }
-        if self.0.len() >= GIVEN_UP_RANGES {
-            self.0.pop_front();
-        }
-        self.0.push_back((now, read.device.key(), read.range()));
-    }
-
-    fn has(&mut self, read: &PendingRead, now: Instant) -> bool {
-        while self
-            .0
-            .front()
-            .is_some_and(|(at, ..)| now.duration_since(*at) >= GIVEN_UP)
-        {
-            self.0.pop_front();
-        }
-        let (key, wanted) = (read.device.key(), read.range());
-        let within = |range: &Range<u64>| range.start <= wanted.start && wanted.end <= range.end;
-        self.0
-            .iter()
-            .any(|(_, of, range)| *of == key && within(range))
-    }
 }
 
 impl PendingRead {
@@ -268,7 +227,8 @@ impl WaitingReads {
             self.steps.enter(READER_STEP, "a reader", subject)
         });
         let mut register = self.register();
-        if register.given_up.has(&read, Instant::now()) {
+        let (key, range) = (read.device.key(), read.range());
+        if register.given_up.has(key, &range, Instant::now()) {
             drop(register);
             self.hand_to_finishers(Finish::Failed(read, FillErrno::Deadline));
             return;
@@ -338,7 +298,12 @@ impl WaitingReads {
                 Ok(Finish::Present(read)) => self.finish(read),
                 Ok(Finish::Passed(read, bytes)) => read.passed(&bytes),
                 Ok(Finish::Failed(read, failure)) => {
-                    self.register().given_up.note(&read, Instant::now());
+                    let (key, range) = (read.device.key(), read.range());
+                    let mut register = self.register();
+                    register
+                        .given_up
+                        .note(key, range, read.deadline, Instant::now());
+                    drop(register);
                     read.reply.failed(failure);
                 }
                 Err(_) => return,
