@@ -412,11 +412,12 @@ impl Fetcher {
             }
             Priority::Foreground | Priority::Boot | Priority::Background => None,
         };
+        let mut refused = false;
         'look: loop {
             layer.check_open()?;
             let mut missing: Vec<u32> = layer.device.missing(extent).collect();
             if let Some(held) = &mut held {
-                self.core.passing.take(layer, &mut missing, held);
+                self.core.passing.take(layer, &mut missing, held, refused);
             }
             if missing.is_empty() {
                 // A device that failed meanwhile has no present chunk.
@@ -451,6 +452,7 @@ impl Fetcher {
                             Err(FetchFailure::Store(error))
                                 if held.is_some() && error.keeps_nothing() =>
                             {
+                                refused = true;
                                 continue 'look;
                             }
                             Err(failure) => {

@@ -87,13 +87,21 @@ impl Passing {
         }
     }
 
-    /// Takes over what is held of `missing`; what is left of it was never fetched, or is gone again.
-    pub(super) fn take(&self, layer: &LayerHandle, missing: &mut Vec<u32>, held: &mut Held) {
+    /// Takes over what is held of `missing`; what is left of it was never fetched, or is gone again. Who was not
+    /// `refused` a chunk himself looks only while the store takes none.
+    pub(super) fn take(
+        &self,
+        layer: &LayerHandle,
+        missing: &mut Vec<u32>,
+        held: &mut Held,
+        refused: bool,
+    ) {
+        let look = refused || self.refused.load(Ordering::Relaxed);
         missing.retain(|&ordinal| {
             if held.contains_key(&ordinal) {
                 return false;
             }
-            if !self.refused.load(Ordering::Relaxed) {
+            if !look {
                 return true;
             }
             let chunk = layer.chunks().chunk(ordinal);
