@@ -63,8 +63,8 @@ fn quick() -> Vec<Fault> {
             2,
             "throttles blob",
         ),
-        fault("500", status(500, None), 2, "500"),
-        fault("503", status(503, None), 2, "503"),
+        fault("500", status(500, None), 2, "HTTP 500"),
+        fault("503", status(503, None), 2, "HTTP 503"),
         fault(
             "cut bodies",
             Misbehaviour::CutBody(20_000),
