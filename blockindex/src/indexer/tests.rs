@@ -133,6 +133,12 @@ impl Opened {
         }
     }
 
+    /// Device bytes of each chunk.
+    fn lengths(&self) -> Vec<u64> {
+        let chunks = self.map().chunks().flatten();
+        chunks.map(|it| it.device.len()).collect()
+    }
+
     fn map(&self) -> &ChunkMap {
         self.index.chunk_map()
     }
@@ -359,12 +365,7 @@ fn members_are_clean_and_need_no_window() {
                 .windows
                 .is_none()
     );
-    let lengths: Vec<u64> = opened
-        .map()
-        .chunks()
-        .flatten()
-        .map(|it| it.device.len())
-        .collect();
+    let lengths = opened.lengths();
     assert!(
         lengths[..lengths.len() - 1].iter().all(|it| *it == 150_000),
         "{lengths:?}"
@@ -656,12 +657,7 @@ fn zstd_frames_are_grouped_and_long_ones_go_by_prefix() {
     let opened = Opened::new(&frames, IndexOptions::default());
     opened.check(&tar);
     assert_eq!(opened.map().access(), Access::Random);
-    let lengths: Vec<u64> = opened
-        .map()
-        .chunks()
-        .flatten()
-        .map(|it| it.device.len())
-        .collect();
+    let lengths = opened.lengths();
     assert!(
         lengths[..lengths.len() - 1].iter().all(|it| *it == 160_000),
         "{lengths:?}"

@@ -659,15 +659,19 @@ async fn a_source_that_is_slower_than_the_stall_limit_still_serves() {
     assert_eq!(fetcher.metrics().stalls(SourceKind::Origin), 2);
 }
 
-/// A layer in a store on a disk that can be filled up.
-async fn on_a_disk(seed: u64) -> (CrashDisk, Fetcher, TestLayer, Line, Arc<LayerHandle>) {
-    let disk = CrashDisk::default();
+fn fetcher_on(disk: &CrashDisk) -> Fetcher {
     let boot = StoreOptions {
         boot: Some(BootId([1; 16])),
         reclaim: None,
     };
     let store = Store::on(Box::new(disk.clone()), None, boot).unwrap();
-    let fetcher = Fetcher::new(options(), Arc::new(store), Metrics::new());
+    Fetcher::new(options(), Arc::new(store), Metrics::new())
+}
+
+/// A layer in a store on a disk that can be filled up.
+async fn on_a_disk(seed: u64) -> (CrashDisk, Fetcher, TestLayer, Line, Arc<LayerHandle>) {
+    let disk = CrashDisk::default();
+    let fetcher = fetcher_on(&disk);
     let layer = TestLayer::even(seed, 8, 4000);
     let line = Line::new("a", &layer.blob);
     let handle = add(&fetcher, &layer, &[&line]).await;

@@ -36,7 +36,6 @@ fn site_with_failpoints(name: &str, extra: &str) -> Result<(Site, PathBuf)> {
 }
 
 fn rule(rules: &Path, point: &str, pass: u64, strikes: u64, then: &str) -> Result<()> {
-    // The space makes each text another one, from which counting begins anew.
     let text = format!(
         "[{{\"point\":\"{point}\",\"pass\":{pass},\"strikes\":{strikes},\"then\":{then}}}]"
     );

@@ -93,12 +93,7 @@ fn no_such_chunk(filled: &Result<(), FillError>) -> bool {
 #[tokio::test]
 async fn a_removal_waits_for_an_opening_and_leaves_no_dead_layer() {
     let disk = CrashDisk::default();
-    let boot = StoreOptions {
-        boot: Some(BootId([1; 16])),
-        reclaim: None,
-    };
-    let store = Store::on(Box::new(disk.clone()), None, boot).unwrap();
-    let fetcher = Fetcher::new(options(), Arc::new(store), Metrics::new());
+    let fetcher = fetcher_on(&disk);
     let layer = TestLayer::even(30, 2, 4000);
     let barrier = disk.hold_opening(layer.key);
     let pass = || {
