@@ -172,14 +172,24 @@ impl<'a> Since<'a> {
         self.site.daemon.log().split_off(self.log_bytes)
     }
 
-    /// Fails unless a new line of the log has all of `words`.
+    /// Fails unless a new line of the log has all of `words`. A reader may have its answer before the daemon has told of
+    /// it, so the line is waited for.
     pub fn said(&self, words: &[&str]) -> Result<()> {
-        let log = self.log();
         let has = |line: &str| words.iter().all(|word| line.contains(word));
-        ensure!(
-            log.lines().any(has),
-            "no line of the log has {words:?}:\n{log}"
-        );
+        let said = soon(|| Ok(self.log().lines().any(has)))?;
+        ensure!(said, "no line of the log has {words:?}:\n{}", self.log());
         Ok(())
     }
+}
+
+/// Whether `done` holds within a time that is long for what needs no more than a moment.
+pub fn soon(done: impl Fn() -> Result<bool>) -> Result<bool> {
+    let begun = Instant::now();
+    while !done()? {
+        if begun.elapsed() > Duration::from_secs(5) {
+            return Ok(false);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(true)
 }

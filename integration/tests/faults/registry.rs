@@ -14,7 +14,7 @@ use sluice_integration::harness::proxy::{Line, Mode};
 use sluice_integration::harness::registry::free_address;
 use sluice_integration::harness::site::Site;
 
-use super::image::{Got, Image, Mounted, READERS_ONLY, REPOSITORY, Since};
+use super::image::{Got, Image, Mounted, READERS_ONLY, REPOSITORY, Since, soon};
 
 const SEED: u64 = 51;
 /// Longer than a stall is waited for (10 s), so that a transfer that stands still costs no read.
@@ -174,9 +174,10 @@ fn meet(
     let log = || since.log();
     ensure!(got == fault.got, "{got:?}\n{}", log());
     since.said(&[fault.said])?;
+    let does_count = soon(|| Ok(count()? > before))?;
     let counted = count()? - before;
     ensure!(
-        counted >= 1.0,
+        does_count,
         "{} {:?} did not count\n{}",
         fault.metric,
         fault.labels,
