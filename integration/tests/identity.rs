@@ -295,6 +295,12 @@ fn every_kind_of_entry_over_fuse() -> Result<()> {
     strange("fuse")
 }
 
+/// As it is by itself: names by the kernel, bytes over FUSE where the kernel can.
+#[test]
+fn every_kind_of_entry_as_it_comes() -> Result<()> {
+    strange("auto")
+}
+
 fn strange(backend: &str) -> Result<()> {
     let directory = tempfile::tempdir()?;
     let layout = layout::write(
@@ -307,5 +313,5 @@ fn strange(backend: &str) -> Result<()> {
 
 #[test]
 fn a_real_image() -> Result<()> {
-    identical("python", &images::python_layout()?, "erofs")
+    identical("python", &images::python_layout()?, "auto")
 }

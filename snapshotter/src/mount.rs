@@ -12,6 +12,7 @@ pub mod erofs;
 pub mod errno;
 pub mod fuse;
 mod metrics;
+pub mod over_fuse;
 pub mod selftest;
 
 use std::fmt::Debug;
@@ -31,6 +32,8 @@ pub enum Backend {
     Fuse,
     /// The kernel's own EROFS.
     Erofs,
+    /// The kernel's own EROFS, whose devices the shim serves over FUSE.
+    ErofsFuse,
     /// A bind mount, in tests.
     Bind,
 }
@@ -41,6 +44,7 @@ impl Backend {
         match self {
             Backend::Fuse => "fuse",
             Backend::Erofs => "erofs",
+            Backend::ErofsFuse => "erofs-fuse",
             Backend::Bind => "bind",
         }
     }

@@ -26,6 +26,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::chain::RunKey;
+use crate::mount::over_fuse;
 use crate::mount::{
     Backend, ImageMount, MountError, MountSpec, MountState, UnmountMode, UnmountOutcome,
 };
@@ -357,8 +358,10 @@ impl Mounts {
                 Ok(UnmountOutcome::Done) => {
                     turn.fallback = None;
                     let path = self.mountpoint(key);
-                    if let Err(error) = tokio::fs::remove_dir(&path).await {
-                        tracing::debug!(path = %path.display(), "keep mount point: {error}");
+                    for path in [over_fuse::lower_mountpoint(&path), path] {
+                        if let Err(error) = tokio::fs::remove_dir(&path).await {
+                            tracing::debug!(path = %path.display(), "keep mount point: {error}");
+                        }
                     }
                     tracing::info!(run = %key, "unmounted a run that nobody uses");
                 }

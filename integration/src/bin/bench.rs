@@ -55,7 +55,7 @@ fn main() -> Result<()> {
             Benchmark::Fs => {
                 let layout = images::python_layout()?;
                 let mut figures = json!({});
-                for backend in ["fuse", "erofs"] {
+                for backend in ["fuse", "auto", "erofs"] {
                     let config = format!("[mount]\nbackend = \"{backend}\"\n");
                     let site = Site::start("bench", Release::V1, Line::OPEN, &config)?;
                     figures[backend] = files::measure(&site, &layout)?;

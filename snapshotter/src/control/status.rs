@@ -14,7 +14,7 @@ use super::{ControlError, ControlService};
 use crate::layers::device_key;
 use crate::lazy::ImageDocument;
 use crate::mount::Backend;
-use crate::mount::choice::{Abilities, Ability};
+use crate::mount::choice::Abilities;
 use crate::run::MirrorSide;
 use crate::snapshots::{LazyLayerRecord, SnapshotRecord};
 use crate::store::DocumentTable;
@@ -67,16 +67,26 @@ impl ControlService {
             layers: run.layers,
             users: users.get(&run.key).copied().unwrap_or(0),
         });
-        let backend = |ability: &Ability| match ability {
-            Ok(()) => Backend::Erofs.as_str().to_owned(),
-            Err(_) => Backend::Fuse.as_str().to_owned(),
+        let Abilities {
+            sealed,
+            lazy,
+            over_fuse,
+        } = &self.abilities;
+        let word = |backend: Backend| backend.as_str().to_owned();
+        let (incomplete, reason) = match (lazy, over_fuse) {
+            (Ok(()), _) => (Backend::Erofs, None),
+            (Err(reason), Ok(())) => (Backend::ErofsFuse, Some(reason)),
+            (Err(_), Err(reason)) => (Backend::Fuse, Some(reason)),
         };
-        let Abilities { sealed, lazy } = &self.abilities;
+        let complete = match sealed {
+            Ok(()) => Backend::Erofs,
+            Err(_) => Backend::Fuse,
+        };
         Ok(StatusResponse {
             version: env!("CARGO_PKG_VERSION").into(),
-            backend: backend(lazy),
-            sealed_backend: backend(sealed),
-            backend_reason: lazy.clone().err().unwrap_or_default(),
+            backend: word(incomplete),
+            sealed_backend: word(complete),
+            backend_reason: reason.cloned().unwrap_or_default(),
             root: self.lazy.root().to_string_lossy().into_owned(),
             store_present_bytes: held,
             images,

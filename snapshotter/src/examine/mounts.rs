@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use super::{Examiner, Finding, Report, Severity, blocking};
 use crate::chain::RunKey;
+use crate::mount::over_fuse;
 use crate::sys::mountpoint::{self, MountLine};
 
 /// The runs that the kernel has mounted below this directory.
@@ -22,6 +23,8 @@ fn runs_below(lines: Vec<MountLine>, directory: &Path) -> BTreeMap<PathBuf, Opti
     below
         .map(|line| {
             let name = line.mountpoint.file_name().and_then(|name| name.to_str());
+            // The one below a mount of the kernel belongs to the same run.
+            let name = name.map(|name| over_fuse::run_of(name).unwrap_or(name));
             let key = name.and_then(RunKey::from_hex);
             (line.mountpoint, key)
         })
@@ -125,6 +128,7 @@ mod tests {
         let key = "ab".repeat(32);
         let lines = vec![
             line(&format!("/r/mnt/{key}")),
+            line(&format!("/r/mnt/{key}.devices")),
             line("/r/mnt/other"),
             line(&format!("/r/mnt/{key}/inside")),
             line("/r/mnt"),
@@ -134,6 +138,10 @@ mod tests {
         let expected = [
             (
                 PathBuf::from(format!("/r/mnt/{key}")),
+                RunKey::from_hex(&key),
+            ),
+            (
+                PathBuf::from(format!("/r/mnt/{key}.devices")),
                 RunKey::from_hex(&key),
             ),
             ("/r/mnt/other".into(), None),

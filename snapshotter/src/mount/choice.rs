@@ -5,6 +5,7 @@
 //! | --- | --- |
 //! | all layers sealed, kernel able | the kernel; no process of ours is needed from then on |
 //! | some not, kernel able to ask before they are read, and wanted | the kernel, while the shim watches them |
+//! | some not, kernel able to read devices that the shim serves | the kernel, over FUSE for bytes alone |
 //! | anything else | the shim, over FUSE |
 //!
 //! What is mounted stays with what serves it: containers stand on it, and a mount below them cannot be
@@ -18,9 +19,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use sluice_fetcher::steps::StepKind;
+use sluice_fetcher::steps::{StepGuard, StepKind};
 
-use super::erofs::{self, KernelMounts};
+use super::erofs::{self, Devices, KernelMount, KernelMounts};
+use super::over_fuse::OverFuse;
 use super::{
     Backend, FirstReads, ImageMount, MountError, MountMetrics, MountSpec, MountState, UnmountMode,
     UnmountOutcome,
@@ -39,8 +41,10 @@ pub type Ability = Result<(), String>;
 pub struct Abilities {
     /// Runs whose layers are all sealed.
     pub sealed: Ability,
-    /// Others.
+    /// Others, from the chunk store, asking before it reads.
     pub lazy: Ability,
+    /// Others, from files that the shim serves.
+    pub over_fuse: Ability,
 }
 
 /// Watches devices for the kernel's mounts: the shim.
@@ -62,6 +66,7 @@ pub struct MountChoice {
     fuse: Arc<dyn ImageMount>,
     watcher: Arc<dyn Watcher>,
     kernel: Arc<KernelMounts>,
+    over_fuse: OverFuse,
     abilities: Abilities,
     metrics: MountMetrics,
     /// Runs that are being mounted: they may be watched already. Locked for set operations only.
@@ -80,6 +85,7 @@ impl MountChoice {
         metrics: MountMetrics,
     ) -> Self {
         Self {
+            over_fuse: OverFuse::new(Arc::clone(&fuse), Arc::clone(&kernel)),
             fuse,
             watcher,
             kernel,
@@ -93,36 +99,66 @@ impl MountChoice {
         self.mounting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has the kernel mount the run if it may; says whether it did.
-    async fn mount_by_kernel(&self, spec: &MountSpec) -> io::Result<bool> {
-        if self.abilities.sealed.is_err() {
-            return Ok(false);
+    /// Has the kernel mount the run if it may; says how it did.
+    async fn mount_by_kernel(&self, spec: &MountSpec) -> io::Result<Option<Backend>> {
+        if let Some(mount) = self.in_place(&spec.key).await? {
+            if mount.devices == Devices::Store || self.is_served(&spec.key).await? {
+                return Ok(Some(mount.backend()));
+            }
+            // All that it does not have in memory gives errors by now.
+            tracing::warn!(key = spec.key, "replace a mount whose server is gone");
+            let (kernel, key) = (Arc::clone(&self.kernel), spec.key.clone());
+            blocking(move || kernel.unmount(&key, UnmountMode::Detach)).await?;
         }
-        let sealed = is_sealed(spec).await?;
-        if (!sealed && self.abilities.lazy.is_err()) || !self.is_free(spec).await? {
-            return Ok(false);
+        if self.abilities.sealed.is_err() || !self.is_free(spec).await? {
+            return Ok(None);
         }
-        if !sealed {
-            self.watcher.watch(spec).await.map_err(io::Error::other)?;
-        }
-        let (kernel, kept) = (Arc::clone(&self.kernel), spec.clone());
         let subject = format!("mount {}", spec.mountpoint.display());
-        let step = self
-            .metrics
-            .steps()
-            .enter(KERNEL_STEP, "containerd", subject);
+        let steps = self.metrics.steps();
+        let step = steps.enter(KERNEL_STEP, "containerd", subject);
+        if is_sealed(spec).await? {
+            self.mount_store(spec, step).await?;
+            return Ok(Some(Backend::Erofs));
+        }
+        if self.abilities.lazy.is_ok() {
+            self.watcher.watch(spec).await.map_err(io::Error::other)?;
+            let mounted = self.mount_store(spec, step).await;
+            if mounted.is_err() {
+                let undone = self.watcher.unwatch(&spec.key).await;
+                tracing::debug!(key = spec.key, ?undone, "undo a watch");
+            }
+            return mounted.map(|()| Some(Backend::Erofs));
+        }
+        if self.abilities.over_fuse.is_ok() {
+            let mounted = self.over_fuse.mount(spec).await;
+            return mounted.map(|()| Some(Backend::ErofsFuse));
+        }
+        Ok(None)
+    }
+
+    /// Has the kernel mount the run over the files of the chunk store.
+    async fn mount_store(&self, spec: &MountSpec, step: StepGuard) -> io::Result<()> {
+        let (kernel, spec) = (Arc::clone(&self.kernel), spec.clone());
         let mounted = blocking(move || {
             // For as long as the call lasts, also when nobody waits for it any more.
             let _step = step;
-            let devices = erofs::open_devices(&kept)?;
-            kernel.mount(&kept, &devices)
+            let devices = erofs::open_devices(&spec)?;
+            kernel.mount(&spec, &devices, Devices::Store)
         });
-        let mounted = mounted.await;
-        if mounted.is_err() && !sealed {
-            let undone = self.watcher.unwatch(&spec.key).await;
-            tracing::debug!(key = spec.key, ?undone, "undo a watch");
+        mounted.await
+    }
+
+    async fn in_place(&self, key: &str) -> io::Result<Option<KernelMount>> {
+        let (kernel, key) = (Arc::clone(&self.kernel), key.to_owned());
+        blocking(move || kernel.in_place(&key)).await
+    }
+
+    /// Whether the shim serves the files below a mount of the kernel.
+    async fn is_served(&self, key: &str) -> io::Result<bool> {
+        match self.over_fuse.is_served(key).await {
+            Err(MountError::NoShim { .. }) => Ok(false),
+            served => served.map_err(io::Error::other),
         }
-        mounted.map(|()| true)
     }
 
     /// Whether no mount of the shim that serves is in the place of the run; a dead one is removed.
@@ -155,7 +191,9 @@ impl MountChoice {
     /// daemon may die at any moment.
     pub async fn tend(&self) -> Result<(), MountError> {
         let watched = self.watcher.watched().await?;
-        let specs = self.kernel.specs();
+        let mounts = self.kernel.all();
+        let of_store = mounts.iter().filter(|it| it.devices == Devices::Store);
+        let specs: Vec<_> = of_store.map(|mount| &mount.spec).collect();
         for spec in specs.iter().filter(|spec| !watched.contains(&spec.key)) {
             let sealed = is_sealed(spec).await;
             if !sealed.map_err(|error| refused(&spec.key, &error))? {
@@ -178,7 +216,7 @@ async fn is_sealed(spec: &MountSpec) -> io::Result<bool> {
 }
 
 /// On a thread that may block.
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
 ) -> io::Result<T> {
     let done = tokio::task::spawn_blocking(work).await;
@@ -208,11 +246,11 @@ impl ImageMount for MountChoice {
         self.mounting().insert(spec.key.clone());
         let _mounting = Mounting(self, &spec.key);
         match self.mount_by_kernel(spec).await {
-            Ok(true) => {
-                self.metrics.made(Backend::Erofs);
-                return Ok(Backend::Erofs);
+            Ok(Some(backend)) => {
+                self.metrics.made(backend);
+                return Ok(backend);
             }
-            Ok(false) => {}
+            Ok(None) => {}
             Err(error) => {
                 tracing::warn!(key = spec.key, "mount by FUSE instead of EROFS: {error}");
                 self.metrics.fell_back();
@@ -225,10 +263,15 @@ impl ImageMount for MountChoice {
 
     async fn check(&self, key: &str) -> Result<MountState, MountError> {
         let io = |error| refused(key, &error);
-        let (kernel, name) = (Arc::clone(&self.kernel), key.to_owned());
-        let Some(spec) = blocking(move || kernel.in_place(&name)).await.map_err(io)? else {
+        let Some(KernelMount { spec, devices }) = self.in_place(key).await.map_err(io)? else {
             return self.fuse.check(key).await;
         };
+        if devices == Devices::OverFuse {
+            return Ok(match self.over_fuse.is_served(key).await? {
+                true => MountState::Serving,
+                false => MountState::Absent,
+            });
+        }
         if !is_sealed(&spec).await.map_err(io)?
             && !self.watcher.watched().await?.contains(&spec.key)
         {
@@ -254,11 +297,17 @@ impl ImageMount for MountChoice {
             true => self.watcher.unwatch(key).await?,
             false => UnmountOutcome::Done,
         };
-        // An older mount of the run may still be leaving.
-        match (self.fuse.unmount(key, mode).await?, watched) {
-            (UnmountOutcome::Done, UnmountOutcome::Done) => Ok(UnmountOutcome::Done),
-            _ => Ok(UnmountOutcome::Busy),
-        }
+        // Older mounts of the run may still be leaving.
+        let outcomes = [
+            watched,
+            self.over_fuse.unmount(key, mode).await?,
+            self.fuse.unmount(key, mode).await?,
+        ];
+        let all_done = outcomes.iter().all(|it| *it == UnmountOutcome::Done);
+        Ok(match all_done {
+            true => UnmountOutcome::Done,
+            false => UnmountOutcome::Busy,
+        })
     }
 
     async fn first_reads(
@@ -267,6 +316,10 @@ impl ImageMount for MountChoice {
         from: u32,
         forget: bool,
     ) -> Result<FirstReads, MountError> {
-        self.fuse.first_reads(key, from, forget).await
+        let lower = self.over_fuse.first_reads(key, from, forget).await?;
+        match lower.recorded {
+            true => Ok(lower),
+            false => self.fuse.first_reads(key, from, forget).await,
+        }
     }
 }

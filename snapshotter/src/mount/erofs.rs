@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Mounts that the kernel's EROFS serves: of runs whose layers are all sealed, or are watched
-//! ([`crate::shim`]) until they are.
+//! ([`crate::shim`]) until they are, or stand on files that the shim serves ([`super::over_fuse`]).
 //!
 //! The daemon mounts; from then on no process of ours is on the path of reads of what is sealed, and
 //! none is needed to keep the mount. The kernel has tree and devices open: deleting a file takes nothing from who reads it
@@ -23,11 +23,11 @@ use sluice_blockindex::erofs::BLOCK_BYTES;
 use sluice_fetcher::store::{DeviceState, PresenceMap};
 use sluice_proto::shim as wire;
 
-use super::{DeviceSpec, MountSpec, UnmountMode};
+use super::{Backend, DeviceSpec, MountSpec, UnmountMode};
 use crate::durable;
 use crate::sys::map::MappedTree;
 use crate::sys::mountpoint::{self, MountLine, Unmounted};
-use crate::sys::newmount;
+use crate::sys::newmount::{self, Caching};
 
 /// File system type as the mount table shows it.
 pub const KIND: &str = "erofs";
@@ -37,11 +37,39 @@ const BLOCK: u64 = BLOCK_BYTES;
 /// Ends the name of a note.
 const NOTE_SUFFIX: &str = ".mount";
 
+/// A mount that the kernel serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KernelMount {
+    /// What is mounted where.
+    pub spec: MountSpec,
+    /// What its devices are.
+    pub devices: Devices,
+}
+
+/// What the devices of a mount of the kernel are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Devices {
+    /// The files of the chunk store.
+    Store,
+    /// Files that the shim serves over FUSE.
+    OverFuse,
+}
+
+impl KernelMount {
+    /// What serves it.
+    pub fn backend(&self) -> Backend {
+        match self.devices {
+            Devices::Store => Backend::Erofs,
+            Devices::OverFuse => Backend::ErofsFuse,
+        }
+    }
+}
+
 /// The mounts of this node that the kernel serves.
 #[derive(Debug)]
 pub struct KernelMounts {
     notes: PathBuf,
-    table: Mutex<BTreeMap<String, MountSpec>>,
+    table: Mutex<BTreeMap<String, KernelMount>>,
 }
 
 impl KernelMounts {
@@ -53,9 +81,13 @@ impl KernelMounts {
         let mut table = BTreeMap::new();
         for entry in std::fs::read_dir(notes)? {
             let path = entry?.path();
+            let name = path.file_name().and_then(|name| name.to_str());
+            if !name.is_some_and(|name| name.ends_with(NOTE_SUFFIX)) {
+                continue;
+            }
             match read_note(&path) {
-                Ok(spec) if is_top(&spec, &lines) => {
-                    table.insert(spec.key.clone(), spec);
+                Ok(mount) if is_top(&mount.spec, &lines) => {
+                    table.insert(mount.spec.key.clone(), mount);
                 }
                 Ok(_) => std::fs::remove_file(&path)?,
                 Err(error) => {
@@ -70,27 +102,32 @@ impl KernelMounts {
         })
     }
 
-    fn table(&self) -> MutexGuard<'_, BTreeMap<String, MountSpec>> {
+    fn table(&self) -> MutexGuard<'_, BTreeMap<String, KernelMount>> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Where notes stand.
+    pub fn notes(&self) -> &Path {
+        &self.notes
+    }
+
     /// What is or was mounted, by this daemon or one before it.
-    pub fn specs(&self) -> Vec<MountSpec> {
+    pub fn all(&self) -> Vec<KernelMount> {
         self.table().values().cloned().collect()
     }
 
     /// The mount of this name, if it is the topmost at its mountpoint.
-    pub fn in_place(&self, key: &str) -> io::Result<Option<MountSpec>> {
-        let Some(spec) = self.table().get(key).cloned() else {
+    pub fn in_place(&self, key: &str) -> io::Result<Option<KernelMount>> {
+        let Some(mount) = self.table().get(key).cloned() else {
             return Ok(None);
         };
-        Ok(is_top(&spec, &mountpoint::mounts()?).then_some(spec))
+        Ok(is_top(&mount.spec, &mountpoint::mounts()?).then_some(mount))
     }
 
-    /// Mounts the run over its open devices, unless just that is mounted there.
+    /// Mounts the run over its open devices, which are `kind`, unless just that is mounted there.
     ///
     /// **Errors** something else is mounted there; those of the kernel. Nothing is left then.
-    pub fn mount(&self, spec: &MountSpec, devices: &[File]) -> io::Result<()> {
+    pub fn mount(&self, spec: &MountSpec, devices: &[File], kind: Devices) -> io::Result<()> {
         let lines = mountpoint::mounts()?;
         let there = lines.iter().rev().find(|l| l.mountpoint == spec.mountpoint);
         let taken_over = is_top(spec, &lines);
@@ -100,20 +137,34 @@ impl KernelMounts {
             let what = format!("{} is mounted at {}", line.kind, line.mountpoint.display());
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, what));
         }
-        let note = wire::Mount::from(spec).encode_to_vec();
+        let (over_fuse, caching) = match kind {
+            Devices::Store => (false, Caching::Both),
+            Devices::OverFuse => (true, Caching::Once),
+        };
+        let note = wire::Mount {
+            over_fuse,
+            ..spec.into()
+        };
+        let note = note.encode_to_vec();
         durable::write(&self.notes, &note_name(&spec.key), &note)?;
-        if !taken_over && let Err(error) = newmount::erofs(&spec.tree, devices, &spec.mountpoint) {
+        if !taken_over
+            && let Err(error) = newmount::erofs(&spec.tree, devices, &spec.mountpoint, caching)
+        {
             self.forget(&spec.key);
             return Err(error);
         }
-        self.table().insert(spec.key.clone(), spec.clone());
+        let mount = KernelMount {
+            spec: spec.clone(),
+            devices: kind,
+        };
+        self.table().insert(spec.key.clone(), mount);
         Ok(())
     }
 
     /// Unmounts; what is not ours is [`Unmounted::Absent`]. Containers that stand on the mount keep the
     /// file system, and it keeps its files: nothing has to wait for them.
     pub fn unmount(&self, key: &str, mode: UnmountMode) -> io::Result<Unmounted> {
-        let Some(spec) = self.in_place(key)? else {
+        let Some(KernelMount { spec, .. }) = self.in_place(key)? else {
             if self.table().remove(key).is_some() {
                 self.forget(key);
             }
@@ -139,15 +190,19 @@ fn note_name(key: &str) -> String {
     format!("{key}{NOTE_SUFFIX}")
 }
 
-fn read_note(path: &Path) -> io::Result<MountSpec> {
+fn read_note(path: &Path) -> io::Result<KernelMount> {
     let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
     let mount = wire::Mount::decode(&*std::fs::read(path)?).map_err(io::Error::other)?;
+    let devices = match mount.over_fuse {
+        false => Devices::Store,
+        true => Devices::OverFuse,
+    };
     let spec = MountSpec::try_from(mount).map_err(io::Error::other)?;
     let named = path.file_name().and_then(|name| name.to_str());
     if named != Some(&note_name(&spec.key)) {
         return Err(invalid("it has the name of another"));
     }
-    Ok(spec)
+    Ok(KernelMount { spec, devices })
 }
 
 /// Whether the topmost mount at the mountpoint is the tree of this run.
@@ -194,6 +249,14 @@ pub fn open_devices(spec: &MountSpec) -> io::Result<Vec<File>> {
         files.push(file);
     }
     Ok(files)
+}
+
+/// How many bytes each device of a run has.
+pub fn device_bytes(spec: &MountSpec) -> io::Result<Vec<u64>> {
+    let devices = spec.devices.iter();
+    devices
+        .map(|device| Ok(presence(device)?.device_bytes()))
+        .collect()
 }
 
 fn presence(device: &DeviceSpec) -> io::Result<PresenceMap> {

@@ -9,6 +9,7 @@
 //! directory, and perhaps its mounts: the next test begins by taking both away.
 
 mod asks;
+mod over_fuse;
 
 use std::fs::{self, File};
 use std::io;
@@ -42,6 +43,13 @@ pub fn kernel_serves_sealed(devices: &Path) -> Result<(), String> {
 /// **Errors** what does not work, for people.
 pub fn kernel_asks_first(devices: &Path) -> Result<(), String> {
     in_scratch(devices, asks::try_in)
+}
+
+/// Makes a scratch mount whose devices stand on a scratch mount of FUSE, served by this process.
+///
+/// **Errors** what does not work, for people.
+pub fn kernel_reads_over_fuse(devices: &Path) -> Result<(), String> {
+    in_scratch(devices, over_fuse::try_in)
 }
 
 fn in_scratch(
@@ -99,7 +107,8 @@ fn try_in(scratch: &Path) -> Result<(), String> {
     let tree = at("tree.erofs");
     let image = sample_tree().ok_or("build scratch tree")?;
     fs::write(&tree, image).map_err(failed("write scratch tree"))?;
-    newmount::erofs(&tree, &files, &at("tree")).map_err(|error| error.to_string())?;
+    newmount::erofs(&tree, &files, &at("tree"), newmount::Caching::Both)
+        .map_err(|error| error.to_string())?;
     compare(&at("tree"), &contents)?;
     // As a container has it: an image below another directory.
     let options = format!(
@@ -180,6 +189,7 @@ mod tests {
         for _ in 0..2 {
             println!("{:?}", kernel_serves_sealed(dir.path()));
             println!("{:?}", kernel_asks_first(dir.path()));
+            println!("{:?}", kernel_reads_over_fuse(dir.path()));
             assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
             let below = |l: &mountpoint::MountLine| l.mountpoint.starts_with(dir.path());
             assert!(!mountpoint::mounts().unwrap().iter().any(below));

@@ -32,7 +32,8 @@ use crate::lazy::{Lazy, LazyMetrics, LazyOptions, LazyParts, Reclaimer};
 use crate::mount::attached::AttachedMount;
 use crate::mount::choice::MountChoice;
 use crate::mount::erofs::KernelMounts;
-use crate::mount::{Backend, MountMetrics};
+use crate::mount::over_fuse;
+use crate::mount::{Backend, MountMetrics, MountSpec};
 use crate::mounts::Mounts;
 use crate::notifications::{NotificationMetrics, Receiver};
 use crate::prewarm::Prewarms;
@@ -317,9 +318,9 @@ async fn adopt(backend: Arc<AttachedMount>, kernel: Arc<KernelMounts>, mounts: A
         };
         match served.await {
             Ok(served) => {
-                let kernels = kernel.specs().into_iter();
-                let kernels = kernels.map(|spec| (spec, Backend::Erofs));
-                let shims = served.into_iter().map(|it| (it.spec, Backend::Fuse));
+                let kernels = kernel.all().into_iter();
+                let kernels = kernels.map(|mount| (mount.spec.clone(), mount.backend()));
+                let shims = served.into_iter().map(|it| of_shim(it.spec));
                 mounts.adopt(&kernels.chain(shims).collect::<Vec<_>>());
                 return;
             }
@@ -327,6 +328,15 @@ async fn adopt(backend: Arc<AttachedMount>, kernel: Arc<KernelMounts>, mounts: A
         }
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(LONGEST_ATTACH_PAUSE);
+    }
+}
+
+/// A mount of the shim under the key of its run. The lower one of a kernel's mount stands for its devices: those are in
+/// use for as long as it is there.
+fn of_shim(spec: MountSpec) -> (MountSpec, Backend) {
+    match over_fuse::run_of(&spec.key).map(str::to_owned) {
+        Some(key) => (MountSpec { key, ..spec }, Backend::ErofsFuse),
+        None => (spec, Backend::Fuse),
     }
 }
 

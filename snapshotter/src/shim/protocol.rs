@@ -138,6 +138,7 @@ impl From<&MountSpec> for wire::Mount {
                 .collect(),
             read_deadline_ms: deadline_to_wire(spec.read_deadline),
             record_ms: deadline_to_wire(spec.record),
+            over_fuse: false,
         }
     }
 }

@@ -66,6 +66,17 @@ pub fn detach(mountpoint: &Path, detach: bool) -> io::Result<Unmounted> {
     }
 }
 
+/// Unmounts what is at `mountpoint` by force: requests to a FUSE server that does not answer end with errors, now and
+/// later.
+pub fn abort(mountpoint: &Path) -> io::Result<()> {
+    let flags = MntFlags::UMOUNT_NOFOLLOW | MntFlags::MNT_FORCE;
+    // It aborts the connection also when the mount is busy and so stays.
+    match umount2(mountpoint, flags) {
+        Ok(()) | Err(Errno::EBUSY) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// All mounts of our mount namespace, oldest first.
 pub fn mounts() -> io::Result<Vec<MountLine>> {
     Ok(parse_mountinfo(&std::fs::read("/proc/self/mountinfo")?))

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use rustix::fs::CWD;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag,
     fsconfig_set_string, fsmount, fsopen, move_mount,
 };
 
@@ -17,6 +17,15 @@ use rustix::mount::{
 ///
 /// **Source** fs/fsopen.c, `SYSCALL_DEFINE5(fsconfig`.
 const VALUE_BYTES: usize = 256;
+
+/// Who keeps the bytes of devices in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Caching {
+    /// The file system of the devices, and EROFS for its files.
+    Both,
+    /// EROFS alone: devices are read past their file system's own pages. From Linux 6.15.
+    Once,
+}
 
 /// Mounts the tree at `mountpoint`, read-only; device `i` of the tree is `devices[i - 1]`.
 ///
@@ -26,9 +35,9 @@ const VALUE_BYTES: usize = 256;
 ///
 /// **Errors** those of the kernel, with what it says about them: no EROFS, none from files (before
 /// Linux 6.12), a tree that it does not take.
-pub fn erofs(tree: &Path, devices: &[File], mountpoint: &Path) -> io::Result<()> {
+pub fn erofs(tree: &Path, devices: &[File], mountpoint: &Path, caching: Caching) -> io::Result<()> {
     let context = fsopen("erofs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(step("open"))?;
-    let configured = configure(&context, tree, devices);
+    let configured = configure(&context, tree, devices, caching);
     configured.map_err(|error| explained(&context, error))?;
     let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY;
     let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
@@ -44,7 +53,7 @@ fn step(what: &'static str) -> impl Fn(rustix::io::Errno) -> io::Error {
     }
 }
 
-fn configure(context: &OwnedFd, tree: &Path, devices: &[File]) -> io::Result<()> {
+fn configure(context: &OwnedFd, tree: &Path, devices: &[File], caching: Caching) -> io::Result<()> {
     if tree.as_os_str().len() >= VALUE_BYTES {
         let what = format!("the tree's path has more than {} bytes", VALUE_BYTES - 1);
         return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
@@ -54,6 +63,9 @@ fn configure(context: &OwnedFd, tree: &Path, devices: &[File]) -> io::Result<()>
         // By descriptor: a device's own path may be too long for an option.
         let path = format!("/proc/self/fd/{}", device.as_raw_fd());
         fsconfig_set_string(context, "device", path)?;
+    }
+    if caching == Caching::Once {
+        fsconfig_set_flag(context, "directio")?;
     }
     fsconfig_create(context)?;
     Ok(())
@@ -89,10 +101,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let tree = dir.path().join("tree");
         std::fs::write(&tree, vec![7; 8192]).unwrap();
-        let error = erofs(&tree, &[], dir.path()).unwrap_err().to_string();
+        let error = erofs(&tree, &[], dir.path(), Caching::Both)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("EROFS"), "{error}");
         let long = dir.path().join("x".repeat(250));
-        let error = erofs(&long, &[], dir.path()).unwrap_err().to_string();
+        let error = erofs(&long, &[], dir.path(), Caching::Both)
+            .unwrap_err()
+            .to_string();
         println!("{error}");
         assert!(
             crate::sys::mountpoint::mount_at(dir.path())

@@ -334,7 +334,11 @@ impl World {
     /// Has the kernel mount a run, whoever watches it.
     pub fn mount_by_kernel(&self, spec: &MountSpec) {
         self.kernel
-            .mount(spec, &erofs::open_devices(spec).unwrap())
+            .mount(
+                spec,
+                &erofs::open_devices(spec).unwrap(),
+                erofs::Devices::Store,
+            )
             .unwrap();
     }
 

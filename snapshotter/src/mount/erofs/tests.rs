@@ -15,8 +15,9 @@ use sluice_fetcher::store::{DeviceKey, SealStep, Store, StoreOptions};
 
 use super::*;
 use crate::mount::choice::{Abilities, Ability, MountChoice, Watcher};
+use crate::mount::over_fuse;
 use crate::mount::{
-    Backend, ImageMount, MountError, MountMetrics, MountState, UnmountOutcome, selftest,
+    Backend, FirstReads, ImageMount, MountError, MountMetrics, MountState, UnmountOutcome, selftest,
 };
 
 const CHUNK: usize = 16 * 1024;
@@ -102,7 +103,8 @@ fn site() -> Option<Site> {
 }
 
 impl Site {
-    fn seal(&self, number: usize) {
+    /// Makes all of a device present; gives how to seal it.
+    fn fill(&self, number: usize) -> impl FnOnce() {
         let spec = &self.spec.devices[number];
         let key = DeviceKey {
             diff_id: spec.diff_id,
@@ -113,7 +115,11 @@ impl Site {
         for (ordinal, chunk) in (0u32..).zip(bytes.chunks(CHUNK)) {
             device.commit(ordinal, chunk).unwrap();
         }
-        device.seal(&mut || SealStep::Continue).unwrap();
+        move || device.seal(&mut || SealStep::Continue).map(drop).unwrap()
+    }
+
+    fn seal(&self, number: usize) {
+        self.fill(number)();
     }
 
     fn kernel(&self) -> Arc<KernelMounts> {
@@ -139,7 +145,10 @@ impl Site {
 
 impl Drop for Site {
     fn drop(&mut self) {
-        while let Ok(Unmounted::Done) = mountpoint::detach(&self.spec.mountpoint, true) {}
+        let lower = over_fuse::lower_mountpoint(&self.spec.mountpoint);
+        for at in [&self.spec.mountpoint, &lower] {
+            while let Ok(Unmounted::Done) = mountpoint::detach(at, true) {}
+        }
     }
 }
 
@@ -153,7 +162,7 @@ fn a_sealed_run_is_mounted_known_again_and_unmounted() {
     let devices = open_devices(&site.spec).unwrap();
     let kernel = site.kernel();
     for _ in 0..2 {
-        kernel.mount(&site.spec, &devices).unwrap();
+        kernel.mount(&site.spec, &devices, Devices::Store).unwrap();
         site.assert_shown();
     }
     let at = |spec: &MountSpec| {
@@ -166,12 +175,16 @@ fn a_sealed_run_is_mounted_known_again_and_unmounted() {
     assert_eq!((at(&site.spec), site.notes()), (1, 1));
     // A daemon that starts knows it by its note, and one without the note by its tree.
     let again = site.kernel();
-    assert_eq!(again.specs(), std::slice::from_ref(&site.spec));
-    assert_eq!(again.in_place("run").unwrap(), Some(site.spec.clone()));
+    let mount = KernelMount {
+        spec: site.spec.clone(),
+        devices: Devices::Store,
+    };
+    assert_eq!(again.all(), std::slice::from_ref(&mount));
+    assert_eq!(again.in_place("run").unwrap(), Some(mount));
     std::fs::remove_file(site.dir.path().join("notes/run.mount")).unwrap();
     let without = site.kernel();
-    assert_eq!(without.specs(), []);
-    without.mount(&site.spec, &devices).unwrap();
+    assert_eq!(without.all(), []);
+    without.mount(&site.spec, &devices, Devices::Store).unwrap();
     assert_eq!((at(&site.spec), site.notes()), (1, 1));
     // What is in use stays; what is deleted is read on by who has it open.
     let open = File::open(site.spec.mountpoint.join("f1")).unwrap();
@@ -210,13 +223,13 @@ fn notes_that_are_not_true_are_dropped() {
     assert!(all_sealed(&site.spec).unwrap());
     let devices = open_devices(&site.spec).unwrap();
     let kernel = site.kernel();
-    kernel.mount(&site.spec, &devices).unwrap();
+    kernel.mount(&site.spec, &devices, Devices::Store).unwrap();
     mountpoint::detach(&site.spec.mountpoint, true).unwrap();
     assert_eq!(kernel.in_place("run").unwrap(), None);
     std::fs::write(site.dir.path().join("notes/x.mount"), b"\xff").unwrap();
     let copy = site.dir.path().join("notes/other.mount");
     std::fs::copy(site.dir.path().join("notes/run.mount"), copy).unwrap();
-    assert_eq!(site.kernel().specs(), []);
+    assert_eq!(site.kernel().all(), []);
     assert_eq!(site.notes(), 0);
 }
 
@@ -236,6 +249,8 @@ fn a_device_that_ends_early_is_not_mounted() {
 /// A shim that notes what it is asked.
 #[derive(Debug, Default)]
 struct Shim {
+    /// Mounts of devices, which it makes by a tmpfs.
+    lower: Mutex<Vec<MountSpec>>,
     watched: Mutex<Vec<String>>,
     busy: AtomicBool,
     /// Whether nothing was mounted yet when the last watch began.
@@ -244,14 +259,42 @@ struct Shim {
 
 #[async_trait]
 impl ImageMount for Shim {
-    async fn mount(&self, _: &MountSpec) -> Result<Backend, MountError> {
+    async fn mount(&self, spec: &MountSpec) -> Result<Backend, MountError> {
+        if over_fuse::run_of(&spec.key).is_some() && !self.lower.lock().unwrap().contains(spec) {
+            let flags = nix::mount::MsFlags::empty();
+            mountpoint::attach("test", &spec.mountpoint, "tmpfs", flags, "").unwrap();
+            for (number, device) in spec.devices.iter().enumerate() {
+                let file = spec.mountpoint.join(number.to_string());
+                std::fs::copy(device.directory.join("data"), file).unwrap();
+            }
+            self.lower.lock().unwrap().push(spec.clone());
+        }
         Ok(Backend::Fuse)
     }
-    async fn check(&self, _: &str) -> Result<MountState, MountError> {
-        Ok(MountState::Absent)
+    async fn check(&self, key: &str) -> Result<MountState, MountError> {
+        let lower = self.lower.lock().unwrap();
+        Ok(match lower.iter().any(|spec| spec.key == key) {
+            true => MountState::Serving,
+            false => MountState::Absent,
+        })
     }
-    async fn unmount(&self, _: &str, _: UnmountMode) -> Result<UnmountOutcome, MountError> {
+    async fn unmount(&self, key: &str, mode: UnmountMode) -> Result<UnmountOutcome, MountError> {
+        let mut lower = self.lower.lock().unwrap();
+        if let Some(at) = lower.iter().position(|spec| spec.key == key) {
+            let detach = mode == UnmountMode::Detach;
+            match mountpoint::detach(&lower[at].mountpoint, detach).unwrap() {
+                Unmounted::Busy => return Ok(UnmountOutcome::Busy),
+                _ => lower.remove(at),
+            };
+        }
         Ok(UnmountOutcome::Done)
+    }
+    async fn first_reads(&self, key: &str, _: u32, _: bool) -> Result<FirstReads, MountError> {
+        let recorded = over_fuse::run_of(key).is_some() && !self.lower.lock().unwrap().is_empty();
+        Ok(FirstReads {
+            recorded,
+            ..FirstReads::default()
+        })
     }
 }
 
@@ -278,9 +321,17 @@ impl Watcher for Shim {
 }
 
 fn choice(site: &Site, sealed: Ability, lazy: Ability) -> (MountChoice, Arc<Shim>, MountMetrics) {
+    let abilities = Abilities {
+        sealed,
+        lazy,
+        over_fuse: no(),
+    };
+    choice_of(site, abilities)
+}
+
+fn choice_of(site: &Site, abilities: Abilities) -> (MountChoice, Arc<Shim>, MountMetrics) {
     let metrics = MountMetrics::default();
     let shim = Arc::new(Shim::default());
-    let abilities = Abilities { sealed, lazy };
     let (fuse, watcher) = (shim.clone(), shim.clone());
     let choice = MountChoice::new(fuse, watcher, site.kernel(), abilities, metrics.clone());
     (choice, shim, metrics)
@@ -351,4 +402,74 @@ async fn what_is_not_sealed_is_watched_before_it_is_mounted_and_after_it_is_gone
     assert_eq!(watched(), [""; 0]);
     let done = chosen.unmount("run", UnmountMode::IfUnused).await.unwrap();
     assert_eq!(done, UnmountOutcome::Done);
+}
+
+#[tokio::test]
+async fn what_is_not_sealed_stands_on_files_that_the_shim_serves() {
+    let Some(site) = site() else { return };
+    // The test's shim shows what is in the store; a real one fills it.
+    site.seal(0);
+    let seal = site.fill(1);
+    let lower = over_fuse::lower_mountpoint(&site.spec.mountpoint);
+    let both = |expected: usize| {
+        let lines = mountpoint::mounts().unwrap();
+        let ours = lines
+            .iter()
+            .filter(|it| it.mountpoint == lower || it.mountpoint == site.spec.mountpoint);
+        assert_eq!(ours.count(), expected);
+    };
+    let able = || Abilities {
+        sealed: Ok(()),
+        lazy: no(),
+        over_fuse: Ok(()),
+    };
+    let (chosen, shim, metrics) = choice_of(&site, able());
+    for _ in 0..2 {
+        assert_eq!(chosen.mount(&site.spec).await.unwrap(), Backend::ErofsFuse);
+        assert_eq!(chosen.check("run").await.unwrap(), MountState::Serving);
+        both(2);
+    }
+    site.assert_shown();
+    assert_eq!(metrics.made_with(Backend::ErofsFuse), 2);
+    assert!(chosen.first_reads("run", 0, false).await.unwrap().recorded);
+    // Nobody watches it, and nobody has to.
+    chosen.tend().await.unwrap();
+    assert!(shim.watched.lock().unwrap().is_empty());
+    // A daemon that starts knows how it stands, and that it is of no use without its server.
+    let (again, other, _) = choice_of(&site, able());
+    assert_eq!(again.check("run").await.unwrap(), MountState::Absent);
+    other
+        .lower
+        .lock()
+        .unwrap()
+        .extend(shim.lower.lock().unwrap().drain(..));
+    assert_eq!(again.check("run").await.unwrap(), MountState::Serving);
+    // One whose server is gone is replaced, not kept; who reads through it keeps it.
+    let reader = File::open(site.spec.mountpoint.join("f1")).unwrap();
+    let old = other.lower.lock().unwrap().drain(..).next().unwrap();
+    mountpoint::detach(&old.mountpoint, true).unwrap();
+    assert_eq!(again.mount(&site.spec).await.unwrap(), Backend::ErofsFuse);
+    both(2);
+    site.assert_shown();
+    drop(reader);
+    // In use, complete meanwhile, then not in use.
+    let reader = File::open(site.spec.mountpoint.join("f1")).unwrap();
+    let busy = again.unmount("run", UnmountMode::IfUnused).await.unwrap();
+    assert_eq!(busy, UnmountOutcome::Busy);
+    both(2);
+    seal();
+    assert_eq!(again.mount(&site.spec).await.unwrap(), Backend::ErofsFuse);
+    drop(reader);
+    for _ in 0..50 {
+        let done = again.unmount("run", UnmountMode::IfUnused).await.unwrap();
+        if done == UnmountOutcome::Done {
+            break;
+        }
+        // The kernel closes the files below a moment after the mount above is gone.
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    both(0);
+    assert_eq!(site.notes(), 0);
+    assert_eq!(again.mount(&site.spec).await.unwrap(), Backend::Erofs);
+    both(1);
 }

@@ -42,7 +42,8 @@ pub(super) fn try_in(scratch: &Path) -> Result<(), String> {
     let tree = at("lazy.erofs");
     let image = sample_tree().ok_or("build scratch tree")?;
     fs::write(&tree, image).map_err(failed("write scratch tree"))?;
-    newmount::erofs(&tree, &theirs, &at("lazy")).map_err(|error| error.to_string())?;
+    newmount::erofs(&tree, &theirs, &at("lazy"), newmount::Caching::Both)
+        .map_err(|error| error.to_string())?;
 
     let (done, reader) = channel();
     let mounted = at("lazy");
@@ -61,7 +62,7 @@ pub(super) fn try_in(scratch: &Path) -> Result<(), String> {
     result
 }
 
-type Results = [io::Result<Vec<u8>>; 2];
+pub(super) type Results = [io::Result<Vec<u8>>; 2];
 
 /// Answers events until both files were read.
 fn serve(
@@ -122,7 +123,7 @@ fn answer(group: &OwnedFd, slots: &EventSlots, devices: &[File], filling: &[u8])
     answered
 }
 
-fn judge(results: Results, filled: &[u8]) -> Result<(), String> {
+pub(super) fn judge(results: Results, filled: &[u8]) -> Result<(), String> {
     let [first, second] = results;
     let read = first.map_err(failed("read from EROFS while its device is filled"))?;
     if read != shown(filled) {
