@@ -82,6 +82,12 @@ pub fn decompress_index(payload: &[u8], cap: u64) -> Result<Vec<u8>, IndexError>
     Ok(file)
 }
 
+/// Whether this is the index of a blob that Sluice did not write, as far as its header tells; `false` for what is no
+/// index at all.
+pub fn is_unmodified(bytes: &[u8]) -> bool {
+    parse_sections(bytes).is_ok_and(|(_, unmodified)| unmodified)
+}
+
 /// What an index says of its layer as a whole.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Metadata {

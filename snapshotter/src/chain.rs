@@ -166,6 +166,7 @@ mod tests {
             index_digest: IndexDigest::of(&[n]),
             blob_digest: BlobDigest::of(&[n]),
             blob_bytes: 1,
+            index_source: crate::snapshots::IndexSource::Blob,
             device_bytes: 1,
             sources: Vec::new(),
         }

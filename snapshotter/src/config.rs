@@ -4,6 +4,7 @@
 //! an unknown key is an error. `docs/configuration.md` lists every key.
 
 mod cluster;
+mod index;
 mod mirror;
 mod notifications;
 mod registry;
@@ -19,6 +20,7 @@ use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 pub use cluster::{ClusterConfig, ClusterTlsConfig};
+pub use index::{IndexPolicy, IndexUse};
 pub use mirror::MirrorConfig;
 pub use registry::{DragonflyConfig, RegistryConfig, RegistryHost};
 pub use written::Written;
@@ -132,6 +134,8 @@ pub struct Config {
     pub registry: RegistryConfig,
     /// Patterns of `host/repository` that may be lazy.
     pub trusted_lazy: Vec<String>,
+    /// Which indexes of blobs as they are may be used.
+    pub index_use: IndexPolicy,
     /// Where metrics and health are served; `None`: nowhere.
     pub telemetry: Option<SocketAddr>,
     /// Form of the log.
@@ -220,6 +224,7 @@ impl Written {
             notifications,
             registry,
             trust,
+            index,
             telemetry,
             log,
             mount,
@@ -270,6 +275,7 @@ impl Written {
             mount_grace: check.duration("mount.grace", &mount.grace)?,
             registry: registry.validate(&check)?,
             trusted_lazy: trust.lazy,
+            index_use: index.validate(&check)?,
             telemetry: check.value("telemetry.address", &telemetry.address, loopback)?,
             log_format: check.value("log.format", &log.format, |format| match format {
                 "text" => Ok(LogFormat::Text),

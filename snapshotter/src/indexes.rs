@@ -22,9 +22,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 use sluice_blockindex::annotations::LayerAnnotations;
-use sluice_blockindex::digest::{DiffId, IndexDigest};
+use sluice_blockindex::digest::{BlobDigest, DiffId, IndexDigest};
 use sluice_blockindex::index::{
-    INDEX_FILE_MAX_BYTES, Index, IndexError, UncheckedIndex, decompress_index,
+    INDEX_FILE_MAX_BYTES, Index, IndexError, UncheckedIndex, decompress_index, is_unmodified,
 };
 
 use crate::sys::map::{MappedFile, WeakFile};
@@ -38,6 +38,8 @@ pub type LayerIndex = Index<MappedFile>;
 
 /// Ends the name of an index file.
 const SUFFIX: &str = ".idx";
+/// Ends the name of the file of windows that goes with an index.
+const WINDOWS_SUFFIX: &str = ".win";
 
 /// Why a layer's index cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -85,6 +87,8 @@ pub struct IndexPin {
     pub diff_id: DiffId,
     /// Size of the blob that it describes.
     pub blob_bytes: u64,
+    /// The blob, if Sluice did not write it.
+    pub unmodified: Option<BlobDigest>,
 }
 
 impl From<&LayerAnnotations> for IndexPin {
@@ -93,6 +97,7 @@ impl From<&LayerAnnotations> for IndexPin {
             digest: annotations.index_digest,
             diff_id: annotations.diff_id,
             blob_bytes: annotations.blob_bytes,
+            unmodified: None,
         }
     }
 }
@@ -101,8 +106,11 @@ impl From<&LayerAnnotations> for IndexPin {
 pub fn accept(payload: &[u8], pin: &IndexPin) -> Result<Bytes, LayerIndexError> {
     check_digest(payload, pin.digest)?;
     let bytes = Bytes::from(decompress_index(payload, INDEX_FILE_MAX_BYTES)?);
-    let index = UncheckedIndex::parse(bytes.clone())?.validate()?;
-    agrees(&index, pin)?;
+    let unchecked = match pin.unmodified {
+        None => UncheckedIndex::parse(bytes.clone())?,
+        Some(_) => UncheckedIndex::parse_unmodified(bytes.clone())?,
+    };
+    agrees(&unchecked.validate()?, pin)?;
     Ok(bytes)
 }
 
@@ -126,6 +134,15 @@ fn agrees<B: AsRef<[u8]> + Send + Sync + 'static>(
             what: "diff ID",
             expected: expected.to_string(),
             actual: actual.to_string(),
+        });
+    }
+    if let Some(blob) = pin.unmodified {
+        index.check_blob(blob, pin.blob_bytes)?;
+    } else if index.metadata().unmodified.is_some() {
+        return Err(LayerIndexError::Disagrees {
+            what: "that it is of",
+            expected: "a blob that Sluice wrote".to_owned(),
+            actual: "an unmodified blob".to_owned(),
         });
     }
     if !index.fits_blob(pin.blob_bytes) {
@@ -169,6 +186,27 @@ impl IndexFiles {
         self.directory.join(format!("{}{SUFFIX}", digest.hex()))
     }
 
+    /// Where the windows of the index with this digest are, if this node has them.
+    #[must_use]
+    pub fn windows(&self, digest: IndexDigest) -> Option<PathBuf> {
+        let path = self.windows_path(digest);
+        path.exists().then_some(path)
+    }
+
+    fn windows_path(&self, digest: IndexDigest) -> PathBuf {
+        let name = format!("{}{WINDOWS_SUFFIX}", digest.hex());
+        self.directory.join(name)
+    }
+
+    /// Has the index keep these windows, a file on the same file system that is never written to again.
+    pub fn keep_windows(&self, digest: IndexDigest, windows: &Path) -> io::Result<()> {
+        self.touch(digest);
+        match std::fs::hard_link(windows, self.windows_path(digest)) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// Opens an index that is on disk; `None` when it is not. A file that is damaged is removed and
     /// reported as an error, so that it is fetched again.
     pub fn get(&self, digest: IndexDigest) -> Result<Option<Arc<LayerIndex>>, LayerIndexError> {
@@ -191,7 +229,12 @@ impl IndexFiles {
                 });
             }
         };
-        let index = match UncheckedIndex::parse(map).and_then(UncheckedIndex::reopen) {
+        // Which kind it was to be was checked before it was stored.
+        let parsed = match is_unmodified(&map) {
+            false => UncheckedIndex::parse(map),
+            true => UncheckedIndex::parse_unmodified(map),
+        };
+        let index = match parsed.and_then(UncheckedIndex::reopen) {
             Ok(index) => Arc::new(index),
             Err(error) => {
                 tracing::error!(path = %path.display(), "index file is damaged: {error}");
@@ -253,7 +296,10 @@ impl IndexFiles {
         for entry in std::fs::read_dir(&self.directory)? {
             let entry = entry?;
             let name = entry.file_name();
-            let digest = name.to_str().and_then(|name| name.strip_suffix(SUFFIX));
+            let name = name.to_str();
+            let suffixes = [SUFFIX, WINDOWS_SUFFIX];
+            let digest =
+                name.and_then(|name| suffixes.iter().find_map(|suffix| name.strip_suffix(suffix)));
             let Some(digest) = digest.and_then(|hex| IndexDigest::from_hex(hex).ok()) else {
                 continue;
             };

@@ -122,6 +122,12 @@ impl Layers {
         &self.fetcher
     }
 
+    /// The client of all registries.
+    #[must_use]
+    pub fn client(&self) -> &RegistryClient {
+        &self.client
+    }
+
     /// The index files.
     #[must_use]
     pub fn indexes(&self) -> &Arc<IndexFiles> {

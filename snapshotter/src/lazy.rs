@@ -16,11 +16,13 @@ mod cache;
 mod decisions;
 mod evict;
 mod index_fetch;
+mod index_job;
 mod lowers;
 mod metrics;
 mod pins;
 mod prepare;
 mod sweep;
+mod unmodified;
 mod unpack_job;
 mod usage;
 
@@ -34,12 +36,15 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use self::index_job::IndexJobs;
 use crate::background::Background;
 use crate::boot::Boot;
 use crate::chain::RunKey;
+use crate::config::IndexPolicy;
 use crate::disk::DiskReserve;
 use crate::layers::Layers;
 use crate::mounts::Mounts;
+use crate::node_indexes::NodeIndexes;
 use crate::plan::{LayoutLayer, Outcome, Plans};
 use crate::resolve::ContentReader;
 use crate::shelf::NodeShelf;
@@ -70,6 +75,8 @@ pub struct LazyOptions {
     pub root: PathBuf,
     /// Which repositories may be lazy.
     pub trust: Trust,
+    /// Which indexes of blobs as they are may be used.
+    pub index_use: IndexPolicy,
     /// Registries of the configuration, `host[:port]`.
     pub registry_hosts: Vec<String>,
     /// How long a read of missing data may wait; `None`: for ever.
@@ -103,6 +110,8 @@ pub struct LazyParts {
     pub background: Background,
     /// What containers read while they start.
     pub boot: Arc<Boot>,
+    /// Indexes that this node made.
+    pub node_indexes: Arc<NodeIndexes>,
     /// What is counted.
     pub metrics: LazyMetrics,
 }
@@ -121,6 +130,7 @@ struct Inner {
     swept: Notify,
     budget: evict::BudgetWatch,
     payers: usage::Remembered,
+    index_jobs: IndexJobs,
 }
 
 impl Lazy {
@@ -137,6 +147,7 @@ impl Lazy {
             swept: Notify::new(),
             budget: evict::BudgetWatch::default(),
             payers: usage::Remembered::default(),
+            index_jobs: IndexJobs::default(),
         });
         let sweeper = Arc::clone(&inner);
         inner.spawn(async move { sweeper.sweep_until_stopped().await });

@@ -20,6 +20,7 @@ mod listen;
 pub mod mirror;
 pub mod mount;
 pub mod mounts;
+pub mod node_indexes;
 pub mod notifications;
 pub mod plan;
 pub mod prewarm;

@@ -22,7 +22,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use sluice_blockindex::annotations::{AnnotationError, LayerAnnotations, LayerMark};
-use sluice_blockindex::digest::{BlobDigest, ChainId, ConfigDigest, DiffId, IndexDigest};
+use sluice_blockindex::digest::{
+    BlobDigest, ChainId, ConfigDigest, DiffId, IndexDigest, ManifestDigest,
+};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -137,6 +139,8 @@ pub struct Layout {
     pub layers: Vec<LayoutLayer>,
     /// All known.
     pub origins: Vec<BlobOrigin>,
+    /// The image's manifest that has them, if it is known.
+    pub manifest: Option<ManifestDigest>,
 }
 
 impl Layout {
@@ -164,6 +168,7 @@ impl Layout {
         Some(Self {
             layers,
             origins: image.repositories.clone(),
+            manifest: Some(chosen.digest),
         })
     }
 
@@ -183,6 +188,7 @@ impl Layout {
         Self {
             layers: vec![layer],
             origins,
+            manifest: None,
         }
     }
 
@@ -430,6 +436,28 @@ impl Plans {
     pub fn forget(&self, plan: &Plan) {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         table.retain(|_, other| !other.state.same_channel(&plan.state));
+    }
+
+    /// Forgets plans in which a layer with this blob is not lazy: it can be now.
+    pub fn forget_refused(&self, blob: BlobDigest) {
+        let blob = blob.to_string();
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        table.retain(|_, plan| {
+            let state = plan.state.borrow();
+            let Some(Ok(layout)) = &state.layout else {
+                return true;
+            };
+            let mut same = layout.layers.iter().filter(|layer| {
+                let descriptor = layer.descriptor.as_ref();
+                descriptor.is_some_and(|descriptor| descriptor.digest == blob)
+            });
+            !same.any(|layer| {
+                state
+                    .outcomes
+                    .get(&layer.chain_id)
+                    .is_some_and(Result::is_err)
+            })
+        });
     }
 
     /// Forgets plans that are older than `grace` and whose layers no snapshot needs, so that their

@@ -171,6 +171,15 @@ pub trait ContentReader: Send + Sync + fmt::Debug {
         digest: &str,
         cap_bytes: usize,
     ) -> Result<Option<Bytes>, ContentError>;
+    /// Up to `bytes` bytes of one content from `offset` on, fewer at its end, not verified; `None` when the namespace
+    /// does not have it.
+    async fn read_part(
+        &self,
+        namespace: &str,
+        digest: &str,
+        offset: u64,
+        bytes: usize,
+    ) -> Result<Option<Bytes>, ContentError>;
 }
 
 impl fmt::Display for BlobOrigin {
@@ -327,12 +336,13 @@ pub async fn resolve_image(
 }
 
 /// Finds the image of a layer that says nothing about itself: among the manifests that changed
-/// recently, one with lazy layers whose config has the chain ID.
+/// recently, one whose config has the chain ID; unless `unmarked` ones count, one with lazy layers.
 pub async fn resolve_by_chain(
     content: &dyn ContentReader,
     namespace: &str,
     chain: ChainId,
     now: SystemTime,
+    unmarked: bool,
 ) -> Result<Option<ResolvedImage>, ResolveError> {
     let mut infos = content
         .find(namespace, ContentQuery::HasLabel(CONFIG_LABEL))
@@ -350,7 +360,7 @@ pub async fn resolve_by_chain(
         let Ok(manifest) = Manifest::parse(&bytes) else {
             continue;
         };
-        if lazy_layers(&manifest) == 0 {
+        if !unmarked && lazy_layers(&manifest) == 0 {
             continue;
         }
         let Ok(config) = manifest.config.digest.parse::<ConfigDigest>() else {

@@ -280,6 +280,7 @@ impl NodeShelf {
             digest: wanted.key.index,
             diff_id: wanted.key.diff_id,
             blob_bytes: wanted.blob_bytes,
+            unmodified: None,
         };
         let indexes = Arc::clone(self.layers.indexes());
         let known = tokio::task::spawn_blocking(move || indexes.get_checked(&pin)).await;

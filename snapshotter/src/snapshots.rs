@@ -48,7 +48,7 @@ pub use life_cycle::{SnapshotOptions, Snapshots};
 pub use options::{Mount, OverlayOptions};
 pub use prepare::Prepared;
 pub use record::{
-    BlobOrigin, LABEL_SNAPSHOT_REF, Labels, LazyLayerRecord, SnapshotId, SnapshotKind,
+    BlobOrigin, IndexSource, LABEL_SNAPSHOT_REF, Labels, LazyLayerRecord, SnapshotId, SnapshotKind,
     SnapshotRecord, Usage, namespace_of,
 };
 pub(crate) use usage::{of_file as usage_of_file, of_tree as usage_of_tree};

@@ -120,6 +120,7 @@ fn site_with(enabled: bool) -> Site {
         index_digest: annotations.index_digest,
         blob_digest: annotations.blob,
         blob_bytes: annotations.blob_bytes,
+        index_source: crate::snapshots::IndexSource::Blob,
         device_bytes: 1024,
         sources: Vec::new(),
     };

@@ -165,6 +165,7 @@ fn errors_name_the_file_and_the_key() {
             &["ca_files", "absolute"],
         ),
         ("[trust]\nlazy = [\"\"]", &["trust.lazy"]),
+        ("[index]\nnode = \"yes\"", &["index.node", "verify"]),
         (
             "[telemetry]\naddress = \"0.0.0.0:1\"",
             &["telemetry.address", "loopback"],

@@ -23,6 +23,7 @@ pub struct Written {
     pub notifications: Notifications,
     pub registry: Registry,
     pub trust: Trust,
+    pub index: Index,
     pub telemetry: Telemetry,
     pub log: Log,
     pub mount: Mount,
@@ -138,6 +139,13 @@ section! {
 section! {
     /// `[trust]`
     Trust { lazy: Vec<String> = vec!["*".into()] }
+}
+section! {
+    /// `[index]`
+    Index {
+        referrer: String = "on".into(),
+        node: String = "on".into(),
+    }
 }
 section! {
     /// `[telemetry]`

@@ -111,6 +111,7 @@ mod tests {
             index_digest: IndexDigest::of(name),
             blob_digest: BlobDigest::of(name),
             blob_bytes: 1,
+            index_source: crate::snapshots::IndexSource::Blob,
             device_bytes: 1,
             sources: Vec::new(),
         }

@@ -210,6 +210,7 @@ mod tests {
             index_digest: IndexDigest::of(b"i"),
             blob_digest: BlobDigest::of(b"b"),
             blob_bytes: 1,
+            index_source: crate::snapshots::IndexSource::Blob,
             device_bytes: 1,
             sources: Vec::new(),
         });

@@ -6,6 +6,8 @@
 //! | `refused_layers` | reason | why layers were not lazy |
 //! | `index_fetches` | | indexes fetched from a registry |
 //! | `index_bytes` | | compressed bytes of these |
+//! | `node_indexes` | result | layers that this node looked at to index them |
+//! | `lazy_layers` | index | layers made lazy, by where their index came from |
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -13,10 +15,21 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::plan::RefusalKind;
+use crate::snapshots::IndexSource;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Reason {
     reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Outcome {
+    result: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Source {
+    index: &'static str,
 }
 
 /// The counters. Clones count into the same ones.
@@ -25,6 +38,8 @@ pub struct LazyMetrics {
     refused: Family<Reason, Counter>,
     index_fetches: Counter,
     index_bytes: Counter,
+    indexed: Family<Outcome, Counter>,
+    lazy: Family<Source, Counter>,
 }
 
 impl LazyMetrics {
@@ -40,6 +55,12 @@ impl LazyMetrics {
             "Indexes fetched",
             self.index_fetches.clone(),
         );
+        registry.register(
+            "node_indexes",
+            "Layers looked at to index them",
+            self.indexed.clone(),
+        );
+        registry.register("lazy_layers", "Layers made lazy", self.lazy.clone());
         let help = "Compressed bytes of fetched indexes";
         registry.register_with_unit("index", help, Unit::Bytes, self.index_bytes.clone());
     }
@@ -50,6 +71,15 @@ impl LazyMetrics {
                 reason: kind.as_str(),
             })
             .inc();
+    }
+
+    pub(super) fn indexed(&self, result: &'static str) {
+        self.indexed.get_or_create(&Outcome { result }).inc();
+    }
+
+    pub(super) fn lazy(&self, source: IndexSource) {
+        let index = source.as_str();
+        self.lazy.get_or_create(&Source { index }).inc();
     }
 
     pub(super) fn index_fetched(&self, bytes: u64) {

@@ -18,6 +18,7 @@ use tokio::time::Instant;
 
 use super::Inner;
 use super::unpack_job::UnpackJob;
+use crate::config::{IndexPolicy, IndexUse};
 use crate::labels::{LayerLabels, port_hint};
 use crate::layers::device_key;
 use crate::plan::{
@@ -27,7 +28,9 @@ use crate::plan::{
 use crate::resolve::{
     ResolveError, ResolvedImage, port_hints, resolve_by_chain, resolve_image, with_ports,
 };
-use crate::snapshots::{BlobOrigin, LazyDecision, LazyLayerRecord, PrepareRequest, SnapshotRecord};
+use crate::snapshots::{
+    BlobOrigin, IndexSource, LazyDecision, LazyLayerRecord, PrepareRequest, SnapshotRecord,
+};
 use crate::unpack::LayerBlob;
 
 /// Left of the budget for the answer itself.
@@ -134,6 +137,7 @@ impl Inner {
                     .open_with(&planned.record, &planned.index)
                     .await;
                 opened.map_err(|error| Refusal::new(RefusalKind::Local, error.to_string()))?;
+                self.parts.metrics.lazy(planned.record.index_source);
                 Ok(Decided::Lazy(planned.record.clone()))
             }
             Err(refusal) => {
@@ -205,7 +209,9 @@ impl Inner {
                     return Err(refusal);
                 }
                 let content = &*self.parts.content;
-                let found = resolve_by_chain(content, namespace, chain_id, SystemTime::now());
+                let unmarked = self.options.index_use != IndexPolicy::NONE;
+                let now = SystemTime::now();
+                let found = resolve_by_chain(content, namespace, chain_id, now, unmarked);
                 match tokio::time::timeout_at(deadline, found).await {
                     Ok(Ok(Some(image))) => {
                         let key = PlanKey::Image(namespace.to_owned(), image.config);
@@ -275,6 +281,7 @@ impl Inner {
         }
         if whole {
             self.load_boot_lists(&layout, &state.borrow().outcomes);
+            self.index_refused(key.namespace(), &layout, &state.borrow().outcomes);
         }
     }
 
@@ -292,6 +299,29 @@ impl Inner {
                 let indexes: Vec<_> = run().map(|it| it.index_digest).collect();
                 self.parts.boot.seek(&indexes);
             }
+        }
+    }
+
+    /// Layers that are ordinary for want of an index get one while they are unpacked.
+    fn index_refused(
+        self: &Arc<Self>,
+        namespace: &str,
+        layout: &Layout,
+        outcomes: &BTreeMap<ChainId, Outcome>,
+    ) {
+        if self.options.index_use.node == IndexUse::Off {
+            return;
+        }
+        let wants = |layer: &&LayoutLayer| {
+            let outcome = outcomes.get(&layer.chain_id);
+            outcome.is_some_and(|outcome| {
+                outcome
+                    .as_ref()
+                    .is_err_and(|refusal| refusal.kind == RefusalKind::NotConverted)
+            })
+        };
+        for layer in layout.layers.iter().filter(wants) {
+            self.index_when_there(namespace, layer);
         }
     }
 
@@ -384,10 +414,38 @@ impl Inner {
         origins: &[BlobOrigin],
         deadline: Instant,
     ) -> Outcome {
-        let annotations = check_layer(layer)?;
+        let annotations = match check_layer(layer) {
+            Err(refusal) if refusal.kind == RefusalKind::NotConverted => {
+                return self
+                    .unmodified_outcome(layer, origins, deadline, refusal)
+                    .await;
+            }
+            checked => checked?,
+        };
+        let mut sources = self.trusted_sources(annotations.blob, origins).await?;
+        let index = self.index(&annotations, &mut sources, deadline).await?;
+        let record = LazyLayerRecord {
+            chain_id: layer.chain_id,
+            diff_id: annotations.diff_id,
+            index_digest: annotations.index_digest,
+            blob_digest: annotations.blob,
+            blob_bytes: annotations.blob_bytes,
+            device_bytes: index.device_bytes(),
+            sources,
+            index_source: IndexSource::Blob,
+        };
+        Ok(Arc::new(PlannedLayer { record, index }))
+    }
+
+    /// The places of a blob that may be lazy: these, or where layers that exist have it from.
+    pub(super) async fn trusted_sources(
+        self: &Arc<Self>,
+        blob: BlobDigest,
+        origins: &[BlobOrigin],
+    ) -> Result<Vec<BlobOrigin>> {
         let mut sources: Vec<BlobOrigin> = origins.to_vec();
         if sources.is_empty() {
-            sources = self.known_origins(annotations.blob).await;
+            sources = self.known_origins(blob).await;
         }
         if sources.is_empty() {
             let reason = "containerd's content store names no registry for this image";
@@ -404,17 +462,7 @@ impl Inner {
             let reason = format!("[trust] lazy does not allow {names}");
             return Err(Refusal::new(RefusalKind::Untrusted, reason));
         }
-        let index = self.index(&annotations, &mut sources, deadline).await?;
-        let record = LazyLayerRecord {
-            chain_id: layer.chain_id,
-            diff_id: annotations.diff_id,
-            index_digest: annotations.index_digest,
-            blob_digest: annotations.blob,
-            blob_bytes: annotations.blob_bytes,
-            device_bytes: index.device_bytes(),
-            sources,
-        };
-        Ok(Arc::new(PlannedLayer { record, index }))
+        Ok(sources)
     }
 
     /// A layer that cannot be lazy is unpacked here if one above it in the image can be.
@@ -440,10 +488,13 @@ impl Inner {
         let layer = &layout.layers[position];
         check_chain(request, layer.diff_id)?;
         let outcomes = plan.now().outcomes;
-        let lazy_above = layout.layers[position + 1..].iter().any(|above| {
-            let refused = outcomes.get(&above.chain_id).is_some_and(Result::is_err);
-            matches!(above.mark, Ok(LayerMark::Lazy(_))) && !refused
-        });
+        let lazy_above =
+            layout.layers[position + 1..]
+                .iter()
+                .any(|above| match outcomes.get(&above.chain_id) {
+                    Some(outcome) => outcome.is_ok(),
+                    None => matches!(above.mark, Ok(LayerMark::Lazy(_))),
+                });
         let Some(descriptor) = layer.descriptor.as_ref().filter(|d| d.urls.is_empty()) else {
             return Err(refusal);
         };

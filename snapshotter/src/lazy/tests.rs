@@ -22,6 +22,7 @@ use crate::boot::{BootMetrics, BootOptions};
 use crate::indexes::{IndexFiles, sample};
 use crate::labels::CRI_IMAGE_REFERENCE;
 use crate::mount::bind::BindMount;
+use crate::node_indexes::{BUDGET_BYTES, NodeIndexes};
 use crate::plan::{Refusal, RefusalKind};
 use crate::resolve::MemoryContent;
 use crate::shelf::NodeShelf;
@@ -90,12 +91,14 @@ pub(crate) fn lazy_in(directory: &Path, client: RegistryClient, file_grace: Dura
             Trust::new(vec!["*".to_owned()]),
         )),
         layers,
+        node_indexes: Arc::new(NodeIndexes::open(&at("node-indexes"), BUDGET_BYTES).unwrap()),
         mounts: Arc::new(Mounts::new(backend, &at("mnt"))),
         metrics: LazyMetrics::default(),
     };
     let options = LazyOptions {
         root: directory.to_owned(),
         trust: Trust::new(vec!["*".to_owned()]),
+        index_use: IndexPolicy::NONE,
         registry_hosts: Vec::new(),
         read_deadline: None,
         mount_grace: Duration::from_secs(60),

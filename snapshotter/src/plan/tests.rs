@@ -91,6 +91,7 @@ async fn waiters_get_their_layer_and_share_one_plan() {
         RefusalKind::Budget
     );
     let layout = Layout {
+        manifest: None,
         layers: vec![layer()],
         origins: Vec::new(),
     };
@@ -135,6 +136,7 @@ fn planned(directory: &std::path::Path) -> Arc<PlannedLayer> {
         index_digest: annotations.index_digest,
         blob_digest: annotations.blob,
         blob_bytes: annotations.blob_bytes,
+        index_source: crate::snapshots::IndexSource::Blob,
         device_bytes: index.device_bytes(),
         sources: Vec::new(),
     };
@@ -190,6 +192,7 @@ async fn layers_with_plans_of_their_own_share_one_budget() {
         senders[0].send_modify(|state| {
             let refusal = Refusal::new(kind, "no");
             state.layout = Some(Ok(Arc::new(Layout {
+                manifest: None,
                 layers: Vec::new(),
                 origins: Vec::new(),
             })));

@@ -135,6 +135,7 @@ async fn layout(
     Ok(FoundImage {
         manifest: fetched.digest,
         layout: Layout {
+            manifest: Some(fetched.digest),
             layers: layers.collect(),
             origins: vec![origin],
         },

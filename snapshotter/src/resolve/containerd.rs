@@ -276,12 +276,51 @@ impl ContentReader for ContainerdContent {
         digest: &str,
         cap_bytes: usize,
     ) -> Result<Option<Bytes>, ContentError> {
-        let mut oversize = None;
+        let range = (0, 0);
+        let (bytes, more) = match self.read_range(namespace, digest, range, cap_bytes).await? {
+            Some(read) => read,
+            None => return Ok(None),
+        };
+        if more {
+            return Err(ContentError::TooLarge {
+                digest: digest.to_owned(),
+                size_bytes: bytes.len() as u64,
+                cap_bytes,
+            });
+        }
+        Ok(Some(bytes))
+    }
+
+    async fn read_part(
+        &self,
+        namespace: &str,
+        digest: &str,
+        offset: u64,
+        bytes: usize,
+    ) -> Result<Option<Bytes>, ContentError> {
+        let range = (
+            i64::try_from(offset).unwrap_or(i64::MAX),
+            i64::try_from(bytes).unwrap_or(i64::MAX),
+        );
+        let read = self.read_range(namespace, digest, range, bytes).await?;
+        Ok(read.map(|(bytes, _)| bytes))
+    }
+}
+
+impl ContainerdContent {
+    /// Reads from the first of `range` on, its second bytes or, for 0, to the end; ends above the cap, and says so.
+    async fn read_range(
+        &self,
+        namespace: &str,
+        digest: &str,
+        (offset, size): (i64, i64),
+        cap_bytes: usize,
+    ) -> Result<Option<(Bytes, bool)>, ContentError> {
         let call = async {
             let message = api::ReadContentRequest {
                 digest: digest.to_owned(),
-                offset: 0,
-                size: 0,
+                offset,
+                size,
             };
             let request = self.containerd.request(namespace, message)?;
             let mut stream = self.client().read(request).await?.into_inner();
@@ -289,26 +328,14 @@ impl ContentReader for ContainerdContent {
             while let Some(part) = stream.message().await? {
                 bytes.extend_from_slice(&part.data);
                 if bytes.len() > cap_bytes {
-                    oversize = Some(bytes.len() as u64);
-                    break;
+                    return Ok((bytes.freeze(), true));
                 }
             }
-            Ok(bytes.freeze())
+            Ok((bytes.freeze(), false))
         };
         // "Not found" comes with the reply or with the first message of the stream.
-        let bytes = self
-            .containerd
-            .bounded("read content", async { found(call.await) })
-            .await?;
-        if let Some(size_bytes) = oversize {
-            let digest = digest.to_owned();
-            return Err(ContentError::TooLarge {
-                digest,
-                size_bytes,
-                cap_bytes,
-            });
-        }
-        Ok(bytes)
+        let read = async { found(call.await) };
+        self.containerd.bounded("read content", read).await
     }
 }
 

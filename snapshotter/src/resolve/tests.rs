@@ -165,21 +165,21 @@ async fn a_layer_that_says_nothing_is_found_by_its_chain() {
     let images = images();
     let chain = ChainId::child(None, images.diff_ids[0]);
     let now = SystemTime::now();
-    let image = resolve_by_chain(&images.content, NS, chain, now)
+    let image = resolve_by_chain(&images.content, NS, chain, now, false)
         .await
         .unwrap()
         .unwrap();
     assert_eq!(image.config, images.config);
     let stranger = ChainId::child(None, DiffId::of(b"stranger"));
     assert!(
-        resolve_by_chain(&images.content, NS, stranger, now)
+        resolve_by_chain(&images.content, NS, stranger, now, false)
             .await
             .unwrap()
             .is_none()
     );
     let later = now + RECENT * 2;
     assert!(
-        resolve_by_chain(&images.content, NS, chain, later)
+        resolve_by_chain(&images.content, NS, chain, later, false)
             .await
             .unwrap()
             .is_none()
@@ -228,6 +228,6 @@ async fn one_bad_manifest_does_not_hide_the_good_ones() {
     assert_eq!(image.manifests.len(), 2);
     assert_eq!(image.manifests[0].digest.to_string(), images.converted);
     let chain = chain_ids(&images.diff_ids)[0];
-    let found = resolve_by_chain(&images.content, NS, chain, SystemTime::now()).await;
+    let found = resolve_by_chain(&images.content, NS, chain, SystemTime::now(), false).await;
     assert_eq!(found.unwrap().unwrap().config, images.config);
 }

@@ -35,6 +35,7 @@ use crate::mount::erofs::KernelMounts;
 use crate::mount::over_fuse;
 use crate::mount::{Backend, MountMetrics, MountSpec};
 use crate::mounts::Mounts;
+use crate::node_indexes::{BUDGET_BYTES, NodeIndexes};
 use crate::notifications::{NotificationMetrics, Receiver};
 use crate::prewarm::Prewarms;
 use crate::resolve::{Containerd, ContainerdContent};
@@ -101,6 +102,7 @@ impl LazySide {
         let files = tokio::task::spawn_blocking(open).await??;
         let Files {
             indexes,
+            node_indexes,
             trees,
             chunks,
             kernel,
@@ -197,11 +199,13 @@ impl LazySide {
                 layers,
                 shelf: Arc::clone(&shelf),
                 mounts,
+                node_indexes,
                 metrics: lazy_metrics,
             },
             LazyOptions {
                 root: config.root.clone(),
                 trust: trust.clone(),
+                index_use: config.index_use,
                 registry_hosts: config.registry.hosts.keys().cloned().collect(),
                 read_deadline: config.read_deadline,
                 mount_grace: config.mount_grace,
@@ -360,6 +364,7 @@ async fn watch_shim(attached: &AttachedMount) {
 
 struct Files {
     indexes: Arc<IndexFiles>,
+    node_indexes: Arc<NodeIndexes>,
     trees: Arc<TreeFiles>,
     chunks: Arc<Store>,
     kernel: Arc<KernelMounts>,
@@ -374,6 +379,7 @@ fn open_files(root: PathBuf, run_dir: PathBuf, reclaim: Reclaim) -> Result<Files
     durable::create_private_directory(&root.join("mnt"))?;
     Ok(Files {
         indexes: Arc::new(IndexFiles::open(&root.join("indexes"))?),
+        node_indexes: Arc::new(NodeIndexes::open(&root.join("node-indexes"), BUDGET_BYTES)?),
         trees: Arc::new(TreeFiles::open(&root.join("trees"))?),
         chunks: Arc::new(Store::open(&root.join("devices"), options)?),
         kernel: Arc::new(KernelMounts::open(&run_dir.join("mounts"))?),

@@ -36,6 +36,7 @@ impl LazyLayers for AlwaysLazy {
             index_digest: IndexDigest::of(b""),
             blob_digest: BlobDigest::of(b""),
             blob_bytes: 0,
+            index_source: crate::snapshots::IndexSource::Blob,
             device_bytes: 0,
             sources: Vec::new(),
         })

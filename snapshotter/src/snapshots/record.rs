@@ -107,6 +107,48 @@ pub struct LazyLayerRecord {
     pub device_bytes: u64,
     /// Every repository known to have the blob.
     pub sources: Vec<BlobOrigin>,
+    /// Where the index came from.
+    #[serde(default, skip_serializing_if = "IndexSource::is_blob")]
+    pub index_source: IndexSource,
+}
+
+/// Where a layer's index came from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum IndexSource {
+    /// It is in the blob, and pinned by the image's manifest.
+    #[default]
+    Blob,
+    /// This node made it of the blob as it is.
+    Node,
+    /// An artifact that refers to the image.
+    Referrer,
+}
+
+impl IndexSource {
+    /// The word for metrics.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Blob => "blob",
+            Self::Node => "node",
+            Self::Referrer => "referrer",
+        }
+    }
+
+    /// For people.
+    #[must_use]
+    pub const fn described(self) -> &'static str {
+        match self {
+            Self::Blob => "index in the blob",
+            Self::Node => "blob as it is; index made by this node",
+            Self::Referrer => "blob as it is; index from an artifact that refers to the image",
+        }
+    }
+
+    fn is_blob(&self) -> bool {
+        *self == Self::Blob
+    }
 }
 
 /// One snapshot as stored.

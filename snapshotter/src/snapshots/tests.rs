@@ -129,6 +129,7 @@ fn layer(chain_id: ChainId) -> LazyLayerRecord {
         index_digest: IndexDigest::of(b"index"),
         blob_digest: BlobDigest::of(b"blob"),
         blob_bytes: 10,
+        index_source: crate::snapshots::IndexSource::Blob,
         device_bytes: 20,
         sources: Vec::new(),
     }

@@ -39,6 +39,16 @@ pub fn pidfd(pid: u32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Has the calling thread run when nobody else wants to, for good.
+pub fn yield_to_others() {
+    // SAFETY: setpriority takes integers and touches no memory of ours; 0 is the calling thread on Linux.
+    let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
+    if result != 0 {
+        let error = io::Error::last_os_error();
+        tracing::debug!("lower the priority of a thread: {error}");
+    }
+}
+
 /// Whether the process behind a descriptor of [`pidfd`] has ended.
 pub fn has_ended(process: BorrowedFd<'_>) -> bool {
     let mut polls = [PollFd::new(process, PollFlags::POLLIN)];
