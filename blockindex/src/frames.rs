@@ -22,8 +22,8 @@ use crate::gzip::GzipError;
 use crate::units::{CHUNK_MAX_BYTES, FRAME_MAX_BYTES};
 
 pub use stream::StreamDecoder;
-pub use unmodified::decode_restarted_into;
 pub(crate) use unmodified::decoder as unmodified_decoder;
+pub use unmodified::{decode_restarted_into, decompress_span_into};
 
 /// zstd level of chunks: see the measurement in `docs/decisions/003-zstd-level.md`.
 pub const DEFAULT_LEVEL: i32 = 3;

@@ -32,6 +32,37 @@ pub fn decode_restarted_into(
     result
 }
 
+/// Decompresses a frame once for all the chunks that share it, into `out`, whose former content is dropped.
+///
+/// **Shape**: `frame` is exactly the bytes at `last.blob`, `at` what the restart point of a gzip frame says.
+/// Afterwards `out` holds what the frame gives up to the end of `last`: a chunk of it stands behind its
+/// `skip_bytes`. Nothing of it is verified yet ([`super::verify_chunk`]).
+///
+/// Allocates the window and the output, at most 16 MiB.
+///
+/// **Errors**: the frame is not one of this length and size; [`DecodeFrameError::Codec`] for chunks that share
+/// no frame by their codec, or a gzip frame without `at`. `out` is empty then.
+pub fn decompress_span_into(
+    frame: &[u8],
+    last: &Chunk,
+    at: Option<RestartAt<'_>>,
+    out: &mut Vec<u8>,
+) -> Result<(), DecodeFrameError> {
+    out.clear();
+    let result = match (last.codec, at) {
+        (Codec::Deflate, Some(at)) => inflate_span(frame, last, at, out),
+        (Codec::ZstdFrames, None) => zstd_span(frame, last, out),
+        (codec, _) => Err(DecodeFrameError::Codec {
+            ordinal: last.ordinal,
+            codec,
+        }),
+    };
+    if result.is_err() {
+        out.clear();
+    }
+    result
+}
+
 fn inflate(
     frame: &[u8],
     expect: &Chunk,
@@ -45,10 +76,20 @@ fn inflate(
             codec: expect.codec,
         });
     }
-    let (skip, end) = bounds(frame, expect)?;
-    inflate_into(frame, at, end, out).map_err(|error| DecodeFrameError::Gzip { ordinal, error })?;
-    out.drain(..skip);
+    inflate_span(frame, expect, at, out)?;
+    skip(expect, out);
     Ok(())
+}
+
+fn inflate_span(
+    frame: &[u8],
+    last: &Chunk,
+    at: RestartAt<'_>,
+    out: &mut Vec<u8>,
+) -> Result<(), DecodeFrameError> {
+    let end = span_bytes(frame, last)?;
+    let ordinal = last.ordinal;
+    inflate_into(frame, at, end, out).map_err(|error| DecodeFrameError::Gzip { ordinal, error })
 }
 
 /// Decompresses whole zstd frames up to the end of the chunk.
@@ -57,8 +98,14 @@ pub(super) fn zstd_frames(
     expect: &Chunk,
     out: &mut Vec<u8>,
 ) -> Result<(), DecodeFrameError> {
-    let ordinal = expect.ordinal;
-    let (skip, end) = bounds(frame, expect)?;
+    zstd_span(frame, expect, out)?;
+    skip(expect, out);
+    Ok(())
+}
+
+fn zstd_span(frame: &[u8], last: &Chunk, out: &mut Vec<u8>) -> Result<(), DecodeFrameError> {
+    let ordinal = last.ordinal;
+    let end = span_bytes(frame, last)?;
     let zstd = |error: std::io::Error| DecodeFrameError::Zstd {
         ordinal,
         reason: error.to_string(),
@@ -81,8 +128,13 @@ pub(super) fn zstd_frames(
             });
         }
     }
-    out.drain(..skip);
     Ok(())
+}
+
+/// Drops what a frame gives before the chunk.
+fn skip(expect: &Chunk, out: &mut Vec<u8>) {
+    let skip = usize::try_from(expect.skip_bytes).unwrap_or(usize::MAX);
+    out.drain(..skip.min(out.len()));
 }
 
 /// A decoder of zstd frames as others write them.
@@ -94,13 +146,13 @@ pub(crate) fn decoder() -> std::io::Result<Decoder<'static>> {
 
 /// The bytes of the chunk as they are.
 pub(super) fn raw(frame: &[u8], expect: &Chunk, out: &mut Vec<u8>) -> Result<(), DecodeFrameError> {
-    bounds(frame, expect)?;
+    span_bytes(frame, expect)?;
     out.extend_from_slice(frame);
     Ok(())
 }
 
-/// What of the frame's output is the chunk, as `start, end`; checks sizes before anything is allocated.
-fn bounds(frame: &[u8], expect: &Chunk) -> Result<(usize, usize), DecodeFrameError> {
+/// What the frame gives up to the chunk's end; checks sizes before anything is allocated.
+fn span_bytes(frame: &[u8], expect: &Chunk) -> Result<usize, DecodeFrameError> {
     let ordinal = expect.ordinal;
     let (expected, actual) = (expect.blob.len(), frame.len() as u64);
     if expected != actual || actual > SPAN_FRAME_MAX_BYTES {
@@ -111,15 +163,12 @@ fn bounds(frame: &[u8], expect: &Chunk) -> Result<(usize, usize), DecodeFrameErr
         });
     }
     let end = u64::from(expect.skip_bytes).saturating_add(expect.device.len());
-    let size = |bytes: u64| {
-        usize::try_from(bytes)
-            .ok()
-            .filter(|_| end <= SPAN_MAX_BYTES)
-            .ok_or(DecodeFrameError::ContentSize {
-                ordinal,
-                expected: end,
-                actual: None,
-            })
-    };
-    Ok((size(expect.skip_bytes.into())?, size(end)?))
+    usize::try_from(end)
+        .ok()
+        .filter(|_| end <= SPAN_MAX_BYTES)
+        .ok_or(DecodeFrameError::ContentSize {
+            ordinal,
+            expected: end,
+            actual: None,
+        })
 }
