@@ -102,7 +102,7 @@ impl Fetcher {
             let handle = &layers[layer];
             let transfer = Transfer::of_list(limits);
             // A reader may have been faster with some of them.
-            if handle.flights.claim(&transfer, chunks) > 0 {
+            if handle.claim(&transfer, chunks) > 0 {
                 let ours = handle.flights.claims(&transfer).into_iter();
                 claimed.extend(ours.map(|chunk| BootRead { layer, chunk }));
                 transfers.push((Arc::clone(handle), transfer));

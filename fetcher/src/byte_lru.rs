@@ -55,6 +55,14 @@ impl<K: Hash + Eq, V: Clone> ByteLru<K, V> {
         }
     }
 
+    /// Forgets all.
+    #[cfg(test)]
+    pub(crate) fn clear(&self) {
+        let mut state = lock(&self.state);
+        state.entries.clear();
+        state.held_bytes = 0;
+    }
+
     /// The value, if it is here.
     pub(crate) fn get(&self, key: &K) -> Option<V> {
         let mut state = lock(&self.state);

@@ -2,6 +2,7 @@
 //! A layer made for tests: its tar, its blob and its chunk map.
 
 pub(crate) mod line;
+pub(crate) mod unmodified;
 
 use std::sync::Arc;
 
@@ -80,6 +81,7 @@ impl TestLayer {
             blob_bytes: self.blob.len() as u64,
             sources,
             origins: OriginSet::default(),
+            windows: None,
         }
     }
 

@@ -150,9 +150,12 @@ impl Layer {
             hasher.update(handle.key().index.as_bytes());
             hasher.finalize() % handle.chunks().count().max(1)
         });
+        // Where each chunk needs those before it, nobody begins in the middle.
+        let ordered = handle.is_ordered();
+        let start = if ordered { 0 } else { start };
         let pass = match core.peers() {
-            Some(_) => Pass::Own,
-            None => Pass::Rest,
+            Some(_) if !ordered => Pass::Own,
+            Some(_) | None => Pass::Rest,
         };
         let stage = if handle.device().is_sealed() {
             Stage::Sealed
@@ -180,11 +183,17 @@ impl Layer {
         u32::try_from((start + u64::from(at)) % count).unwrap_or(0)
     }
 
+    /// Whether its requests go one after the other, so that each finds what stands before it.
+    fn is_serial(&self, core: &Core) -> bool {
+        let alone = core.peers().is_none();
+        self.handle.is_ordered() || alone && self.handle.gains_by_order()
+    }
+
     /// Whether `chunk` is to be fetched, and may be now; `resting` are those that may not.
     fn is_free(&self, chunk: u32, resting: &BTreeSet<u32>) -> bool {
         !self.handle.device().is_present(chunk)
             && !self.handle.flights.is_in_flight(chunk)
-            && !resting.contains(&chunk)
+            && !resting.contains(&self.handle.judged_by(chunk))
     }
 
     /// The next chunks to fetch in one request.
@@ -252,7 +261,7 @@ impl<'a> HomeOf<'a> {
         let Some(chunk) = self.layer.chunks().chunk(chunk) else {
             return true;
         };
-        let piece = PieceKey::of(self.layer.key().index, &chunk);
+        let piece = self.layer.piece(&chunk);
         match self.last {
             Some((known, here)) if known == piece => here,
             _ => {
@@ -344,6 +353,9 @@ impl Job {
                 if layer.stage != Stage::Fetch || layer.not_before.is_some_and(|at| at > now) {
                     break;
                 }
+                if layer.running > 0 && layer.is_serial(&self.fetcher.core) {
+                    break;
+                }
                 layer.not_before = match layer.handle.sources.choose(None, now) {
                     Choice::Use(..) => None,
                     Choice::Wait(until) => Some(until),
@@ -367,7 +379,7 @@ impl Job {
                     break;
                 };
                 let transfer = Transfer::new(Priority::Background);
-                if layer.handle.flights.claim(&transfer, chunks) == 0 {
+                if layer.handle.claim(&transfer, chunks) == 0 {
                     continue;
                 }
                 layer.running += 1;
@@ -420,9 +432,14 @@ impl Job {
                 if let Err(failure) = result {
                     // Its chunks are missing still: walk again, once the store or a source may mend it.
                     layer.cursor = 0;
-                    if matches!(failure, FetchFailure::Store(_)) {
-                        layer.not_before = clock::moment_after(SEAL_PAUSE);
-                    }
+                    layer.not_before = match failure {
+                        FetchFailure::Store(_) => clock::moment_after(SEAL_PAUSE),
+                        FetchFailure::Windows { .. } => layer.handle.windows_rest(),
+                        FetchFailure::NoWindows { .. } => {
+                            clock::moment_after(self.fetcher.core.options.lookout)
+                        }
+                        _ => layer.not_before,
+                    };
                     tracing::debug!(device = %layer.handle.key(), "prefetch paused: {failure}");
                 }
             }

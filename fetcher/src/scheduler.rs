@@ -30,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 mod ask;
+mod decode;
 mod error;
 mod evict;
 mod flight;
@@ -37,13 +38,16 @@ mod gate;
 mod layer;
 mod pass;
 mod plan;
+mod prefix;
+mod receive;
 mod seal;
 mod slots;
 mod sources;
 mod transfer;
 mod window;
+mod windows;
 
-pub use error::{FetchFailure, FillError};
+pub use error::{FetchFailure, FillError, WindowsFailure};
 pub use evict::{Room, RoomReport};
 pub use layer::{LayerHandle, LayerSpec, LayerTraffic};
 pub use pass::Filled;
@@ -53,7 +57,6 @@ pub(crate) use plan::{Limits, coalesce};
 pub(crate) use sources::Choice;
 
 use crate::clock;
-use crate::cluster::home::PieceKey;
 use crate::metrics::{FROM_STORE, Metrics, priority_word};
 use crate::peer::{Peers, Reach};
 use crate::source::Priority;
@@ -62,6 +65,7 @@ use crate::store::{DeviceKey, Store, StoreError, lock};
 use flight::{Flights, Waiter};
 use gate::Gate;
 use pass::{Held, Passing};
+use prefix::Fronts;
 use slots::{OriginSlots, SlotCounts, Slots};
 use window::{ReadAhead, WindowLimits};
 
@@ -155,6 +159,7 @@ pub(crate) struct Core {
     pub(crate) origins: OriginSlots,
     pub(crate) decodes: Slots,
     pub(crate) passing: Passing,
+    fronts: Fronts,
     pub(crate) tasks: TaskTracker,
     pub(crate) cancel: CancellationToken,
     /// One layer is hashed at a time: it is the least urgent work there is.
@@ -174,8 +179,7 @@ impl Core {
         let Some(peers) = self.peers() else {
             return false;
         };
-        let index = layer.key().index;
-        let (left, right) = (PieceKey::of(index, left), PieceKey::of(index, right));
+        let (left, right) = (layer.piece(left), layer.piece(right));
         left != right && !(peers.is_origin_home(&left) && peers.is_origin_home(&right))
     }
 }
@@ -210,6 +214,7 @@ impl Fetcher {
                 background: decodes.saturating_sub(1),
             }),
             passing: Passing::default(),
+            fronts: Fronts::default(),
             options,
             store,
             metrics,
@@ -288,6 +293,9 @@ impl Fetcher {
         for source in &spec.sources {
             known.add_source(Arc::clone(source));
         }
+        if let Some(windows) = &spec.windows {
+            known.set_windows(Arc::clone(windows));
+        }
         Some(known)
     }
 
@@ -312,6 +320,7 @@ impl Fetcher {
         if let Some(layer) = lock(&self.layers).remove(key) {
             layer.cancel.cancel();
             layer.drop_twin();
+            self.core.fronts.forget(key);
         }
     }
 
@@ -582,7 +591,7 @@ impl Fetcher {
         for piece in coalesce(free, &self.core.options.limits(), apart) {
             let transfer = Transfer::within(base, reach);
             // Another caller may have been faster with some of them.
-            if layer.flights.claim(&transfer, piece.chunks) > 0 {
+            if layer.claim(&transfer, piece.chunks) > 0 {
                 transfers.push(transfer);
             }
         }

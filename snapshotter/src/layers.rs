@@ -203,6 +203,7 @@ impl Layers {
             blob_bytes,
             sources: vec![Arc::new(source)],
             origins: known_places,
+            windows: None,
         };
         let added = self.fetcher.add_layer(spec).await;
         // The device was told of every chunk; of a layer that nobody reads no page is needed after that.

@@ -31,10 +31,16 @@ pub struct PieceKey {
 }
 
 impl PieceKey {
-    /// The piece that a chunk is in.
+    /// The piece that a chunk with a frame of its own is in.
     #[must_use]
     pub fn of(index: IndexDigest, chunk: &Chunk) -> Self {
-        let number = chunk.device.start() / PIECE_BYTES;
+        Self::at(index, chunk.device.start())
+    }
+
+    /// The piece of what begins at this device byte.
+    #[must_use]
+    pub fn at(index: IndexDigest, device_offset: u64) -> Self {
+        let number = device_offset / PIECE_BYTES;
         PieceKey {
             index,
             // Chunk maps are capped far below.

@@ -18,7 +18,7 @@ use bytes::Bytes;
 use futures::stream::FuturesUnordered;
 use futures::{Stream, StreamExt as _};
 use sluice_blockindex::boot::BootKey;
-use sluice_blockindex::chunkmap::Chunk;
+use sluice_blockindex::chunkmap::{Chunk, Codec};
 use sluice_proto::peer::peer_server::{Peer, PeerServer as Service};
 use sluice_proto::peer::{
     BlobPart, BlobRequest, BootListOffer, BootListReply, BootListRequest, BootListTaken,
@@ -442,6 +442,7 @@ impl Shared {
         let known = self.peers.frames.get(&chunk.digest);
         if let Some((form, data)) = &known
             && *form != Form::Raw
+            && fits(*form, data, chunk)
         {
             return Part::Chunk {
                 ordinal,
@@ -451,7 +452,7 @@ impl Shared {
         }
         // Compressed only while a processor is idle enough for it, and once.
         let compress = known
-            .is_none()
+            .is_none_or(|(form, _)| form != Form::Raw)
             .then(|| self.compressions.try_acquire().ok());
         let compress = compress.flatten();
         let (device, wanted) = (Arc::clone(layer.device()), *chunk);
@@ -492,6 +493,15 @@ async fn fed(layer: &LayerHandle, wanted: &WantedChunks) {
     };
     // What is not fed by then is lacking.
     let _ = tokio::time::timeout(GRACE, all).await;
+}
+
+/// Whether who knows the chunk map can use bytes that were kept for a chunk with this digest: the same content
+/// may have another frame in another blob, and in an unmodified one none that is decoded alone.
+fn fits(form: Form, data: &Bytes, chunk: &Chunk) -> bool {
+    match form {
+        Form::Frame => chunk.codec == Codec::Zstd && data.len() as u64 == chunk.blob.len(),
+        Form::Raw | Form::Zstd => true,
+    }
 }
 
 /// Reads a chunk and compresses it if that is wanted and worth it. **Blocks**.
@@ -670,4 +680,30 @@ fn in_parts(bytes: Bytes, upload: Upload) -> impl Stream<Item = Result<ObjectPar
         upload.complete = bytes.is_empty();
         Some((Ok(ObjectPart { data }), (bytes, upload)))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::unmodified::{Unmodified, Written};
+
+    #[test]
+    fn frames_are_given_of_blobs_that_sluice_wrote_only() {
+        let own = crate::fixture::TestLayer::even(1, 2, 3000);
+        let chunk = own.chunks.chunk(0).unwrap();
+        let bytes =
+            |chunk: &Chunk| Bytes::from(vec![0; usize::try_from(chunk.blob.len()).unwrap()]);
+        assert!(fits(Form::Frame, &bytes(&chunk), &chunk));
+        // The same content in another blob.
+        assert!(!fits(Form::Frame, &bytes(&chunk).slice(1..), &chunk));
+        for written in Written::RANDOM {
+            let chunk = Unmodified::new(2, written, 100_000)
+                .layer
+                .chunks
+                .chunk(0)
+                .unwrap();
+            assert!(!fits(Form::Frame, &bytes(&chunk), &chunk), "{written:?}");
+            assert!(fits(Form::Zstd, &bytes(&chunk), &chunk));
+        }
+    }
 }

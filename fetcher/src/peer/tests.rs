@@ -5,6 +5,7 @@ mod blobs;
 mod boot;
 mod hostile;
 mod prewarm;
+mod unmodified;
 mod zones;
 
 use std::collections::HashMap;

@@ -14,20 +14,24 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::stream::{BoxStream, SelectAll};
 use futures::{StreamExt as _, TryStreamExt as _};
-use sluice_blockindex::chunkmap::Chunk;
+use sluice_blockindex::chunkmap::{Chunk, Codec};
 use sluice_blockindex::frames::{DecodeFrameError, decode_chunk, verify_chunk};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::decode::{DecodeFailure, Decoded};
 use super::error::FetchFailure;
-use super::transfer::{DECODES, DecodeFailure, Decoded, Run, joined};
+use super::receive::DECODES;
+use super::transfer::{Run, joined};
 use crate::clock;
 use crate::cluster::choice::Outcome;
 use crate::cluster::home::PieceKey;
 use crate::cluster::node::{Node, NodeId};
 use crate::peer::client::PeerError;
 use crate::peer::route::{Route, Step, patience};
-use crate::peer::wire::{Form, Part, WantedChunk, WantedChunks, WantedLayer, WireError};
+use crate::peer::wire::{
+    CHUNKS_MAX, Form, Part, WantedChunk, WantedChunks, WantedLayer, WireError,
+};
 use crate::peer::{Peers, Reach};
 use crate::source::{Class, Priority, SourceKind};
 use crate::store::{Committed, lock};
@@ -140,16 +144,16 @@ impl Run {
     fn first_claim(&self) -> Option<PieceKey> {
         let first = self.layer.flights.claims(&self.transfer).first().copied()?;
         let chunk = self.layer.chunks().chunk(first)?;
-        Some(PieceKey::of(self.layer.key().index, &chunk))
+        Some(self.layer.piece(&chunk))
     }
 
     /// The claimed chunks of a piece.
     fn claims_of(&self, piece: &PieceKey) -> Vec<Chunk> {
         let claims = self.layer.flights.claims(&self.transfer).into_iter();
-        let index = self.layer.key().index;
         claims
             .filter_map(|chunk| self.layer.chunks().chunk(chunk))
-            .filter(|chunk| PieceKey::of(index, chunk) == *piece)
+            .filter(|chunk| self.layer.piece(chunk) == *piece)
+            .take(CHUNKS_MAX)
             .collect()
     }
 
@@ -413,7 +417,7 @@ impl Asking<'_> {
             let core = Arc::clone(&core);
             let work = tokio::task::spawn_blocking(move || {
                 let bytes = match form {
-                    Form::Frame => decode_chunk(&data, &chunk).map_err(DecodeFailure::Corrupt)?,
+                    Form::Frame => frame(&data, &chunk).map_err(DecodeFailure::Corrupt)?,
                     Form::Raw => {
                         verify_chunk(&data, &chunk).map_err(DecodeFailure::Corrupt)?;
                         data.to_vec()
@@ -449,7 +453,9 @@ impl Asking<'_> {
                 run.layer.flights.finish(chunk, None);
                 Ok(())
             }
-            Err(DecodeFailure::Store(error)) => Err(FetchFailure::Store(Arc::new(error))),
+            Err(DecodeFailure::Store(error)) => Err(FetchFailure::Store(error)),
+            // Whole chunks come: none needs a window.
+            Err(DecodeFailure::Window(failure)) => Err(failure),
             Err(DecodeFailure::NotKept(error)) => {
                 self.left.remove(&chunk);
                 run.not_kept(chunk, error)
@@ -534,6 +540,18 @@ impl Asking<'_> {
 /// Which ask, and what came of the chunk.
 type AskDecoded = (usize, Decoded);
 
+/// Decodes a frame as it stands in the blob. Of unmodified blobs none is sent: what is decoded of it may need a
+/// window, or all that stands before.
+fn frame(data: &[u8], chunk: &Chunk) -> Result<Vec<u8>, DecodeFrameError> {
+    match chunk.codec {
+        Codec::Zstd => decode_chunk(data, chunk),
+        codec => Err(DecodeFrameError::Codec {
+            ordinal: chunk.ordinal,
+            codec,
+        }),
+    }
+}
+
 /// Decompresses a chunk that was compressed for the wire, within its known size.
 fn unpack(data: &[u8], chunk: &Chunk) -> Result<Vec<u8>, DecodeFrameError> {
     let ordinal = chunk.ordinal;
@@ -542,4 +560,38 @@ fn unpack(data: &[u8], chunk: &Chunk) -> Result<Vec<u8>, DecodeFrameError> {
     let bytes = zstd::bulk::decompress(data, most).map_err(|error| zstd(error.to_string()))?;
     verify_chunk(&bytes, chunk)?;
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::TestLayer;
+    use crate::fixture::unmodified::{Unmodified, Written};
+
+    #[test]
+    fn frames_are_taken_of_blobs_that_sluice_wrote_only() {
+        let frame_of = |layer: &TestLayer, chunk: &Chunk| {
+            let at = |offset| usize::try_from(offset).unwrap();
+            layer.blob[at(chunk.blob.start())..at(chunk.blob.end())].to_vec()
+        };
+        let own = TestLayer::even(1, 2, 3000);
+        let chunk = own.chunks.chunk(1).unwrap();
+        assert_eq!(
+            frame(&frame_of(&own, &chunk), &chunk).unwrap(),
+            own.bytes_of(1)
+        );
+        for written in Written::RANDOM {
+            let layer = Unmodified::new(2, written, 300_000).layer;
+            let chunk = layer.chunks.chunk(1).unwrap();
+            let taken = frame(&frame_of(&layer, &chunk), &chunk);
+            assert!(
+                matches!(taken, Err(DecodeFrameError::Codec { .. })),
+                "{written:?}"
+            );
+            assert_eq!(
+                unpack(&zstd::bulk::compress(layer.bytes_of(1), 1).unwrap(), &chunk).unwrap(),
+                layer.bytes_of(1)
+            );
+        }
+    }
 }

@@ -5,9 +5,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sluice_blockindex::frames::DecodeFrameError;
+use sluice_blockindex::windows::WindowError;
 
 use crate::source::{Class, SourceError};
 use crate::store::{FailureRecord, StoreError};
+
+/// Why windows could not be read.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WindowsFailure {
+    /// The source of the file failed.
+    #[error("{0}")]
+    Source(#[from] SourceError),
+    /// It sent something that is not what the index says.
+    #[error("{0}")]
+    Window(#[from] WindowError),
+}
 
 /// Why one attempt to fetch chunks did not bring them. Another attempt may.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -32,6 +45,20 @@ pub enum FetchFailure {
     /// The layer has no source.
     #[error("no source is known")]
     NoSource,
+    /// What gzip needs before the chunk could not be read from the file of windows.
+    #[error("windows from {label}: {error}")]
+    Windows {
+        /// Name of the source.
+        label: Arc<str>,
+        /// What it said, or what is wrong with what it sent.
+        error: WindowsFailure,
+    },
+    /// What gzip needs before the chunk is neither in the device nor in any file of windows that is known.
+    #[error("chunk {chunk} needs what stands before it, and there is no file of windows")]
+    NoWindows {
+        /// The chunk.
+        chunk: u32,
+    },
     /// The chunk could not be written to the store.
     #[error("{0}")]
     Store(Arc<StoreError>),
@@ -47,8 +74,25 @@ impl FetchFailure {
             Self::Source { error, .. } => error.class(),
             Self::Corrupt { .. } => Class::Corrupt,
             Self::NoSource => Class::Transient,
+            Self::Windows { error, .. } => match error {
+                WindowsFailure::Source(error) => error.class(),
+                WindowsFailure::Window(_) => Class::Corrupt,
+            },
+            Self::NoWindows { .. } => Class::Permanent,
             Self::Store(error) => error.class(),
             Self::Cancelled => Class::Cancelled,
+        }
+    }
+
+    /// How long the source asked to be left alone, if it did.
+    pub(crate) fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Source { error, .. }
+            | Self::Windows {
+                error: WindowsFailure::Source(error),
+                ..
+            } => error.retry_after(),
+            _ => None,
         }
     }
 }
@@ -77,6 +121,13 @@ pub enum FillError {
     /// The store cannot be written.
     #[error("{0}")]
     Store(Arc<StoreError>),
+    /// A chunk of a gzip blob needs what stands before it, which is neither present nor in any file of
+    /// windows that is known.
+    #[error("chunk {chunk} needs what stands before it, and there is no file of windows")]
+    NoWindows {
+        /// The chunk.
+        chunk: u32,
+    },
     /// The layer was removed, or the fetcher stops.
     #[error("the layer is closed")]
     Closed,
@@ -89,6 +140,7 @@ impl FillError {
             Self::Deadline { .. } | Self::NoSpace { .. } => Class::Transient,
             Self::Failed(_) => Class::Corrupt,
             Self::Store(error) => error.class(),
+            Self::NoWindows { .. } => Class::Permanent,
             Self::Closed => Class::Cancelled,
         }
     }
@@ -100,6 +152,7 @@ impl FillError {
             Self::Failed(_) => "diff_id",
             Self::NoSpace { .. } => "full",
             Self::Store(_) => "store",
+            Self::NoWindows { .. } => "windows",
             Self::Closed => "closed",
         }
     }
@@ -109,7 +162,9 @@ impl FillError {
     pub(crate) fn final_of(failure: &FetchFailure) -> Option<Self> {
         match failure {
             FetchFailure::Store(error) => Some(Self::of_store(error)),
-            FetchFailure::Source { .. }
+            FetchFailure::NoWindows { chunk } => Some(Self::NoWindows { chunk: *chunk }),
+            FetchFailure::Windows { .. }
+            | FetchFailure::Source { .. }
             | FetchFailure::Corrupt { .. }
             | FetchFailure::NoSource
             | FetchFailure::Cancelled => None,

@@ -315,6 +315,9 @@ impl Flights {
             }
         }
         table.claims.entry(name(to)).or_default().extend(claims);
+        // As far as both may go: those who wait for `from` must not wait for whom it may not ask.
+        let lower = |now: &mut Reach| std::mem::replace(now, from.reach().min(*now)) > from.reach();
+        to.reach.send_if_modified(lower);
         from.urgency.waiting(&self.gate, moved, false);
         to.urgency.waiting(&self.gate, moved, true);
     }

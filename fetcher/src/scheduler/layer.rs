@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! One layer as the fetcher sees it.
 
+use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use sluice_blockindex::chunkmap::{Chunk, ChunkMap};
+use sluice_blockindex::chunkmap::{Access, Chunk, ChunkMap};
 use sluice_blockindex::digest::BlobDigest;
 use sluice_blockindex::extent::{BlobSpace, Extent};
 use tokio::time::Instant;
@@ -13,9 +15,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::error::FillError;
 use super::flight::{Flights, Transfer};
+use super::prefix::streams_of;
 use super::sources::SourceSet;
 use super::window::ReadAhead;
+use super::windows::{LayerWindows, frame_start};
 use crate::clock;
+use crate::cluster::home::PieceKey;
 use crate::source::{BlobSource, OriginSet, SourceKind};
 use crate::store::{Device, DeviceKey, Store, Twin, lock};
 
@@ -34,6 +39,9 @@ pub struct LayerSpec {
     pub sources: Vec<Arc<dyn BlobSource>>,
     /// The repositories that have it, for nodes that fetch on behalf of this one.
     pub origins: OriginSet,
+    /// The file of windows of an unmodified gzip blob, as a blob of its own: a local file, or a blob of a
+    /// registry. `None` where the index names none; without one such a layer can be read from its front only.
+    pub windows: Option<Arc<dyn BlobSource>>,
 }
 
 /// How much of a layer came from where since the daemon started.
@@ -68,11 +76,13 @@ struct Traffic {
 pub struct LayerHandle {
     pub(crate) device: Arc<Device>,
     pub(crate) sources: SourceSet,
+    pub(super) windows: LayerWindows,
     pub(crate) flights: Arc<Flights>,
     pub(crate) ahead: Mutex<ReadAhead>,
     /// Cancelled when the layer is closed.
     pub(crate) cancel: CancellationToken,
-    /// The transfer on which the whole blob comes, because its source ignores ranges.
+    /// The transfer on which the whole blob comes, because its source ignores ranges; or whose turn it is to pass
+    /// over a frame from its front.
     pub(crate) whole: Mutex<Option<Arc<Transfer>>>,
     twin: Mutex<Option<Arc<Twin>>>,
     last_used: Mutex<Instant>,
@@ -80,6 +90,8 @@ pub struct LayerHandle {
     blob: BlobDigest,
     blob_bytes: u64,
     origins: OriginSet,
+    /// Chunks that can be had by prefix only, frame by frame.
+    streams: Vec<Range<u32>>,
 }
 
 impl LayerHandle {
@@ -90,9 +102,15 @@ impl LayerHandle {
         ahead: ReadAhead,
         cancel: CancellationToken,
     ) -> Self {
+        let streams = match spec.chunks.access() {
+            Access::Random => Vec::new(),
+            Access::Prefix => streams_of(&spec.chunks),
+        };
         Self {
+            streams,
             device,
             sources: SourceSet::new(spec.sources),
+            windows: LayerWindows::new(spec.windows),
             flights,
             ahead: Mutex::new(ahead),
             cancel,
@@ -152,6 +170,11 @@ impl LayerHandle {
         self.sources.add(source);
     }
 
+    /// Sets where its file of windows can be read.
+    pub fn set_windows(&self, source: Arc<dyn BlobSource>) {
+        self.windows.set(source);
+    }
+
     /// Its sources have learnt of further places of the blob: they need not back off any more, and
     /// waiting transfers try them at once.
     pub fn refresh_sources(&self) {
@@ -206,6 +229,84 @@ impl LayerHandle {
         } else {
             Ok(())
         }
+    }
+
+    /// Whether some of it can be had only after what stands before: gzip without a file of windows, and long frames
+    /// of zstd.
+    pub(crate) fn is_ordered(&self) -> bool {
+        !self.streams.is_empty() || self.gains_by_order() && !self.windows.has_source()
+    }
+
+    /// Whether what is fetched from the front on costs less: no window is read for it.
+    pub(crate) fn gains_by_order(&self) -> bool {
+        self.chunks().restart_count() > 0
+    }
+
+    /// Until when its file of windows is left alone.
+    pub(crate) fn windows_rest(&self) -> Option<Instant> {
+        self.windows.rests(clock::now())
+    }
+
+    /// The chunks of the frame that this one is in, which all come with it: itself alone, unless the frame is
+    /// longer than a chunk may be.
+    pub(crate) fn sharing(&self, ordinal: u32) -> Range<u32> {
+        let continues = |ordinal: u32| {
+            let chunk = self.chunks().chunk(ordinal);
+            chunk.is_some_and(|chunk| chunk.skip_bytes > 0)
+        };
+        let (mut first, mut end) = (ordinal, ordinal.saturating_add(1));
+        // The first chunk of a map skips nothing.
+        while first > 0 && continues(first) {
+            first -= 1;
+        }
+        while continues(end) {
+            end += 1;
+        }
+        first..end
+    }
+
+    /// Claims those of `chunks` that are not in flight for `transfer`, and what else comes in their frames
+    /// and is missing; returns how many.
+    pub(crate) fn claim(
+        &self,
+        transfer: &Arc<Transfer>,
+        chunks: impl IntoIterator<Item = u32>,
+    ) -> usize {
+        let mut all = BTreeSet::new();
+        for ordinal in chunks {
+            if all.insert(ordinal) {
+                let others = self.sharing(ordinal).filter(|other| *other != ordinal);
+                all.extend(others.filter(|other| !self.device.is_present(*other)));
+            }
+        }
+        self.flights.claim(transfer, all)
+    }
+
+    /// The frames that can be had from their front only, as the chunks of each.
+    pub(super) fn streams(&self) -> &[Range<u32>] {
+        &self.streams
+    }
+
+    /// The one of [`Self::streams`] that has this chunk.
+    pub(super) fn stream_of(&self, ordinal: u32) -> Option<Range<u32>> {
+        let after = self.streams.partition_point(|it| it.start <= ordinal);
+        let stream = self.streams.get(after.checked_sub(1)?)?;
+        stream.contains(&ordinal).then(|| stream.clone())
+    }
+
+    /// The chunk by which sources are judged that sent this one corrupt: of a long frame the first, since who asks
+    /// for any other takes it all.
+    pub(crate) fn judged_by(&self, ordinal: u32) -> u32 {
+        self.stream_of(ordinal)
+            .map_or(ordinal, |stream| stream.start)
+    }
+
+    /// The piece that a chunk is in, with all chunks of its frame: else each home would fetch the frame.
+    pub(crate) fn piece(&self, chunk: &Chunk) -> PieceKey {
+        let stream = self.stream_of(chunk.ordinal);
+        let first = stream.and_then(|stream| self.chunks().chunk(stream.start));
+        let begin = first.map_or_else(|| frame_start(chunk), |first| first.device.start());
+        PieceKey::at(self.key().index, begin)
     }
 
     /// The chunks whose frames lie wholly in `extent`, ascending.

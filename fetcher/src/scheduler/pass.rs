@@ -15,8 +15,9 @@ use sluice_blockindex::chunkmap::Chunk;
 use sluice_blockindex::digest::ChunkDigest;
 use sluice_blockindex::extent::{DeviceSpace, Extent};
 
+use super::decode::DecodeFailure;
 use super::layer::LayerHandle;
-use super::transfer::{DecodeFailure, Run};
+use super::transfer::Run;
 use super::{FetchFailure, Fetcher, FillError};
 use crate::byte_lru::ByteLru;
 use crate::source::Priority;
@@ -81,9 +82,9 @@ impl Passing {
                 }
                 let size = bytes.len();
                 self.chunks.put(chunk.digest, bytes.into(), size);
-                Err(DecodeFailure::NotKept(error))
+                Err(DecodeFailure::NotKept(Arc::new(error)))
             }
-            Err(error) => Err(DecodeFailure::Store(error)),
+            Err(error) => Err(DecodeFailure::Store(Arc::new(error))),
         }
     }
 
@@ -119,9 +120,9 @@ impl Passing {
 impl Run {
     /// A chunk could not be kept. Its readers take it from memory; what nobody waits for is not fetched
     /// to be thrown away: **Errors** then.
-    pub(super) fn not_kept(&self, chunk: u32, error: StoreError) -> Result<(), FetchFailure> {
+    pub(super) fn not_kept(&self, chunk: u32, error: Arc<StoreError>) -> Result<(), FetchFailure> {
         self.core.metrics.passed(error.word());
-        let failure = FetchFailure::Store(Arc::new(error));
+        let failure = FetchFailure::Store(error);
         self.transfer.note(&failure);
         let wanted = self.transfer.urgency.waiters() > 0;
         self.layer.flights.finish(chunk, Some(&failure));

@@ -33,7 +33,7 @@ pub(crate) struct Piece {
 }
 
 /// Puts chunks, ascending in the blob, into as few requests as `limits` allow and `apart` does not
-/// forbid for two neighbours.
+/// forbid for two neighbours. Chunks of one frame always come together.
 pub(crate) fn coalesce(
     chunks: impl Iterator<Item = Chunk>,
     limits: &Limits,
@@ -42,7 +42,9 @@ pub(crate) fn coalesce(
     let mut pieces: Vec<Piece> = Vec::new();
     let mut last: Option<Chunk> = None;
     for chunk in chunks {
-        let divided = last.replace(chunk).is_some_and(|last| apart(&last, &chunk));
+        let before = last.replace(chunk);
+        let shared = before.is_some_and(|it| it.blob == chunk.blob);
+        let divided = before.is_some_and(|it| apart(&it, &chunk));
         let cap = if pieces.len() < 2 {
             limits.first_bytes
         } else {
@@ -50,10 +52,11 @@ pub(crate) fn coalesce(
         };
         match pieces.last_mut() {
             Some(piece)
-                if !divided
-                    && chunk.blob.start().saturating_sub(piece.extent.end())
-                        <= limits.gap_bytes
-                    && piece.extent.hull(chunk.blob).len() <= cap =>
+                if shared
+                    || !divided
+                        && chunk.blob.start().saturating_sub(piece.extent.end())
+                            <= limits.gap_bytes
+                        && piece.extent.hull(chunk.blob).len() <= cap =>
             {
                 piece.extent = piece.extent.hull(chunk.blob);
                 piece.chunks.push(chunk.ordinal);
@@ -67,11 +70,19 @@ pub(crate) fn coalesce(
     pieces
 }
 
+/// A frame, and those of its chunks that are wanted: one or more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct CutFrame {
+    /// Ascending. Several where they share the frame, in an unmodified blob.
+    pub(crate) chunks: Vec<Chunk>,
+    /// The frame.
+    pub(crate) bytes: Bytes,
+}
+
 /// Cuts a stream of blob bytes into the frames of chunks.
 ///
 /// Bytes between frames, and frames that are not wanted when they begin, are dropped as they pass:
-/// it never holds more than one frame. A frame that several chunks share (in an unmodified blob) goes to
-/// each of them that is wanted.
+/// it never holds more than one frame.
 #[derive(Debug)]
 pub(crate) struct FrameCutter {
     at: u64,
@@ -102,7 +113,7 @@ impl FrameCutter {
         &mut self,
         mut bytes: Bytes,
         wanted: impl Fn(&Chunk) -> bool,
-    ) -> Vec<(Chunk, Bytes)> {
+    ) -> Vec<CutFrame> {
         let mut frames = Vec::new();
         while !bytes.is_empty() {
             let Some(chunk) = self.chunks.front().copied() else {
@@ -133,10 +144,13 @@ impl FrameCutter {
             if ends {
                 let count = self.sharing(chunk.blob).count();
                 let chunks = self.chunks.drain(..count);
-                if let Some(frame) = frame {
+                if let Some(bytes) = frame {
                     // A chunk with a frame of its own was wanted when that began.
                     let wanted = chunks.filter(|chunk| count == 1 || wanted(chunk));
-                    frames.extend(wanted.map(|chunk| (chunk, frame.clone())));
+                    let chunks: Vec<Chunk> = wanted.collect();
+                    if !chunks.is_empty() {
+                        frames.push(CutFrame { chunks, bytes });
+                    }
                 }
             }
         }
@@ -183,6 +197,11 @@ mod tests {
         (0..).zip(extents).map(chunk).collect()
     }
 
+    fn ordinals(found: &[CutFrame]) -> Vec<u32> {
+        let chunks = found.iter().flat_map(|frame| &frame.chunks);
+        chunks.map(|chunk| chunk.ordinal).collect()
+    }
+
     #[test]
     fn neighbours_come_in_one_request() {
         let limits = Limits {
@@ -227,13 +246,25 @@ mod tests {
                 found.extend(cutter.push(part, |chunk| chunk.ordinal != 2));
             }
             assert_eq!(cutter.at(), bytes.len() as u64);
-            let ordinals: Vec<u32> = found.iter().map(|(chunk, _)| chunk.ordinal).collect();
-            assert_eq!(ordinals, [0, 1, 3], "pieces of {size}");
-            for (chunk, frame) in found {
-                let device = sluice_blockindex::frames::decode_chunk(&frame, &chunk).unwrap();
-                assert_eq!(device, layer.bytes_of(chunk.ordinal));
+            assert_eq!(ordinals(&found), [0, 1, 3], "pieces of {size}");
+            for CutFrame { chunks, bytes } in found {
+                let device = sluice_blockindex::frames::decode_chunk(&bytes, &chunks[0]).unwrap();
+                assert_eq!(device, layer.bytes_of(chunks[0].ordinal));
             }
         }
+    }
+
+    #[test]
+    fn a_shared_frame_is_never_divided() {
+        let limits = Limits {
+            gap_bytes: 5,
+            first_bytes: 4,
+            piece_bytes: 4,
+        };
+        let extents = [(0, 10), (0, 10), (10, 12), (12, 30), (12, 30)];
+        let pieces = coalesce(chunks(&extents).into_iter(), &limits, |_, _| true);
+        let found: Vec<_> = pieces.iter().map(|it| it.chunks.clone()).collect();
+        assert_eq!(found, [vec![0, 1], vec![2], vec![3, 4]]);
     }
 
     #[test]
@@ -259,12 +290,20 @@ mod tests {
                     let part = bytes.slice(at..bytes.len().min(at + size));
                     found.extend(cutter.push(part, |chunk| wants.contains(&chunk.ordinal)));
                 }
-                let ordinals: Vec<u32> = found.iter().map(|(chunk, _)| chunk.ordinal).collect();
-                assert_eq!(ordinals, wants, "pieces of {size}");
-                for (chunk, frame) in found {
-                    let range = chunk.blob.range();
+                assert_eq!(ordinals(&found), wants, "pieces of {size}");
+                let mut blobs: Vec<_> = found.iter().map(|it| it.chunks[0].blob).collect();
+                blobs.dedup();
+                assert_eq!(blobs.len(), found.len(), "each frame once");
+                for frame in found {
+                    assert!(
+                        frame
+                            .chunks
+                            .iter()
+                            .all(|it| it.blob == frame.chunks[0].blob)
+                    );
+                    let range = frame.chunks[0].blob.range();
                     let at = |offset| usize::try_from(offset).unwrap();
-                    assert_eq!(frame, bytes[at(range.start)..at(range.end)]);
+                    assert_eq!(frame.bytes, bytes[at(range.start)..at(range.end)]);
                 }
             }
         }
@@ -277,13 +316,7 @@ mod tests {
         let mut cutter = FrameCutter::new(second - 1, layer.chunks.chunks().flatten());
         let from = usize::try_from(second - 1).unwrap();
         let found = cutter.push(Bytes::from(layer.blob[from..].to_vec()), |_| true);
-        assert_eq!(
-            found
-                .iter()
-                .map(|(chunk, _)| chunk.ordinal)
-                .collect::<Vec<_>>(),
-            [1, 2, 3]
-        );
+        assert_eq!(ordinals(&found), [1, 2, 3]);
     }
 
     proptest! {

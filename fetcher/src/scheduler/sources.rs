@@ -189,6 +189,8 @@ impl SourceSet {
             // Not of the source: see `sent_corrupt` for what it sent.
             FetchFailure::Corrupt { .. }
             | FetchFailure::NoSource
+            | FetchFailure::Windows { .. }
+            | FetchFailure::NoWindows { .. }
             | FetchFailure::Store(_)
             | FetchFailure::Cancelled => return,
         };

@@ -2,7 +2,9 @@
 //! Fills over a line with latency, in paused time: requests are counted, moments are exact.
 
 mod faults;
+mod prefix;
 mod registry;
+mod unmodified;
 
 use super::*;
 use crate::fixture::TestLayer;

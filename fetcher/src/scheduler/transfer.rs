@@ -13,14 +13,10 @@
 
 use std::collections::HashMap;
 use std::fmt::Display;
-use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use bytes::Bytes;
-use futures::StreamExt as _;
-use sluice_blockindex::frames::{DecodeFrameError, decode_chunk};
-use tokio::task::{JoinError, JoinSet};
+use tokio::task::JoinError;
 use tokio_util::sync::CancellationToken;
 
 use super::Core;
@@ -28,39 +24,24 @@ use super::ask::{Asked, Way};
 use super::error::FetchFailure;
 use super::flight::Transfer;
 use super::layer::LayerHandle;
-use super::plan::{FrameCutter, Piece, coalesce};
-use super::slots::{Slot, Slots};
+use super::plan::{Piece, coalesce};
+use super::receive::{Lent, Receiving};
 use super::sources::{Choice, SourceId};
+use super::windows::{Decodable, Lacking};
 use crate::clock;
 use crate::metrics::{FROM_STORE, priority_word};
 use crate::peer::Reach;
-use crate::peer::wire::Form;
-use crate::source::{
-    BlobSource, BlobStream, Priority, ReadContext, Served, SourceError, SourceKind,
-};
+use crate::source::{BlobSource, Priority, ReadContext, Served, SourceError, SourceKind};
 use crate::steps::{StepGuard, StepKind};
-use crate::store::{Committed, Rechecked, StoreError, lock};
-
-/// Chunks of one transfer that are decoded or wait for it; beyond it the body is not read on. Bounds
-/// what a transfer holds to about this many frames.
-pub(super) const DECODES: usize = 8;
+use crate::store::{Rechecked, StoreError, lock};
 
 /// A request that stalled is given at most eight times the first limit when it is made again.
 const MOST_DOUBLINGS: u32 = 3;
-
-/// What must come within a body's patience, or it has stalled: a source that trickles would pin its
-/// chunks for ever. At 4 KiB in 10 s the frame of a chunk, some 64 KiB, takes half of the default
-/// read deadline; below it asking another source is the better chance. A line of 64 kbit/s carries
-/// 20 such bodies at once, and on a slower one patience doubles.
-const PROGRESS_BYTES: usize = 4 << 10;
 
 /// A source that may be asked: failures rest it for less.
 const SOURCE_STEP: StepKind = StepKind::new("source", Duration::from_secs(30));
 /// A reader's place among the requests to an origin, and his turn.
 const SLOT_STEP: StepKind = StepKind::new("request slot", Duration::from_secs(30));
-/// Decoding, checking and writing one chunk. A disk that takes seconds is broken or drowned.
-const WRITE_STEP: StepKind = StepKind::new("chunk write", Duration::from_secs(5));
-
 /// Runs `transfer`, which has claims in `layer`, until they all landed or nobody wants them.
 ///
 /// `job` calls it off as soon as nobody waits for it. **Errors** why it ended without some chunks that
@@ -98,34 +79,26 @@ pub(super) struct Run {
     stalls: Mutex<HashMap<SourceId, u32>>,
 }
 
+/// The time in which others hand their claims over to a transfer, as far as they do; ends by being dropped.
+struct Turn<'a>(&'a Run);
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let transfer = &self.0.transfer;
+        lock(&self.0.layer.whole).take_if(|it| Arc::ptr_eq(it, transfer));
+    }
+}
+
 /// Whatever happens, no claim outlives its transfer: its waiters look again.
 impl Drop for Run {
     fn drop(&mut self) {
-        {
-            let mut whole = lock(&self.layer.whole);
-            if whole
-                .as_ref()
-                .is_some_and(|it| Arc::ptr_eq(it, &self.transfer))
-            {
-                *whole = None;
-            }
-        }
+        drop(Turn(self));
         self.transfer.urgency.receiving(&self.core.gate, false);
         self.layer.flights.finish_all(&self.transfer, None);
         if self.layer.device.is_complete() {
             self.layer.drop_twin();
         }
     }
-}
-
-/// What came of a chunk's frame.
-pub(super) type Decoded = (u32, Result<Committed, DecodeFailure>);
-
-pub(super) enum DecodeFailure {
-    Corrupt(DecodeFrameError),
-    /// It is right, and waits in memory: the store did not take it.
-    NotKept(StoreError),
-    Store(StoreError),
 }
 
 impl Run {
@@ -167,13 +140,13 @@ impl Run {
 
     /// How long a request may be without a byte. It doubles with each stall of the source, or one that
     /// is always slower than the first limit would never give anything.
-    fn patience(&self, id: SourceId) -> Duration {
+    pub(super) fn patience(&self, id: SourceId) -> Duration {
         let stalls = lock(&self.stalls).get(&id).copied().unwrap_or(0);
         let doublings = stalls.min(MOST_DOUBLINGS);
         self.core.options.stall.saturating_mul(1 << doublings)
     }
 
-    fn stalled(&self, id: SourceId, kind: SourceKind) {
+    pub(super) fn stalled(&self, id: SourceId, kind: SourceKind) {
         *lock(&self.stalls).entry(id).or_default() += 1;
         self.core.metrics.stalled(kind);
     }
@@ -232,9 +205,23 @@ impl Run {
         {
             return Ok(());
         }
-        let (id, source) = self.choose(piece.chunks[0]).await?;
-        if source.whole_blob_only() && self.hand_over_to_whole() {
+        let (id, source) = self.choose(self.layer.judged_by(piece.chunks[0])).await?;
+        let passes = self.layer.stream_of(piece.chunks[0]).is_some();
+        if (source.whole_blob_only() || passes) && self.hand_over_to_whole() {
             return Ok(());
+        }
+        // Its turn ends before `drive` looks at the claims again: what was handed over until then is seen.
+        let _turn = Turn(self);
+        if passes && !self.become_whole() {
+            return Ok(());
+        }
+        // Where all of the blob comes, all windows come by.
+        if !source.whole_blob_only() {
+            match self.decodable(piece) {
+                Decodable::Now(..) => {}
+                Decodable::Resting => return self.rest_for_windows().await,
+                Decodable::Stuck(chunk) => return self.wait_for_before(&chunk).await,
+            }
         }
         let most = self.core.peers().and_then(|peers| peers.origin_requests());
         let slots = self.core.origins.at_most(source.label(), most);
@@ -248,10 +235,19 @@ impl Run {
         let Some(piece) = self.first_piece()? else {
             return Ok(());
         };
+        let decodable = match source.whole_blob_only() {
+            true => Decodable::Now(piece, Lacking::new()),
+            false => self.decodable(piece),
+        };
+        let (piece, lacking) = match decodable {
+            Decodable::Now(piece, lacking) => (piece, lacking),
+            // It is waited for without a slot.
+            Decodable::Resting | Decodable::Stuck(_) => return Ok(()),
+        };
         let began = clock::now();
         let lent = Lent { slots, slot };
         self.transfer.fed(true);
-        let result = self.request(id, &source, &piece, &lent).await;
+        let result = self.request(id, &source, (&piece, &lacking), &lent).await;
         self.transfer.fed(false);
         drop(lent);
         urgency.receiving(&self.core.gate, false);
@@ -288,13 +284,20 @@ impl Run {
         let Some(first) = claims.first().copied() else {
             return Ok(None);
         };
-        let chunks = claims
-            .into_iter()
-            .map_while(|chunk| self.layer.chunks().chunk(chunk));
-        let limits = self.transfer.listed;
-        let limits = limits.unwrap_or_else(|| self.core.options.limits());
-        let mut pieces = coalesce(chunks, &limits, |_, _| false).into_iter();
-        match pieces.next() {
+        let piece = match self.layer.stream_of(first) {
+            Some(_) => self.pass_piece(&claims),
+            None => {
+                let chunks = claims
+                    .into_iter()
+                    .map_while(|chunk| self.layer.chunks().chunk(chunk))
+                    .take_while(|chunk| chunk.codec.is_random_access());
+                let limits = self.transfer.listed;
+                let limits = limits.unwrap_or_else(|| self.core.options.limits());
+                let pieces = coalesce(chunks, &limits, |_, _| false);
+                pieces.into_iter().next()
+            }
+        };
+        match piece {
             Some(piece) => Ok(Some(piece)),
             // The chunk map was damaged since the chunk was claimed.
             None => Err(FetchFailure::Store(Arc::new(StoreError::NoSuchChunk {
@@ -364,42 +367,50 @@ impl Run {
         }
     }
 
+    /// Whether it is this transfer's turn, and there is anything that can be had by prefix only.
+    pub(super) fn holds_pass(&self) -> bool {
+        let whole = lock(&self.layer.whole);
+        let ours = |it: &Arc<Transfer>| Arc::ptr_eq(it, &self.transfer);
+        !self.layer.streams().is_empty() && whole.as_ref().is_some_and(ours)
+    }
+
     /// **Errors** with the kind of place that failed, which may be a mirror of the source.
     async fn request(
         &self,
         id: SourceId,
         source: &Arc<dyn BlobSource>,
-        piece: &Piece,
+        (piece, lacking): (&Piece, &Lacking),
         lent: &Lent,
     ) -> Result<(), (SourceKind, FetchFailure)> {
         let priority = self.transfer.urgency.effective();
         let context = ReadContext::new(priority).with_cancel(self.layer.cancel.clone());
         let stall = self.patience(id);
-        let opening = tokio::time::timeout(stall, source.open(&context, piece.extent));
         let label: Arc<str> = source.label().into();
-        let opened = self.unless_called_off(opening).await.map(|in_time| {
-            in_time.unwrap_or_else(|_| {
+        let opening = async {
+            let opening = source.open(&context, piece.extent);
+            let in_time = tokio::time::timeout(stall, opening).await;
+            let opened = in_time.unwrap_or_else(|_| {
                 self.stalled(id, source.kind());
                 Err(SourceError::Stalled {
                     after: stall,
                     offset: piece.extent.start(),
                 })
-            })
-        });
+            });
+            let label = Arc::clone(&label);
+            opened.map_err(|error| FetchFailure::Source { label, error })
+        };
+        // Beside it: what is lacking costs no round trip.
+        let reader = self.layer.window_reader(&self.core, &self.transfer);
+        let preparing = self.layer.windows.prepare(&reader, lacking);
+        let both = async { tokio::try_join!(opening, preparing) };
+        let opened = self.unless_called_off(both).await.flatten();
         let metrics = &self.core.metrics;
-        let source_label = Arc::clone(&label);
-        let opened = opened.and_then(|opened| {
-            opened.map_err(|error| FetchFailure::Source {
-                label: source_label,
-                error,
-            })
-        });
         let stream = match opened {
-            Ok(stream) => stream,
+            Ok((stream, ())) => stream,
             Err(failure) => {
                 // What mirrors failed to give is counted where they are asked.
                 metrics.requested(source.kind(), priority);
-                if !matches!(failure, FetchFailure::Cancelled) {
+                if is_of_source(&failure) {
                     metrics.failed(source.kind(), failure.class());
                 }
                 return Err((source.kind(), failure));
@@ -412,217 +423,23 @@ impl Run {
         if whole && !self.become_whole() {
             return Ok(());
         }
-        let receiving = Receiving {
-            run: self,
-            id,
-            kind,
-            served,
-            lent,
-            label,
-            corrupt: None,
-        };
+        let receiving = Receiving::new(self, id, (kind, label), served, lent);
         let result = receiving.receive(stream).await;
         if let Err(failure) = &result
-            && !matches!(failure, FetchFailure::Store(_) | FetchFailure::Cancelled)
+            && is_of_source(failure)
         {
             metrics.failed(kind, failure.class());
-        }
-        if whole {
-            // Before `drive` looks at the claims again: what was handed over until now is seen.
-            *lock(&self.layer.whole) = None;
         }
         result.map_err(|failure| (kind, failure))
     }
 }
 
-/// The slot of an attempt, and where it is from.
-struct Lent {
-    slots: Slots,
-    slot: Slot,
-}
-
-/// The body of one request.
-struct Receiving<'a> {
-    run: &'a Run,
-    id: SourceId,
-    /// What kind of place gives it, which may be a mirror of the source.
-    kind: SourceKind,
-    served: Option<Served>,
-    lent: &'a Lent,
-    label: Arc<str>,
-    corrupt: Option<FetchFailure>,
-}
-
-impl Receiving<'_> {
-    async fn receive(mut self, stream: BlobStream) -> Result<(), FetchFailure> {
-        let mut decodes = JoinSet::new();
-        let read = self.read_body(stream, &mut decodes).await;
-        // What was read is decoded in any case: it is paid for.
-        while let Some(decoded) = decodes.join_next().await {
-            self.settle(decoded)?;
-        }
-        read?;
-        match self.corrupt {
-            Some(failure) => Err(failure),
-            None => Ok(()),
-        }
-    }
-
-    async fn read_body(
-        &mut self,
-        stream: BlobStream,
-        decodes: &mut JoinSet<Decoded>,
-    ) -> Result<(), FetchFailure> {
-        let (run, layer) = (self.run, &self.run.layer);
-        let (gate, urgency) = (&run.core.gate, &run.transfer.urgency);
-        let (stall, lull) = (run.patience(self.id), run.core.options.lull);
-        let BlobStream {
-            extent, mut body, ..
-        } = stream;
-        let missing = layer.chunks_in(extent).map(|chunk| chunk.ordinal);
-        layer.flights.claim(
-            &run.transfer,
-            missing.filter(|chunk| !layer.device.is_present(*chunk)),
-        );
-        let mut cutter = FrameCutter::new(extent.start(), layer.chunks_in(extent));
-        let mut called_off = pin!(run.called_off());
-        // When a byte came, and when the last of enough bytes came.
-        let mut last_byte = clock::now();
-        let mut quiet_since = clock::now();
-        let mut progress_bytes = 0;
-        let mut paused = false;
-        let mut flowing = false;
-        loop {
-            // At its very end the body is read to its end, so that its connection can be used again.
-            let rest = cutter.at() < extent.end();
-            if rest && decodes.is_empty() && layer.flights.is_done(&run.transfer) {
-                return Ok(());
-            }
-            let reading = !paused && decodes.len() < DECODES;
-            tokio::select! {
-                biased;
-                () = &mut called_off => return Err(FetchFailure::Cancelled),
-                Some(decoded) = decodes.join_next() => {
-                    self.settle(decoded)?;
-                    if !reading {
-                        (last_byte, quiet_since) = (clock::now(), clock::now());
-                    }
-                }
-                // Nobody waits for it, it stands still, and a reader needs its slot.
-                () = self.lent.slots.plea(),
-                    if paused && self.lent.slot.of_readers && urgency.waiters() == 0 =>
-                {
-                    return Err(FetchFailure::Cancelled);
-                }
-                () = gate.turn(urgency), if paused => {
-                    paused = false;
-                    (last_byte, quiet_since) = (clock::now(), clock::now());
-                }
-                part = body.next(), if reading => match part {
-                    None => return Ok(()),
-                    Some(Err(error)) => {
-                        return Err(FetchFailure::Source { label: self.label.clone(), error });
-                    }
-                    Some(Ok(bytes)) => {
-                        last_byte = clock::now();
-                        progress_bytes += bytes.len();
-                        if progress_bytes >= PROGRESS_BYTES {
-                            (quiet_since, progress_bytes) = (last_byte, 0);
-                        }
-                        let count = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
-                        self.take(bytes, &mut cutter, decodes);
-                        if let Some(peers) = run.core.peers() {
-                            peers.downloaded(count, true).await;
-                        }
-                        flowing = true;
-                        urgency.receiving(gate, true);
-                        paused = !gate.may_run(urgency.effective());
-                    }
-                },
-                () = tokio::time::sleep_until(last_byte + lull), if reading && flowing => {
-                    flowing = false;
-                    urgency.receiving(gate, false);
-                }
-                () = tokio::time::sleep_until(quiet_since + stall), if reading => {
-                    run.stalled(self.id, self.kind);
-                    let error = SourceError::Stalled { after: stall, offset: cutter.at() };
-                    return Err(FetchFailure::Source { label: self.label.clone(), error });
-                }
-            }
-        }
-    }
-
-    /// Takes bytes of the body and starts decoding what they complete.
-    fn take(&self, bytes: Bytes, cutter: &mut FrameCutter, decodes: &mut JoinSet<Decoded>) {
-        let run = self.run;
-        let count = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
-        let priority = run.transfer.urgency.effective();
-        run.core.metrics.arrived(self.kind, priority, count);
-        run.layer.arrived(self.kind, count);
-        let device = &run.layer.device;
-        for (chunk, frame) in cutter.push(bytes, |chunk| !device.is_present(chunk.ordinal)) {
-            let (core, device) = (Arc::clone(&run.core), Arc::clone(device));
-            let transfer = Arc::clone(&run.transfer);
-            decodes.spawn(async move {
-                let slot = core.decodes.take(&transfer.urgency).await;
-                let ordinal = chunk.ordinal;
-                let work = tokio::task::spawn_blocking(move || {
-                    let key = device.key();
-                    let subject = std::fmt::from_fn(move |f| write!(f, "chunk {ordinal} of {key}"));
-                    let whom = priority_word(transfer.urgency.effective());
-                    let _step = core.metrics.steps().enter(WRITE_STEP, whom, subject);
-                    let bytes = decode_chunk(&frame, &chunk).map_err(DecodeFailure::Corrupt)?;
-                    let kept = core.passing.keep(&device, &chunk, bytes)?;
-                    if let Some(peers) = core.peers() {
-                        // Other nodes will ask for it: it is passed on as it came.
-                        peers.frames.put(chunk.digest, Form::Frame, &frame);
-                    }
-                    Ok(kept)
-                });
-                let done = work.await;
-                drop(slot);
-                match done {
-                    Ok(result) => (ordinal, result),
-                    Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
-                }
-            });
-        }
-    }
-
-    /// Takes note of what came of a frame.
-    fn settle(&mut self, decoded: Result<Decoded, JoinError>) -> Result<(), FetchFailure> {
-        let run = self.run;
-        let (chunk, result) = joined(decoded)?;
-        match result {
-            Ok(committed) => {
-                if committed == Committed::Stored {
-                    run.core.metrics.committed(self.kind.as_str());
-                }
-                run.layer.flights.finish(chunk, None);
-            }
-            Err(DecodeFailure::Store(error)) => return Err(FetchFailure::Store(Arc::new(error))),
-            Err(DecodeFailure::NotKept(error)) => return run.not_kept(chunk, error),
-            Err(DecodeFailure::Corrupt(error)) => {
-                tracing::warn!(
-                    device = %run.layer.key(), source = %self.label, given_by = %self.kind, chunk,
-                    "drop corrupt chunk: {error}"
-                );
-                run.core.metrics.corrupt(self.kind.as_str());
-                match &self.served {
-                    // The next attempt asks another place.
-                    Some(served) => served.blame(),
-                    None => run.layer.sources.sent_corrupt(self.id, chunk, clock::now()),
-                }
-                let failure = FetchFailure::Corrupt {
-                    label: self.label.clone(),
-                    error,
-                };
-                run.transfer.note(&failure);
-                self.corrupt = Some(failure);
-            }
-        }
-        Ok(())
-    }
+/// Whether a failure counts as one of the source that was asked.
+const fn is_of_source(failure: &FetchFailure) -> bool {
+    matches!(
+        failure,
+        FetchFailure::Source { .. } | FetchFailure::Corrupt { .. } | FetchFailure::NoSource
+    )
 }
 
 /// Makes a chunk present from what the store has; false when it does not have it.

@@ -70,6 +70,7 @@ async fn a_chunk_map_that_rots_ends_the_fill() {
             blob_bytes: trailer.blob_bytes,
             sources: vec![Arc::new(line.clone())],
             origins: OriginSet::default(),
+            windows: None,
         };
         let handle = fetcher.add_layer(spec).await.unwrap();
         let rot = async {
