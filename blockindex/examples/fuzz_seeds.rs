@@ -9,10 +9,13 @@ use std::path::{Path, PathBuf};
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
-use sluice_blockindex::digest::BlobDigest;
+use sluice_blockindex::artifact::{Artifact, ArtifactLayer, IndexBlobs, MANIFEST_TYPE, Subject};
+use sluice_blockindex::digest::{BlobDigest, DiffId, IndexDigest, ManifestDigest};
 use sluice_blockindex::encode::{EncodeOptions, encode_layer};
 use sluice_blockindex::extent::Extent;
-use sluice_blockindex::index::{INDEX_FILE_MAX_BYTES, UncheckedIndex, decompress_index};
+use sluice_blockindex::index::{
+    INDEX_FILE_MAX_BYTES, UncheckedIndex, WindowsPin, decompress_index,
+};
 use sluice_blockindex::indexer::{IndexOptions, index_blob};
 
 fn main() {
@@ -75,6 +78,41 @@ fn main() {
     );
     write(&directory, "annotations", "not-lazy", b"8=sparse file\n");
     unmodified(&directory, &tar);
+    artifact(&directory);
+}
+
+/// The artifact of an image that stands for all: a layer with windows, and one without an index.
+fn artifact(directory: &Path) {
+    let layer = |name: &str, index| ArtifactLayer {
+        blob: BlobDigest::of(name.as_bytes()),
+        blob_bytes: 1000,
+        diff_id: DiffId::of(name.as_bytes()),
+        index,
+    };
+    let windows = WindowsPin {
+        bytes: 50,
+        digest: *BlobDigest::of(b"windows").as_bytes(),
+    };
+    let index = IndexBlobs {
+        digest: IndexDigest::of(b"index"),
+        bytes: 100,
+        windows: Some(windows),
+    };
+    let sample = Artifact {
+        subject: Subject {
+            media_type: MANIFEST_TYPE.to_owned(),
+            digest: ManifestDigest::of(b"image"),
+            bytes: 700,
+        },
+        generation: 1,
+        recipe: "1".to_owned(),
+        layers: vec![
+            layer("gzip", Ok(index)),
+            layer("sparse", Err("sparse file".to_owned())),
+        ],
+    };
+    let bytes = sample.to_json().expect("the sample keeps the rules");
+    write(directory, "index_artifact", "sample", &bytes);
 }
 
 /// Blobs of others, and the index of one of them.

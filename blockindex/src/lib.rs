@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod annotations;
+pub mod artifact;
 pub mod boot;
 pub mod chunkmap;
 pub mod digest;

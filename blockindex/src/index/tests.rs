@@ -121,7 +121,7 @@ fn section(id: u32) -> usize {
 fn a_good_index_reads_back() {
     let index = validated(Parts::good().file()).unwrap();
     assert_eq!(index.diff_id(), diff_id());
-    assert_eq!(index.device_bytes(), DEVICE_BYTES.into());
+    assert_eq!(index.device_bytes(), u64::from(DEVICE_BYTES));
     assert_eq!(index.chunk_map().count(), 2);
     assert_eq!(index.files().unwrap().at_block(2).unwrap().run.len(), 1000);
     assert_eq!(index.files().unwrap().at_block(3), None);
