@@ -10,6 +10,7 @@
 //! - [`peer`]: what nodes give each other.
 //! - [`prefetch`]: completes images in the background.
 //! - [`block_source`]: reads a layer device through all of that.
+//! - [`index_artifact`]: what makes an image lazy that nobody converted.
 //! - [`metrics`]: what is counted.
 //! - [`steps`]: what is under way, and the watchdog that names what is stuck.
 //! - [`cluster`]: many nodes, each byte once.
@@ -24,6 +25,7 @@ pub mod clock;
 pub mod cluster;
 #[cfg(test)]
 mod fixture;
+pub mod index_artifact;
 pub mod metrics;
 pub mod peer;
 pub mod prefetch;

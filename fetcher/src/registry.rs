@@ -21,6 +21,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use bytes::Bytes;
+use reqwest::header::HeaderMap;
 use url::Url;
 
 use crate::metrics::Metrics;
@@ -42,6 +44,7 @@ mod mirrors;
 mod options;
 mod passing;
 mod reference;
+mod referrers;
 mod remembered;
 mod transport;
 mod upload;
@@ -64,6 +67,7 @@ pub use reference::{
     DOCKER_HUB, ImageReference, ReferenceError, Repository, api_host, host_name,
     is_plain_http_default, port_of,
 };
+pub use referrers::{Listed, NewReferrer, Referrer, fallback_tag};
 pub use upload::{MountOutcome, Upload};
 
 /// Most redirects followed for one request: registries use one, a proxy in front one more; ten is
@@ -260,6 +264,65 @@ impl Inner {
                 Err(error) => attempts.wait_after(context, error).await?,
             }
         }
+    }
+}
+
+impl Inner {
+    /// As [`Inner::ask_at`], with the whole body of an answer of 200, which is a manifest or another document of at
+    /// most [`RegistryOptions::manifest_cap_bytes`]; what other answers have to say is not read.
+    async fn ask_document(
+        &self,
+        context: &ReadContext,
+        call: &Call,
+        at: &Endpoint,
+        scope: &str,
+        accepted: &[u16],
+        once: bool,
+    ) -> Result<Received, RegistryError> {
+        let cap_bytes = self.options.manifest_cap_bytes;
+        let mut attempts = Attempts::new(&self.options.retry);
+        loop {
+            let answer = self
+                .ask_at(context, call, at, scope, accepted, once)
+                .await?;
+            let mut received = Received {
+                status: answer.status().as_u16(),
+                headers: answer.response.headers().clone(),
+                bytes: Bytes::new(),
+            };
+            if received.status != 200 {
+                return Ok(received);
+            }
+            let body = self
+                .transport
+                .read_body(context, answer, cap_bytes, &call.what);
+            match body.await {
+                Ok(bytes) => {
+                    received.bytes = bytes;
+                    return Ok(received);
+                }
+                Err(error) if once => return Err(error),
+                Err(error) => attempts.wait_after(context, error).await?,
+            }
+        }
+    }
+}
+
+/// An answer with its body.
+struct Received {
+    status: u16,
+    headers: HeaderMap,
+    bytes: Bytes,
+}
+
+impl Received {
+    fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name).and_then(|value| value.to_str().ok())
+    }
+
+    /// Of the body, by the sender's word.
+    fn media_type(&self) -> Option<String> {
+        self.header("content-type").map(media::of_content_type)
     }
 }
 

@@ -140,6 +140,14 @@ pub enum RegistryError {
         /// What is wrong.
         problem: String,
     },
+    /// Others change it faster than it can be changed.
+    #[error("{what} at {endpoint} keeps changing")]
+    Contended {
+        /// Where.
+        endpoint: String,
+        /// What.
+        what: String,
+    },
     /// The caller's stream of bytes to upload failed.
     #[error("read bytes to upload: {reason}")]
     Input {
@@ -159,7 +167,8 @@ impl RegistryError {
             RegistryError::Connect { .. }
             | RegistryError::NoAnswer { .. }
             | RegistryError::Throttled { .. }
-            | RegistryError::Unavailable { .. } => Class::Transient,
+            | RegistryError::Unavailable { .. }
+            | RegistryError::Contended { .. } => Class::Transient,
             RegistryError::Denied { .. }
             | RegistryError::Certificate { .. }
             | RegistryError::NotFound { .. }

@@ -24,6 +24,7 @@ use tokio::task::JoinHandle;
 
 use super::Repository;
 
+mod referrers;
 mod routes;
 
 /// A request that arrived.
@@ -80,6 +81,12 @@ pub enum Misbehaviour {
     Redirect(String),
     /// Does the work, then breaks the connection instead of answering.
     LostAnswer,
+    /// Answers with this `Link` header besides.
+    Link(String),
+    /// Answers 200 with a body of this media type.
+    Answer(String, Bytes),
+    /// Somebody else puts a manifest of this repository, under this tag and with this media type, right before.
+    Meanwhile([String; 3], Bytes),
 }
 
 /// Who is let in.
@@ -109,6 +116,27 @@ pub enum Access {
     },
 }
 
+/// How referrers are listed.
+#[derive(Clone, Copy, Debug)]
+pub struct ReferrersApi {
+    /// Entries of a page.
+    pub page: usize,
+    /// Whether lists are filtered by type.
+    pub filters: bool,
+    /// Whether entries repeat the annotations.
+    pub annotations: bool,
+}
+
+impl Default for ReferrersApi {
+    fn default() -> Self {
+        ReferrersApi {
+            page: 100,
+            filters: true,
+            annotations: true,
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Rule {
     method: String,
@@ -124,6 +152,7 @@ struct Inner {
     redirects: bool,
     signature: u64,
     mounts: bool,
+    referrers: Option<ReferrersApi>,
     blobs: BTreeMap<(String, String), Bytes>,
     manifests: BTreeMap<(String, String), (String, Bytes)>,
     uploads: BTreeMap<u64, Vec<u8>>,
@@ -174,6 +203,7 @@ impl FakeRegistry {
             redirects: false,
             signature: 1,
             mounts: true,
+            referrers: None,
             blobs: BTreeMap::new(),
             manifests: BTreeMap::new(),
             uploads: BTreeMap::new(),
@@ -304,6 +334,24 @@ impl FakeRegistry {
     /// Whether blobs are mounted across repositories.
     pub fn set_mounts(&self, mounts: bool) {
         self.shared.lock().mounts = mounts;
+    }
+
+    /// Whether referrers are listed, and how; without it the request is not known, as in older registries.
+    pub fn set_referrers(&self, api: Option<ReferrersApi>) {
+        self.shared.lock().referrers = api;
+    }
+
+    /// The bytes of a manifest, by tag or digest.
+    pub fn manifest(&self, name: &str, target: &str) -> Option<Bytes> {
+        let inner = self.shared.lock();
+        let found = inner.manifests.get(&(name.to_owned(), target.to_owned()));
+        found.map(|(_, bytes)| bytes.clone())
+    }
+
+    /// Forgets a manifest, by tag or digest.
+    pub fn remove_manifest(&self, name: &str, target: &str) {
+        let key = (name.to_owned(), target.to_owned());
+        self.shared.lock().manifests.remove(&key);
     }
 
     /// From now on, lets `pass` requests of `method` (empty: any) whose path contains `path_part`

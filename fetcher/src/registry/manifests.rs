@@ -18,7 +18,7 @@ use super::mirrors::Attempt;
 use super::reference::ImageReference;
 use super::transport::{Answer, Call};
 use super::{RegistryClient, RegistryError, pull_scope, push_scope};
-use crate::source::{Attempts, Class, ReadContext, SourceKind};
+use crate::source::{Class, ReadContext, SourceKind};
 
 /// What a reference stands for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,7 +94,7 @@ impl RegistryClient {
     }
 
     /// Asks each mirror that may answer once, then the registry, which is asked again where it fails in passing.
-    async fn first_of<T, F>(
+    pub(super) async fn first_of<T, F>(
         &self,
         context: &ReadContext,
         reference: &ImageReference,
@@ -142,7 +142,7 @@ impl RegistryClient {
         ask(Arc::clone(&endpoints.origin), false).await
     }
 
-    async fn resolve_at(
+    pub(super) async fn resolve_at(
         &self,
         context: &ReadContext,
         at: &Endpoint,
@@ -169,7 +169,7 @@ impl RegistryClient {
         })
     }
 
-    async fn manifest_at(
+    pub(super) async fn manifest_at(
         &self,
         context: &ReadContext,
         at: &Endpoint,
@@ -178,47 +178,30 @@ impl RegistryClient {
     ) -> Result<FetchedManifest, RegistryError> {
         let call = manifest_call(Method::GET, at, reference)?;
         let scope = pull_scope(reference.place());
-        let cap_bytes = self.inner.options.manifest_cap_bytes;
-        let mut attempts = Attempts::new(&self.inner.options.retry);
-        loop {
-            let answer = self
-                .inner
-                .ask_at(context, &call, at, &scope, &[200], once)
-                .await?;
-            let stated = answer.header("docker-content-digest").map(str::to_owned);
-            let content_type = answer.header("content-type").map(media::of_content_type);
-            let bytes = match self
-                .inner
-                .transport
-                .read_body(context, answer, cap_bytes, &call.what)
-                .await
-            {
-                Ok(bytes) => bytes,
-                Err(error) if once => return Err(error),
-                Err(error) => {
-                    attempts.wait_after(context, error).await?;
-                    continue;
-                }
-            };
-            let digest = ManifestDigest::of(&bytes);
-            // A digest of another algorithm cannot be compared; ours then stands for itself.
-            let stated = stated.and_then(|text| text.parse::<ManifestDigest>().ok());
-            if let Some(expected) = reference.digest().or(stated)
-                && expected != digest
-            {
-                return Err(RegistryError::DigestMismatch {
-                    what: call.what,
-                    expected: expected.to_string(),
-                    actual: digest.to_string(),
-                });
-            }
-            let media_type = media_type_of(&bytes, content_type.as_deref());
-            return Ok(FetchedManifest {
-                digest,
-                media_type,
-                bytes,
+        let received = self
+            .inner
+            .ask_document(context, &call, at, &scope, &[200], once)
+            .await?;
+        let digest = ManifestDigest::of(&received.bytes);
+        // A digest of another algorithm cannot be compared; ours then stands for itself.
+        let stated = received
+            .header("docker-content-digest")
+            .and_then(|text| text.parse::<ManifestDigest>().ok());
+        if let Some(expected) = reference.digest().or(stated)
+            && expected != digest
+        {
+            return Err(RegistryError::DigestMismatch {
+                what: call.what,
+                expected: expected.to_string(),
+                actual: digest.to_string(),
             });
         }
+        let media_type = media_type_of(&received.bytes, received.media_type().as_deref());
+        Ok(FetchedManifest {
+            digest,
+            media_type,
+            bytes: received.bytes,
+        })
     }
 
     /// Stores a manifest under `reference` (a tag or its digest); its blobs must be there already.
@@ -231,6 +214,18 @@ impl RegistryClient {
         media_type: &str,
         bytes: Bytes,
     ) -> Result<ManifestDigest, RegistryError> {
+        let stored = self.store_manifest(context, reference, media_type, bytes);
+        stored.await.map(|(digest, _)| digest)
+    }
+
+    /// As [`Self::put_manifest`], with the head of the registry's answer.
+    pub(super) async fn store_manifest(
+        &self,
+        context: &ReadContext,
+        reference: &ImageReference,
+        media_type: &str,
+        bytes: Bytes,
+    ) -> Result<(ManifestDigest, Answer), RegistryError> {
         let digest = ManifestDigest::of(&bytes);
         let mut call = manifest_call(
             Method::PUT,
@@ -264,7 +259,7 @@ impl RegistryClient {
             .and_then(|text| text.parse().ok());
         match stated {
             Some(stated) if stated != digest => Err(mismatch("manifest as stored", stated)),
-            _ => Ok(digest),
+            _ => Ok((digest, answer)),
         }
     }
 

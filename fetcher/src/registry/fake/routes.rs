@@ -59,14 +59,22 @@ pub(super) async fn answer(
             set(&mut response, "location", to);
             return response;
         }
+        Some(Misbehaviour::Answer(media_type, bytes)) => {
+            let mut response = Response::new(Body::from(bytes.clone()));
+            set(&mut response, "content-type", media_type);
+            return response;
+        }
         Some(Misbehaviour::NoAnswer) => std::future::pending().await,
         _ => {}
     }
     let Ok(body) = to_bytes(body, BODY_BYTES).await else {
         return plain(400);
     };
-    let response = {
+    let mut response = {
         let mut inner = shared.lock();
+        if let Some(Misbehaviour::Meanwhile([name, tag, media_type], bytes)) = &fault {
+            inner.put(name, tag, media_type, bytes.clone());
+        }
         if storage {
             inner.storage(&seen, fault.as_ref())
         } else if seen.path == "/token" {
@@ -78,6 +86,10 @@ pub(super) async fn answer(
         }
     };
     match fault {
+        Some(Misbehaviour::Link(link)) => {
+            set(&mut response, "link", &link);
+            response
+        }
         Some(Misbehaviour::LostAnswer) => {
             // A body that fails before its first byte breaks the connection; hyper has then sent the
             // head at most, so the length is a lie that the client cannot take for an answer.
@@ -91,19 +103,19 @@ pub(super) async fn answer(
     }
 }
 
-fn plain(status: u16) -> Response<Body> {
+pub(super) fn plain(status: u16) -> Response<Body> {
     let mut response = Response::new(Body::empty());
     *response.status_mut() = axum::http::StatusCode::from_u16(status).expect("a status");
     response
 }
 
-fn set(response: &mut Response<Body>, name: &'static str, value: &str) {
+pub(super) fn set(response: &mut Response<Body>, name: &'static str, value: &str) {
     response
         .headers_mut()
         .insert(name, value.parse().expect("a header value"));
 }
 
-fn query_value(query: &str, name: &str) -> Option<String> {
+pub(super) fn query_value(query: &str, name: &str) -> Option<String> {
     let mut pairs = url::form_urlencoded::parse(query.as_bytes());
     pairs
         .find(|(key, _)| key == name)
@@ -238,9 +250,21 @@ impl Inner {
             }
             return serve(bytes, seen, fault);
         }
+        if let Some((name, subject)) = path.split_once("/referrers/") {
+            return self.list_referrers(seen, name, subject);
+        }
         match path.split_once("/manifests/") {
             Some((name, target)) => self.manifest(seen, headers, name, target, body, fault),
             None => plain(404),
+        }
+    }
+
+    /// Stores a manifest under its digest and `target`.
+    fn put(&mut self, name: &str, target: &str, media_type: &str, bytes: Bytes) {
+        let digest = BlobDigest::of(&bytes).to_string();
+        for target in [target.to_owned(), digest] {
+            let value = (media_type.to_owned(), bytes.clone());
+            self.manifests.insert((name.to_owned(), target), value);
         }
     }
 
@@ -260,12 +284,12 @@ impl Inner {
                 .unwrap_or_default()
                 .to_owned();
             let digest = BlobDigest::of(&body).to_string();
-            for target in [target.to_owned(), digest.clone()] {
-                let value = (media_type.clone(), body.clone());
-                self.manifests.insert((name.to_owned(), target), value);
-            }
+            self.put(name, target, &media_type, body.clone());
             let mut response = plain(201);
             set(&mut response, "docker-content-digest", &digest);
+            if let Some(subject) = self.subject_of(&body) {
+                set(&mut response, "oci-subject", &subject);
+            }
             return response;
         }
         let Some((media_type, bytes)) = self.manifests.get(&(name.to_owned(), target.to_owned()))

@@ -315,3 +315,63 @@ async fn real_registry_push_pull_range_mount() {
             .is_some()
     );
 }
+
+/// Debian's registry lists no referrers: they stand in the index under the tag.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn real_registry_referrers() {
+    let Some(registry) = start(None).await else {
+        return;
+    };
+    let client = client(RegistryOptions::default());
+    let place = Repository::new(&registry.address.to_string(), "team/app").unwrap();
+    let context = context();
+    let config = Bytes::from_static(b"{}");
+    let config_blob = BlobDigest::of(&config);
+    client
+        .push_blob(&context, &place, config_blob, config)
+        .await
+        .unwrap();
+    let subject = sluice_blockindex::digest::ManifestDigest::of(b"an image");
+    let referrer = |artifact_type: &str, name: &str| {
+        let annotations = std::collections::BTreeMap::from([("name".to_owned(), name.to_owned())]);
+        let empty = serde_json::json!({"mediaType": "application/vnd.oci.empty.v1+json", "digest": config_blob.to_string(), "size": 2});
+        let manifest = serde_json::json!({
+            "schemaVersion": 2, "mediaType": OCI_MANIFEST, "artifactType": artifact_type,
+            "config": empty, "layers": [empty], "annotations": annotations,
+            "subject": {"mediaType": OCI_MANIFEST, "digest": subject.to_string(), "size": 8},
+        });
+        NewReferrer {
+            bytes: Bytes::from(manifest.to_string()),
+            media_type: OCI_MANIFEST.to_owned(),
+            artifact_type: artifact_type.to_owned(),
+            annotations,
+            subject,
+        }
+    };
+    let list = |of_type: &'static str| {
+        let (client, context, place) = (&client, &context, &place);
+        async move {
+            let found = client.referrers(context, place, subject, of_type).await;
+            found.unwrap()
+        }
+    };
+    assert_eq!(list("a/ours").await, []);
+    for (of_type, name) in [("a/ours", "1"), ("a/others", "2"), ("a/ours", "3")] {
+        let new = referrer(of_type, name);
+        let put = client.put_referrer(&context, &place, &new, |_| true).await;
+        assert_eq!(put.unwrap(), Listed::ByTag);
+    }
+    let ours = list("a/ours").await;
+    assert_eq!(
+        ours.len(),
+        1,
+        "the later one took the place of the earlier one"
+    );
+    assert_eq!(ours[0].annotations["name"], "3");
+    assert_eq!(list("a/others").await.len(), 1);
+    let manifest = client
+        .manifest(&context, &place.with_digest(ours[0].digest))
+        .await
+        .unwrap();
+    assert_eq!(manifest.bytes, referrer("a/ours", "3").bytes);
+}
