@@ -17,7 +17,9 @@ use async_trait::async_trait;
 use sluice_blockindex::digest::BlobDigest;
 use sluice_fetcher::registry::{RegistryClient, Repository};
 use sluice_fetcher::scheduler::{Fetcher, FillError, Filled, LayerHandle, LayerSpec};
-use sluice_fetcher::source::{BlobSource, OriginSet, Priority, RegistryBlobSource, RetryPolicy};
+use sluice_fetcher::source::{
+    BlobSource, FileSource, OriginSet, Priority, RegistryBlobSource, RetryPolicy,
+};
 use sluice_fetcher::store::{DeviceKey, StoreError as ChunkStoreError};
 use tokio_util::sync::CancellationToken;
 
@@ -194,6 +196,7 @@ impl Layers {
             return Ok(handle);
         }
         let known_places = origins.clone();
+        let windows = self.windows_of(key, &origins, index).await;
         // The scheduler repeats what fails, and waits as long as a registry asks it to.
         let source = RegistryBlobSource::once(self.client.clone(), blob, blob_bytes, origins);
         let spec = LayerSpec {
@@ -203,12 +206,37 @@ impl Layers {
             blob_bytes,
             sources: vec![Arc::new(source)],
             origins: known_places,
-            windows: None,
+            windows,
         };
         let added = self.fetcher.add_layer(spec).await;
         // The device was told of every chunk; of a layer that nobody reads no page is needed after that.
         index.source().release_pages();
         added.map_err(|source| OpenLayerError::Device { key, source })
+    }
+
+    /// The file of windows that an index names: this node's own, else the blob beside the index in the repositories that
+    /// have it.
+    async fn windows_of(
+        &self,
+        key: DeviceKey,
+        origins: &OriginSet,
+        index: &LayerIndex,
+    ) -> Option<Arc<dyn BlobSource>> {
+        let pin = index.metadata().unmodified?.windows?;
+        let indexes = Arc::clone(&self.indexes);
+        let here = tokio::task::spawn_blocking(move || {
+            let path = indexes.windows(key.index)?;
+            let opened = FileSource::open_path(&path);
+            opened
+                .inspect_err(|error| tracing::warn!(device = %key, "open windows: {error}"))
+                .ok()
+        });
+        if let Ok(Some(file)) = here.await {
+            return Some(Arc::new(file));
+        }
+        let (client, blob) = (self.client.clone(), BlobDigest::from_bytes(pin.digest));
+        let source = RegistryBlobSource::once(client, blob, pin.bytes, origins.clone());
+        Some(Arc::new(source))
     }
 
     /// Opens a layer from its record.

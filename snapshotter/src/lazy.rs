@@ -31,6 +31,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use sluice_fetcher::index_artifact::FoundArtifact;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -45,7 +46,7 @@ use crate::disk::DiskReserve;
 use crate::layers::Layers;
 use crate::mounts::Mounts;
 use crate::node_indexes::NodeIndexes;
-use crate::plan::{LayoutLayer, Outcome, Plans};
+use crate::plan::{Layout, LayoutLayer, Outcome, Plans};
 use crate::resolve::ContentReader;
 use crate::shelf::NodeShelf;
 use crate::snapshots::{
@@ -188,9 +189,15 @@ impl Lazy {
         &self,
         layer: &LayoutLayer,
         origins: &[BlobOrigin],
+        artifact: Option<&FoundArtifact>,
         deadline: Instant,
     ) -> Outcome {
-        self.0.outcome(layer, origins, deadline).await
+        self.0.outcome(layer, origins, artifact, deadline).await
+    }
+
+    /// The artifact with indexes of an image that no Prepare asks for yet.
+    pub async fn artifact_of(&self, layout: &Layout, deadline: Instant) -> Option<FoundArtifact> {
+        self.0.artifact_of(layout, deadline).await
     }
 
     /// Whether layers of this repository may be lazy.

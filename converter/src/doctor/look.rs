@@ -9,6 +9,7 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use prost::Message as _;
 use sluice_fetcher::store::{DeviceState, PresenceMap};
@@ -153,11 +154,25 @@ fn give_up(mount: &FuseMount) -> io::Result<()> {
         let problem = "another mount lies on it";
         return Err(io::Error::new(io::ErrorKind::ResourceBusy, problem));
     }
-    umount2(
-        &mount.mountpoint,
-        MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW,
-    )?;
+    let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
+    if let Some(above) = above(&mount.mountpoint) {
+        // EINVAL: it is gone already.
+        match umount2(&above, flags) {
+            Err(Errno::EINVAL | Errno::ENOENT) | Ok(()) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    umount2(&mount.mountpoint, flags)?;
     Ok(())
+}
+
+/// Where the kernel's mount is whose devices this one serves, if it serves devices.
+///
+/// **Source** `mount/over_fuse.rs` of the daemon.
+fn above(mountpoint: &Path) -> Option<PathBuf> {
+    let name = mountpoint.file_name()?.to_str()?;
+    let run = name.strip_suffix(".devices")?;
+    Some(mountpoint.with_file_name(run))
 }
 
 /// Whether the layers below a mount of the kernel are sealed, as its note in the run directory names them, or can at

@@ -12,6 +12,7 @@ use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
 use sluice_blockindex::annotations::{LayerAnnotations, LayerMark};
 use sluice_blockindex::digest::{BlobDigest, ChainId, IndexDigest};
+use sluice_fetcher::index_artifact::FoundArtifact;
 use sluice_fetcher::registry::ImageReference;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -258,16 +259,22 @@ impl Inner {
         if whole {
             self.seek_boot_lists(&layout);
         }
+        let artifact = match whole {
+            true => self.artifact_of(&layout, deadline).await,
+            false => None,
+        };
         let slots = Arc::new(tokio::sync::Semaphore::new(PARALLEL_INDEXES));
         let mut work: FuturesUnordered<_> = layout
             .layers
             .iter()
             .map(|layer| {
                 let (inner, slots, layout) = (&self, Arc::clone(&slots), &layout);
+                let artifact = artifact.as_ref();
                 async move {
                     let outcome = async {
                         let _slot = slots.acquire().await;
-                        inner.outcome(layer, &layout.origins, deadline).await
+                        let origins = &layout.origins;
+                        inner.outcome(layer, origins, artifact, deadline).await
                     };
                     let outcome = tokio::time::timeout_at(deadline, outcome).await;
                     (layer.chain_id, outcome.unwrap_or_else(|_| Err(late())))
@@ -412,12 +419,13 @@ impl Inner {
         self: &Arc<Self>,
         layer: &LayoutLayer,
         origins: &[BlobOrigin],
+        artifact: Option<&FoundArtifact>,
         deadline: Instant,
     ) -> Outcome {
         let annotations = match check_layer(layer) {
             Err(refusal) if refusal.kind == RefusalKind::NotConverted => {
                 return self
-                    .unmodified_outcome(layer, origins, deadline, refusal)
+                    .unmodified_outcome(layer, origins, artifact, deadline, refusal)
                     .await;
             }
             checked => checked?,

@@ -12,15 +12,25 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use sluice_blockindex::chunkmap::Access;
+use sluice_blockindex::annotations::LayerMark;
+use sluice_blockindex::artifact::{ArtifactLayer, IndexBlobs};
 use sluice_blockindex::digest::{BlobDigest, IndexDigest};
+use sluice_blockindex::extent::Extent;
+use sluice_fetcher::index_artifact::{FindArtifactError, FoundArtifact, find_index_artifact};
+use sluice_fetcher::registry::Repository;
+use sluice_fetcher::source::{Priority, ReadContext, read_checked};
 use tokio::time::Instant;
 
 use super::Inner;
 use crate::config::IndexUse;
-use crate::indexes::{IndexPin, LayerIndex, LayerIndexError};
-use crate::plan::{LayoutLayer, Outcome, PlannedLayer, Refusal, RefusalKind};
+use crate::indexes::{IndexPin, LayerIndex, LayerIndexError, check_digest};
+use crate::plan::{Layout, LayoutLayer, Outcome, PlannedLayer, Refusal, RefusalKind};
 use crate::snapshots::{BlobOrigin, IndexSource, LazyLayerRecord};
+
+fn mismatch(artifact: &FoundArtifact, error: &impl std::fmt::Display) -> Refusal {
+    let reason = format!("index artifact {}: {error}", artifact.digest);
+    Refusal::new(RefusalKind::Mismatch, reason)
+}
 
 /// An index that may be used.
 struct Found {
@@ -35,7 +45,8 @@ impl Inner {
         self: &Arc<Self>,
         layer: &LayoutLayer,
         origins: &[BlobOrigin],
-        _deadline: Instant,
+        artifact: Option<&FoundArtifact>,
+        deadline: Instant,
         refusal: Refusal,
     ) -> Outcome {
         let descriptor = layer.descriptor.as_ref();
@@ -52,7 +63,32 @@ impl Inner {
             blob_bytes: descriptor.size_bytes,
             unmodified: Some(blob),
         };
-        let Some(found) = self.index_of_this_node(pin).await? else {
+        let mut sources = origins.to_vec();
+        let mut found = self.index_of_this_node(pin).await?;
+        if let Some(artifact) = artifact {
+            let offered = artifact
+                .artifact
+                .layer(blob, descriptor.size_bytes, layer.diff_id);
+            let offered = offered.map_err(|error| mismatch(artifact, &error))?;
+            match (&found, offered.map(|layer| (layer, &layer.index))) {
+                (Some(found), Some((_, Ok(theirs)))) if theirs.digest != found.pin.digest => {
+                    // Of another version of this program, or forged.
+                    tracing::warn!(%blob, artifact = %artifact.digest, "an artifact has another index than this node made");
+                    self.parts.metrics.indexed("differs");
+                }
+                (None, Some((layer, Ok(theirs)))) if self.may_use_referrers() => {
+                    sources = self.trusted_sources(blob, origins).await?;
+                    let fetched = self.index_of_artifact(layer, theirs, &sources, deadline);
+                    found = Some(fetched.await?);
+                }
+                (None, Some((_, Err(reason)))) if self.may_use_referrers() => {
+                    let reason = format!("not lazy: {reason}");
+                    return Err(Refusal::new(RefusalKind::NotLazy, reason));
+                }
+                _ => {}
+            }
+        }
+        let Some(found) = found else {
             let refusal = match self.index_jobs.unfit(blob) {
                 Some(reason) => {
                     let reason = format!("not lazy: no index can be made of it: {reason}");
@@ -63,12 +99,7 @@ impl Inner {
             return Err(refusal);
         };
         let Found { pin, index, source } = found;
-        if index.chunk_map().access() == Access::Prefix {
-            let reason =
-                "not lazy: its blob is one long zstd frame, which can only be read from its front";
-            return Err(Refusal::new(RefusalKind::NotLazy, reason));
-        }
-        let sources = self.trusted_sources(blob, origins).await?;
+        let sources = self.trusted_sources(blob, &sources).await?;
         let record = LazyLayerRecord {
             chain_id: layer.chain_id,
             diff_id: layer.diff_id,
@@ -80,6 +111,108 @@ impl Inner {
             index_source: source,
         };
         Ok(Arc::new(PlannedLayer { record, index }))
+    }
+
+    fn may_use_referrers(&self) -> bool {
+        self.options.index_use.referrer == IndexUse::On
+    }
+
+    /// The artifact with indexes of an image, if one may be looked for and a layer has use for it. Takes at most half of
+    /// what is left until the deadline: the indexes themselves come after it.
+    pub(super) async fn artifact_of(
+        self: &Arc<Self>,
+        layout: &Layout,
+        deadline: Instant,
+    ) -> Option<FoundArtifact> {
+        let (policy, manifest) = (self.options.index_use, layout.manifest?);
+        let unmarked: Vec<BlobDigest> = layout
+            .layers
+            .iter()
+            .filter(|layer| matches!(layer.mark, Ok(LayerMark::Unmarked)))
+            .filter_map(|layer| layer.descriptor.as_ref()?.digest.parse().ok())
+            .collect();
+        if unmarked.is_empty() {
+            return None;
+        }
+        let lacking = self.blocking(move |inner| {
+            let indexes = &inner.parts.node_indexes;
+            unmarked.iter().filter(|blob| !indexes.has(**blob)).count()
+        });
+        let wanted = match policy.referrer {
+            IndexUse::Off => false,
+            IndexUse::Verify => policy.node != IndexUse::Off,
+            IndexUse::On => lacking.await > 0,
+        };
+        if !wanted {
+            return None;
+        }
+        let places = layout.origins.iter();
+        let places = places.filter(|place| self.options.trust.allows(place));
+        let half = deadline.saturating_duration_since(Instant::now()) / 2;
+        let context = ReadContext::new(Priority::Foreground).with_timeout(half);
+        for place in places {
+            let Ok(repository) = Repository::new(&place.host, &place.repository) else {
+                continue;
+            };
+            let client = self.parts.layers.client();
+            match find_index_artifact(client, &repository, manifest, &context).await {
+                Ok(Some(found)) => {
+                    tracing::debug!(%manifest, artifact = %found.digest, %place, "an artifact has indexes");
+                    return Some(found);
+                }
+                Ok(None) => {}
+                Err(error @ FindArtifactError::Refused { .. }) => {
+                    tracing::warn!(%manifest, %place, "pass over an artifact: {error}");
+                    self.parts.metrics.indexed("refused");
+                }
+                Err(error) => tracing::debug!(%manifest, %place, "look for an artifact: {error}"),
+            }
+        }
+        None
+    }
+
+    /// Fetches and checks the index that an artifact has of a layer, unless it is on disk.
+    async fn index_of_artifact(
+        self: &Arc<Self>,
+        layer: &ArtifactLayer,
+        blobs: &IndexBlobs,
+        sources: &[BlobOrigin],
+        deadline: Instant,
+    ) -> Result<Found, Refusal> {
+        let pin = IndexPin {
+            digest: blobs.digest,
+            diff_id: layer.diff_id,
+            blob_bytes: layer.blob_bytes,
+            unmodified: Some(layer.blob),
+        };
+        let source = IndexSource::Referrer;
+        let known = self.blocking(move |inner| inner.parts.layers.indexes().get_checked(&pin));
+        if let Ok(Some(index)) = known.await {
+            return Ok(Found { pin, index, source });
+        }
+        let fetch = |reason: String| Refusal::new(RefusalKind::Fetch, reason);
+        let invalid = |reason: String| Refusal::new(RefusalKind::Index, reason);
+        let extent = Extent::from_length(0, blobs.bytes)
+            .ok_or_else(|| invalid("the artifact names an index of no bytes".to_owned()))?;
+        let blob = BlobDigest::from_hex(&blobs.digest.hex())
+            .map_err(|error| invalid(error.to_string()))?;
+        let mut context = ReadContext::new(Priority::Foreground);
+        context.deadline = Some(deadline);
+        let place = self.parts.layers.source(blob, blobs.bytes, sources);
+        let check = |payload: &[u8]| check_digest(payload, pin.digest);
+        let payload = read_checked(&*place, &context, extent, check).await;
+        let payload = payload
+            .map_err(|error| fetch(format!("fetch index: {error}")))?
+            .map_err(|error| invalid(error.to_string()))?;
+        self.parts.metrics.index_fetched(payload.len() as u64);
+        let stored = self.blocking(move |inner| inner.parts.layers.indexes().put(&payload, &pin));
+        let index = stored.await.map_err(|error| invalid(error.to_string()))?;
+        let named = index.metadata().unmodified.and_then(|blob| blob.windows);
+        if named != blobs.windows {
+            let reason = "the index names another file of windows than its artifact";
+            return Err(invalid(reason.to_owned()));
+        }
+        Ok(Found { pin, index, source })
     }
 
     /// The index that this node made of the blob.

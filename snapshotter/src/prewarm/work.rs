@@ -90,12 +90,16 @@ impl Work {
     /// Fetches the indexes, and opens the layers that have one; lowest first.
     async fn open_all(&self, image: &FoundImage, report: &Report) -> Vec<Opened> {
         let deadline = Instant::now() + INDEX_DEADLINE;
+        let artifact = self.lazy.artifact_of(&image.layout, deadline).await;
+        let artifact = artifact.as_ref();
         let open = |at: usize| async move {
             let layer = &image.layout.layers[at];
             if let Ok(LayerMark::Lazy(annotations)) = &layer.mark {
                 self.lazy.parts().boot.note_attached(annotations);
             }
-            let planned = self.lazy.plan_layer(layer, &image.layout.origins, deadline);
+            let planned = self
+                .lazy
+                .plan_layer(layer, &image.layout.origins, artifact, deadline);
             let planned = match tokio::time::timeout_at(deadline, planned).await {
                 Ok(Ok(planned)) => planned,
                 Ok(Err(refusal)) => return Err((at, Some(refusal), String::new())),
