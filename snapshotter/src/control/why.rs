@@ -23,7 +23,12 @@ fn explain(record: Option<&SnapshotRecord>, decision: Option<&Decision>) -> (boo
     match (record, decision) {
         (None, Some(decision)) => (false, decision.reason.clone()),
         (None, None) => (false, NOT_UNPACKED.to_owned()),
-        (Some(record), _) if record.is_lazy() => (true, String::new()),
+        (
+            Some(SnapshotRecord {
+                layer: Some(layer), ..
+            }),
+            _,
+        ) => (true, layer.index_source.described().to_owned()),
         (Some(record), _) if !record.labels.contains_key(LABEL_SNAPSHOT_REF) => {
             (false, NOT_ASKED.to_owned())
         }

@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Images that nobody converted: lazy by an index that stands elsewhere than in their blobs.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use sluice_integration::harness::containerd::Release;
+use sluice_integration::harness::daemon::quick_reaper_with;
+use sluice_integration::harness::proxy::Line;
+use sluice_integration::harness::rootfs::Rootfs;
+use sluice_integration::harness::site::Site;
+use sluice_integration::harness::{command, http, images, tools};
+
+const NAMESPACE: &str = "unmodified";
+const REPOSITORY: &str = "unmodified/python";
+
+/// Waits until `holds`.
+fn eventually(what: &str, deadline: Duration, holds: impl Fn() -> Result<bool>) -> Result<()> {
+    let begun = Instant::now();
+    while !holds()? {
+        ensure!(
+            begun.elapsed() < deadline,
+            "{what}: not within {deadline:?}"
+        );
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    Ok(())
+}
+
+/// Pushes the test image as it is; gives its reference and the bytes of its layers.
+fn push(site: &Site) -> Result<(String, u64)> {
+    let direct = site.registry.direct();
+    images::push_layout(
+        &images::python_layout()?,
+        &format!("{direct}/{REPOSITORY}:original"),
+    )?;
+    let manifest = http::manifest(&direct, REPOSITORY, "original")?;
+    let layers = manifest["layers"].as_array().into_iter().flatten();
+    let bytes = layers.filter_map(|layer| layer["size"].as_u64()).sum();
+    let host = site.registry.host();
+    Ok((format!("{host}/{REPOSITORY}:original"), bytes))
+}
+
+/// All files of the image as a snapshotter shows them, a line each.
+fn files(site: &Site, snapshotter: &str) -> Result<Vec<String>> {
+    let chain_id = http::chain_id(&site.registry.direct(), REPOSITORY, "original")?;
+    let target = site.root.directory(&format!("seen-{snapshotter}"))?;
+    let rootfs = Rootfs::mount(&site.containerd, NAMESPACE, snapshotter, &chain_id, &target)?;
+    walk(rootfs.path())
+}
+
+fn walk(directory: &Path) -> Result<Vec<String>> {
+    let mut walk = Command::new(tools::binary("treewalk")?);
+    let walked = command::run_ok(walk.arg(directory), Duration::from_secs(240))?;
+    Ok(walked.stdout.lines().map(str::to_owned).collect())
+}
+
+/// Pulls, and says how many bytes that took of the registry.
+fn pull(site: &Site, reference: &str) -> Result<u64> {
+    let before = site.registry.line.bytes();
+    site.nerdctl(NAMESPACE)
+        .ok(&["pull", "--quiet", reference])?;
+    Ok(site.registry.line.bytes() - before)
+}
+
+/// What `sluice why` says of each layer.
+fn reasons(site: &Site, reference: &str) -> Result<Vec<(bool, String)>> {
+    let output = site
+        .daemon
+        .sluice_ok(&["why", "--namespace", NAMESPACE, reference, "--json"])?;
+    let why: serde_json::Value = serde_json::from_str(&output.stdout)?;
+    let layers = why["layers"].as_array().cloned().unwrap_or_default();
+    let layers = layers.iter().map(|layer| {
+        let reason = layer["reason"].as_str().unwrap_or_default();
+        (layer["lazy"] == true, reason.to_owned())
+    });
+    Ok(layers.collect())
+}
+
+/// Starts a container of it, and compares all files with those that containerd unpacks by itself.
+fn shows_the_same(site: &Site, reference: &str) -> Result<()> {
+    let run = ["run", "--rm", "--net", "none", reference];
+    let ran = site.nerdctl(NAMESPACE).ok(&run)?;
+    ensure!(ran.stdout.contains("\"ready\": true"), "{ran:?}");
+    let options = [
+        "images",
+        "pull",
+        "--plain-http",
+        "--snapshotter",
+        "overlayfs",
+        reference,
+    ];
+    let seen = files(site, "sluice")?;
+    site.containerd.ctr_ok(NAMESPACE, &options)?;
+    let expected = files(site, "overlayfs")?;
+    for (ours, theirs) in seen.iter().zip(&expected) {
+        ensure!(ours == theirs, "shows\n  {ours}\ninstead of\n  {theirs}");
+    }
+    ensure!(seen.len() == expected.len() && seen.len() > 1000);
+    Ok(())
+}
+
+/// Removes the image and all that containerd and this node hold of it, but indexes.
+fn forget(site: &Site, reference: &str) -> Result<()> {
+    site.nerdctl(NAMESPACE).ok(&["rmi", "-f", reference])?;
+    let devices = site.daemon.state().join("devices");
+    eventually("all of the image goes", Duration::from_secs(90), || {
+        let blobs = site
+            .containerd
+            .ctr_ok(NAMESPACE, &["content", "ls", "-q"])?;
+        let devices = std::fs::read_dir(&devices)?.flatten();
+        let left = devices.filter(|it| !it.file_name().to_string_lossy().starts_with('.'));
+        Ok(blobs.stdout.trim().is_empty() && left.count() == 0)
+    })
+}
+
+#[test]
+fn a_second_pull_is_lazy_without_any_conversion() -> Result<()> {
+    let site = Site::start(
+        "unmodified",
+        Release::V1,
+        Line::OPEN,
+        &quick_reaper_with("auto"),
+    )?;
+    let (reference, image_bytes) = push(&site)?;
+    let pulled = pull(&site, &reference)?;
+    ensure!(
+        pulled >= image_bytes,
+        "the first pull moved {pulled} of {image_bytes}"
+    );
+    let why = reasons(&site, &reference)?;
+    ensure!(
+        !why.is_empty() && why.iter().all(|(lazy, _)| !lazy),
+        "{why:?}"
+    );
+    let layers = why.len() as f64;
+    eventually("each layer is indexed", Duration::from_secs(120), || {
+        let made = site
+            .daemon
+            .metric("sluice_node_indexes_total", &["result=\"made\""]);
+        Ok(made.is_ok_and(|made| made == layers))
+    })?;
+    forget(&site, &reference)?;
+
+    let pulled = pull(&site, &reference)?;
+    let why = reasons(&site, &reference)?;
+    println!("the second pull moved {pulled} of {image_bytes} bytes; {why:?}");
+    ensure!(
+        pulled * 20 < image_bytes,
+        "{pulled} of {image_bytes}\n{}",
+        site.daemon.log_tail()
+    );
+    ensure!(
+        why.iter()
+            .all(|(lazy, reason)| *lazy && reason.contains("made by this node")),
+        "{why:?}"
+    );
+    let lazy = site
+        .daemon
+        .metric("sluice_lazy_layers_total", &["index=\"node\""])?;
+    ensure!(lazy == layers, "{lazy}");
+    shows_the_same(&site, &reference)?;
+    // Complete, and proven by the diff IDs of the image.
+    site.wait_sealed(Duration::from_secs(240))?;
+    site.daemon.sluice_ok(&["doctor", "--deep"])?;
+    Ok(())
+}
