@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::daemon::quick_reaper_with;
 use sluice_integration::harness::proxy::Line;
@@ -136,12 +136,13 @@ fn a_second_pull_is_lazy_without_any_conversion() -> Result<()> {
         "{why:?}"
     );
     let layers = why.len() as f64;
-    eventually("each layer is indexed", Duration::from_secs(120), || {
+    let indexed = eventually("each layer is indexed", Duration::from_secs(180), || {
         let made = site
             .daemon
             .metric("sluice_node_indexes_total", &["result=\"made\""]);
         Ok(made.is_ok_and(|made| made == layers))
-    })?;
+    });
+    indexed.with_context(|| site.daemon.log_tail())?;
     forget(&site, &reference)?;
 
     let pulled = pull(&site, &reference)?;

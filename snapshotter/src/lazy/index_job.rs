@@ -4,7 +4,7 @@
 //!
 //! A job begins when a layer is refused for want of an index. It waits until containerd has the blob, which is while the
 //! layer is being unpacked, and reads it from containerd's content store: nothing is downloaded twice. Nothing waits for
-//! a job. One runs at a time, with the least claim to the processor; containerd's own unpacking goes first.
+//! a job. One runs at a time, with a small claim to the processor; containerd's own unpacking goes first.
 //!
 //! **Bounds** [`QUEUE`] layers wait; what comes then is left out, and comes again with the next pull.
 

@@ -39,10 +39,14 @@ pub fn pidfd(pid: u32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Has the calling thread run when nobody else wants to, for good.
+/// What a thread that nobody waits for has to say against others: about a tenth of their share. Much less, and it
+/// would never be done on a node that is always busy.
+const MODEST_NICE: libc::c_int = 10;
+
+/// Has the calling thread leave most of the processor to whoever else wants it, for good.
 pub fn yield_to_others() {
     // SAFETY: setpriority takes integers and touches no memory of ours; 0 is the calling thread on Linux.
-    let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
+    let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, MODEST_NICE) };
     if result != 0 {
         let error = io::Error::last_os_error();
         tracing::debug!("lower the priority of a thread: {error}");
