@@ -353,7 +353,9 @@ impl Job {
                 if layer.stage != Stage::Fetch || layer.not_before.is_some_and(|at| at > now) {
                     break;
                 }
-                if layer.running > 0 && layer.is_serial(&self.fetcher.core) {
+                // What another transfer passes over would only be handed over to it, and be as urgent.
+                let taken = layer.running > 0 || layer.handle.is_passed_over();
+                if taken && layer.is_serial(&self.fetcher.core) {
                     break;
                 }
                 layer.not_before = match layer.handle.sources.choose(None, now) {

@@ -7,7 +7,9 @@ use proptest::prelude::*;
 use super::*;
 use crate::chunkmap::{Access, Chunk, ChunkMap, Codec, RestartState};
 use crate::digest::DiffId;
-use crate::frames::{DecodeFrameError, StreamDecoder, decode_chunk, decode_restarted_into};
+use crate::frames::{
+    DecodeFrameError, StreamDecoder, decode_chunk, decode_restarted_into, decompress_span_into,
+};
 use crate::gzip::restart::RestartAt;
 use crate::index::{Index, UncheckedIndex};
 use crate::windows::read_window;
@@ -231,6 +233,28 @@ fn every_chunk_of_a_gzip_blob_is_read_alone() {
     let opened = Opened::new(&gzip(&tar, 1), IndexOptions::default());
     opened.check(&tar);
     assert_eq!((opened.map().count(), opened.map().restart_count()), (6, 1));
+}
+
+#[test]
+fn a_shared_frame_is_decompressed_once_for_all_its_chunks() {
+    let tar = sample();
+    let compressed = zstd::bulk::compress(&tar, 3).unwrap();
+    for (blob, at) in [(gzip(&tar, 1), Some(RestartAt::Member)), (compressed, None)] {
+        let opened = Opened::new(&blob, IndexOptions::default());
+        let chunks: Vec<Chunk> = opened.map().chunks().flatten().collect();
+        assert!(chunks.len() > 4 && chunks.iter().all(|it| it.blob == chunks[0].blob));
+        let mut out = vec![1];
+        for chunk in chunks.iter().rev() {
+            decompress_span_into(opened.frame(chunk), chunk, at, &mut out).unwrap();
+            assert!(out == tar[..usize::try_from(chunk.device.end()).unwrap()]);
+        }
+        let (frame, chunk) = (opened.frame(&chunks[1]), &chunks[1]);
+        let cut = decompress_span_into(&frame[1..], chunk, at, &mut out);
+        assert!(matches!(cut, Err(DecodeFrameError::FrameLength { .. })) && out.is_empty());
+        let other = at.is_none().then_some(RestartAt::Member);
+        let wrong = decompress_span_into(frame, chunk, other, &mut out);
+        assert!(matches!(wrong, Err(DecodeFrameError::Codec { .. })));
+    }
 }
 
 #[test]

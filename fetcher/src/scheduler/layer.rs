@@ -242,6 +242,11 @@ impl LayerHandle {
         self.chunks().restart_count() > 0
     }
 
+    /// Whether a transfer has its turn to which others hand their chunks over.
+    pub(crate) fn is_passed_over(&self) -> bool {
+        lock(&self.whole).is_some()
+    }
+
     /// Until when its file of windows is left alone.
     pub(crate) fn windows_rest(&self) -> Option<Instant> {
         self.windows.rests(clock::now())

@@ -9,7 +9,10 @@
 //!
 //! When more comes than was asked (a source that ignores ranges), everything missing that passes is
 //! claimed and committed: it is never asked for again, and never held. There is one such stream
-//! per layer; others hand their claims over to it.
+//! per layer; others hand their claims over to it. So they do while a transfer passes over a frame that can
+//! only be read from its front (`prefix`).
+//!
+//! `receive` reads the body, `decode` makes chunks of its frames.
 
 use std::collections::HashMap;
 use std::fmt::Display;
@@ -39,7 +42,7 @@ use crate::store::{Rechecked, StoreError, lock};
 const MOST_DOUBLINGS: u32 = 3;
 
 /// A source that may be asked: failures rest it for less.
-const SOURCE_STEP: StepKind = StepKind::new("source", Duration::from_secs(30));
+pub(super) const SOURCE_STEP: StepKind = StepKind::new("source", Duration::from_secs(30));
 /// A reader's place among the requests to an origin, and his turn.
 const SLOT_STEP: StepKind = StepKind::new("request slot", Duration::from_secs(30));
 /// Runs `transfer`, which has claims in `layer`, until they all landed or nobody wants them.
@@ -97,6 +100,7 @@ impl Drop for Run {
         self.layer.flights.finish_all(&self.transfer, None);
         if self.layer.device.is_complete() {
             self.layer.drop_twin();
+            self.core.fronts.forget(&self.layer.key());
         }
     }
 }
@@ -273,7 +277,11 @@ impl Run {
     }
 
     /// Enters a step of this transfer.
-    fn enter(&self, kind: StepKind, subject: impl Display + Send + 'static) -> StepGuard {
+    pub(super) fn enter(
+        &self,
+        kind: StepKind,
+        subject: impl Display + Send + 'static,
+    ) -> StepGuard {
         let whom = priority_word(self.transfer.urgency.effective());
         self.core.metrics.steps().enter(kind, whom, subject)
     }

@@ -24,7 +24,7 @@ use tokio::sync::oneshot;
 
 use super::error::FetchFailure;
 use super::plan::Piece;
-use super::transfer::Run;
+use super::transfer::{Run, SOURCE_STEP};
 use crate::clock;
 use crate::store::Device;
 
@@ -176,6 +176,9 @@ impl Run {
             }
         };
         if until.is_some() {
+            let key = self.layer.key();
+            let subject = std::fmt::from_fn(move |f| write!(f, "windows of {key}"));
+            let _step = self.enter(SOURCE_STEP, subject);
             self.unless_called_off(resting).await?;
         }
         Ok(())

@@ -99,3 +99,18 @@ async fn claims_are_handed_over_with_their_waiters() {
     waiter.landed().await.unwrap();
     assert_eq!(to.urgency.effective(), Priority::Background);
 }
+
+#[tokio::test]
+async fn who_takes_claims_over_asks_nobody_whom_their_waiters_may_not_ask() {
+    let flights = flights();
+    let of_peer = Transfer::within(Priority::Foreground, Reach::Origin);
+    let other = Transfer::new(Priority::Background);
+    flights.claim(&of_peer, [1]);
+    flights.claim(&other, [2]);
+    flights.hand_over(&other, &of_peer);
+    assert_eq!(of_peer.reach(), Reach::Origin);
+    flights.claim(&other, [3]);
+    flights.hand_over(&of_peer, &other);
+    assert_eq!(other.reach(), Reach::Origin);
+    assert_eq!(flights.claims(&other), [1, 2, 3]);
+}

@@ -118,12 +118,12 @@ impl Rig {
     }
 }
 
-fn reads(count: usize) -> impl Strategy<Value = Vec<(usize, usize)>> {
+pub(super) fn reads(count: usize) -> impl Strategy<Value = Vec<(usize, usize)>> {
     prop::collection::vec((any::<usize>(), 1_usize..200_000), 1..count)
 }
 
 /// Reads at places taken modulo the device.
-async fn read_all(rig: &Rig, reads: &[(usize, usize)]) {
+pub(super) async fn read_all(rig: &Rig, reads: &[(usize, usize)]) {
     let total = rig.made.layer.tar.len();
     for (at, length) in reads {
         let start = at % total;
@@ -133,7 +133,7 @@ async fn read_all(rig: &Rig, reads: &[(usize, usize)]) {
     }
 }
 
-fn paused() -> tokio::runtime::Runtime {
+pub(super) fn paused() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .start_paused(true)

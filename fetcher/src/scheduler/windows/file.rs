@@ -29,8 +29,10 @@ const KEPT_BYTES: usize = 256 << 10;
 /// Payloads read with those that are needed: what a line of 100 Mbit/s carries in a few milliseconds, and the
 /// windows of some 8 MiB of device around the read.
 const AHEAD_BYTES: u64 = 32 << 10;
-/// The most bytes of one read.
-const READ_BYTES: u64 = 256 << 10;
+/// The most bytes of one read, without those beside them.
+const READ_BYTES: u64 = 64 << 10;
+/// A source that failed is given so many times longer: it may be slow, and not silent.
+const PATIENCE: u32 = 4;
 /// First pause after the source failed, and the longest: as of other sources.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
@@ -51,7 +53,7 @@ pub(in super::super) struct Reader<'a> {
     pub(in super::super) chunks: &'a ChunkMap,
     pub(in super::super) metrics: &'a Metrics,
     pub(in super::super) context: ReadContext,
-    /// How long one read may take.
+    /// How long one read may take, the first time.
     pub(in super::super) stall: Duration,
 }
 
@@ -239,11 +241,15 @@ impl LayerWindows {
             needed.iter().try_for_each(sound)
         };
         let reading = read_checked(source, &reader.context, extent, check);
+        let after = match lock(&self.backoff).is_failing() {
+            true => reader.stall.saturating_mul(PATIENCE),
+            false => reader.stall,
+        };
         let stalled = SourceError::Stalled {
-            after: reader.stall,
+            after,
             offset: hull.start(),
         };
-        let read = tokio::time::timeout(reader.stall, reading).await;
+        let read = tokio::time::timeout(after, reading).await;
         let bytes: Result<Bytes, WindowError> = read.map_err(|_| stalled)??;
         let bytes = bytes?;
         metrics.arrived(source.kind(), priority, hull.len());
