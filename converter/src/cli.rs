@@ -15,6 +15,7 @@ mod cache;
 mod control;
 mod convert;
 mod doctor;
+mod index;
 mod inspect;
 mod nodes;
 mod open;
@@ -25,6 +26,7 @@ mod pull;
 mod setup;
 mod setup_mirror;
 mod show;
+mod show_index;
 mod stuck;
 
 /// Sluice: containers start before their images are here.
@@ -40,6 +42,8 @@ pub struct Arguments {
 enum Command {
     /// Convert an image so that it can start before its layers are downloaded.
     Convert(convert::Convert),
+    /// Make an image lazy as it is: index its layers and push the indexes beside it.
+    Index(index::Index),
     /// Show layers, frames, index and files of an image, a blob or an index, and check them.
     Inspect(inspect::Inspect),
     /// Pull an image into containerd without the bytes of its lazy layers.
@@ -112,6 +116,7 @@ fn dispatch(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Cache(cache) => wait_for(cache::run(cache)),
         Command::Setup(setup) => setup::run(&setup),
         Command::Convert(convert) => wait_for(convert::run(convert)),
+        Command::Index(index) => wait_for(index::run(index)),
         Command::Inspect(inspect) => wait_for(inspect::run(inspect)),
         Command::Pull(pull) => wait_for(pull::run(pull)),
         Command::Prewarm(prewarm) => wait_for(prewarm::run(prewarm)),

@@ -101,7 +101,7 @@ pub enum ConvertError {
 
 /// An image or index at the source, read and decided.
 #[derive(Debug)]
-enum Node {
+pub(crate) enum Node {
     Index {
         source: Document,
         children: Vec<(Descriptor, Node)>,
@@ -135,7 +135,8 @@ pub async fn convert(
     reporter: Arc<dyn Reporter>,
 ) -> Result<Summary, ConvertError> {
     let started = std::time::Instant::now();
-    let root = read_tree(&*source, &options).await?;
+    let root = source.root().await?;
+    let root = read_tree(&*source, root, &options.platforms).await?;
     // What is there may be nothing, of another kind, or not readable for us: only a chance is lost.
     let existing = destination.root().await.ok();
     let mut reusable = Reusable::default();
@@ -182,19 +183,17 @@ pub async fn convert(
 }
 
 /// Reads all documents and configs below the source's root.
-async fn read_tree(source: &dyn ImageReader, options: &Options) -> Result<Node, ConvertError> {
-    let root = source.root().await?;
+pub(crate) async fn read_tree(
+    source: &dyn ImageReader,
+    root: Document,
+    platforms: &[Platform],
+) -> Result<Node, ConvertError> {
     if root.kind == DocumentKind::Index {
-        return read_node(source, root, &options.platforms, INDEX_DEPTH_MAX).await;
+        return read_node(source, root, platforms, INDEX_DEPTH_MAX).await;
     }
     let node = read_node(source, root, &[], INDEX_DEPTH_MAX).await?;
-    if let (Node::Image(plan), false) = (&node, options.platforms.is_empty()) {
-        require_platform(
-            source.label(),
-            &plan.source,
-            &plan.platform,
-            &options.platforms,
-        )?;
+    if let (Node::Image(plan), false) = (&node, platforms.is_empty()) {
+        require_platform(source.label(), &plan.source, &plan.platform, platforms)?;
     }
     Ok(node)
 }
@@ -259,7 +258,8 @@ async fn remember(destination: &dyn ImageWriter, existing: &Document, reusable: 
 }
 
 impl Node {
-    fn images(&self) -> Vec<&ImagePlan> {
+    /// All images, in their order.
+    pub(crate) fn images(&self) -> Vec<&ImagePlan> {
         match self {
             Self::Index { children, .. } => children
                 .iter()

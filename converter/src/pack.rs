@@ -73,6 +73,12 @@ pub enum PackError {
         /// Of the bytes.
         actual: DiffId,
     },
+    /// It cannot be indexed as it is.
+    #[error("{reason}")]
+    Index {
+        /// The indexer's words.
+        reason: String,
+    },
     /// A chunk could not be compressed.
     #[error("compress: {reason}")]
     Encode {
@@ -114,7 +120,7 @@ impl Default for Caps {
 
 impl Caps {
     /// The cap that holds for a blob of `blob_bytes`, and the option that sets it.
-    fn for_blob(&self, blob_bytes: u64) -> (u64, &'static str) {
+    pub(crate) fn for_blob(&self, blob_bytes: u64) -> (u64, &'static str) {
         let by_ratio = blob_bytes.saturating_mul(self.ratio).max(RATIO_FREE_BYTES);
         match by_ratio < self.layer_bytes {
             true => (by_ratio, "--max-ratio"),

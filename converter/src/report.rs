@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What a conversion or a pull says while it works: events, and who shows them.
+//! What a conversion, an indexing or a pull says while it works: events, and who shows them.
 
 use std::fmt::Debug;
 
@@ -82,6 +82,48 @@ pub enum Event {
     },
     /// The last event of a conversion.
     Summary(Summary),
+    /// It is known what an artifact says of a layer.
+    LayerIndexed {
+        /// The image's blob.
+        source: String,
+        /// Its size.
+        source_bytes: u64,
+        /// How it came to be known.
+        how: LayerIndexing,
+        /// Whether it has an index.
+        lazy: bool,
+        /// How the blob is compressed.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        codec: Option<String>,
+        /// Into how many chunks it is cut.
+        chunks: u64,
+        /// Bytes of the compressed index.
+        index_bytes: u64,
+        /// Bytes of the file of windows.
+        windows_bytes: u64,
+        /// Why it has no index.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        reason: Option<String>,
+    },
+    /// An image has its artifact, or needs none.
+    ArtifactDone {
+        /// For which platform the image is.
+        platform: String,
+        /// Digest of its manifest, which stays.
+        manifest: String,
+        /// Digest of the artifact; none where every layer has an index in its blob.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        artifact: Option<String>,
+        /// Its generation.
+        generation: u32,
+        /// Whether it was pushed in this run.
+        pushed: bool,
+        /// How it is listed, if it was.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        listed: Option<&'static str>,
+    },
+    /// The last event of an indexing.
+    IndexSummary(IndexSummary),
     /// A layer is in containerd.
     LayerPulled {
         /// Its diff ID.
@@ -108,6 +150,79 @@ pub enum Event {
         /// Wall time.
         seconds: f64,
     },
+}
+
+/// How it came to be known what an artifact says of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LayerIndexing {
+    /// Its blob was read.
+    Indexed,
+    /// An artifact said it already.
+    Reused,
+    /// It was converted: its index is in its blob, and the artifact says nothing of it.
+    Converted,
+    /// Its blob is none that could be read, or is known not to be lazy.
+    Left,
+}
+
+/// What an indexing did, all in all.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct IndexSummary {
+    /// The image.
+    pub image: String,
+    /// Digest of what its name stands for, before and after.
+    pub digest: String,
+    /// Images (platforms) in it that were looked at.
+    pub images: u64,
+    /// Layers, each once.
+    pub layers: u64,
+    /// Layers whose blobs were read in this run.
+    pub layers_indexed: u64,
+    /// Layers that an artifact had already.
+    pub layers_reused: u64,
+    /// Layers without an index.
+    pub layers_not_lazy: u64,
+    /// Bytes of the blobs that have an index beside them.
+    pub blob_bytes: u64,
+    /// Bytes of these indexes, compressed.
+    pub index_bytes: u64,
+    /// Bytes of their files of windows.
+    pub windows_bytes: u64,
+    /// Artifacts pushed in this run.
+    pub artifacts_pushed: u64,
+    /// Blobs and manifests sent.
+    pub uploads: u64,
+    /// Bytes sent.
+    pub uploaded_bytes: u64,
+    /// Wall time.
+    pub seconds: f64,
+}
+
+impl IndexSummary {
+    /// Counts a layer.
+    pub(crate) fn add(&mut self, event: &Event) {
+        let Event::LayerIndexed {
+            source_bytes,
+            how,
+            lazy,
+            index_bytes,
+            windows_bytes,
+            ..
+        } = event
+        else {
+            return;
+        };
+        self.layers += 1;
+        self.layers_indexed += u64::from(*how == LayerIndexing::Indexed);
+        self.layers_reused += u64::from(*how == LayerIndexing::Reused);
+        self.layers_not_lazy += u64::from(!lazy);
+        if *index_bytes > 0 {
+            self.blob_bytes += source_bytes;
+            self.index_bytes += index_bytes;
+            self.windows_bytes += windows_bytes;
+        }
+    }
 }
 
 /// What was done for a layer of a pulled image.

@@ -561,3 +561,94 @@ fn accepts_what_setup_writes(containerd: &str) {
     assert!(undo.status.success());
     assert_eq!(std::fs::read_to_string(&path).unwrap(), before);
 }
+
+/// The last line that `sluice index --json` writes, and all of them.
+fn index(arguments: &[&str]) -> (Value, Vec<Value>) {
+    let output = sluice(&[&["index", "--json"], arguments].concat());
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "index {arguments:?}: {stderr}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    let lines: Vec<Value> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let last = lines.last().expect("a summary").clone();
+    assert_eq!(last["event"], "index-summary");
+    (last, lines)
+}
+
+#[test]
+fn an_image_is_indexed_as_it_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let source = directory.path().join("source");
+    layout(&source);
+    let registry = Registry::start(directory.path());
+    let image = format!("docker://{}/team/app:v1", registry.address);
+    let layout = format!("oci:{}:v1", source.display());
+    let copy = ["copy", "--all", "--dest-tls-verify=false", &layout, &image];
+    ok("skopeo", &copy);
+    let raw = |reference: &str| {
+        ok(
+            "skopeo",
+            &["inspect", "--raw", "--tls-verify=false", reference],
+        )
+    };
+    let before = raw(&image);
+
+    let (summary, lines) = index(&["--all", &image]);
+    let number = |name: &str| summary[name].as_u64().unwrap();
+    // The empty layer is the same for both platforms.
+    assert_eq!((number("images"), number("layers")), (2, 5));
+    assert_eq!(
+        (number("layers_not_lazy"), number("artifacts_pushed")),
+        (0, 2)
+    );
+    let beside = number("index_bytes") + number("windows_bytes");
+    assert!(beside * 20 < number("blob_bytes"), "{summary}");
+    assert_eq!(raw(&image), before);
+    assert_eq!(summary["digest"], digest(before.as_bytes()));
+
+    // Debian's registry lists no referrers: the artifacts stand under tags, and everybody can read them.
+    let artifacts: Vec<&Value> = lines
+        .iter()
+        .filter(|it| it["event"] == "artifact-done")
+        .collect();
+    assert_eq!(artifacts.len(), 2);
+    for done in artifacts {
+        assert_eq!(done["listed"], "by a tag");
+        let manifest = done["manifest"].as_str().unwrap();
+        let repository = image.trim_end_matches(":v1");
+        let tag = manifest.replace(':', "-");
+        let listed: Value = serde_json::from_str(&raw(&format!("{repository}:{tag}"))).unwrap();
+        let entry = &listed["manifests"][0];
+        assert_eq!(entry["artifactType"], "application/vnd.sluice.index.v1");
+        assert_eq!(entry["digest"], done["artifact"]);
+        let artifact = done["artifact"].as_str().unwrap();
+        let artifact: Value =
+            serde_json::from_str(&raw(&format!("{repository}@{artifact}"))).unwrap();
+        assert_eq!(artifact["subject"]["digest"], manifest);
+    }
+
+    // Again: nothing is sent, whatever the access log calls it.
+    let writes = registry.writes();
+    assert!(writes > 0, "the log shows writes");
+    let (again, _) = index(&["--all", &image]);
+    assert_eq!(
+        (&again["uploads"], &again["layers_reused"]),
+        (&0.into(), &5.into())
+    );
+    assert_eq!(registry.writes(), writes);
+    let words = sluice(&["index", "--platform", "linux/arm64", &image]);
+    let words = String::from_utf8(words.stderr).unwrap();
+    assert!(
+        words.contains("not a byte of it changed: nothing to upload"),
+        "{words}"
+    );
+    assert!(
+        words.contains(" gzip, ") && words.contains("as it was"),
+        "{words}"
+    );
+    // A layout has no referrers.
+    let refused = sluice(&["index", &layout]);
+    assert_eq!(refused.status.code(), Some(2));
+}

@@ -34,7 +34,9 @@ impl Pace {
                 };
                 self.layers.insert(source.clone(), layer);
             }
-            Event::LayerDone { source: blob, .. } | Event::LayerPulled { blob, .. } => {
+            Event::LayerDone { source: blob, .. }
+            | Event::LayerIndexed { source: blob, .. }
+            | Event::LayerPulled { blob, .. } => {
                 self.layers.remove(blob);
             }
             _ => {}

@@ -18,6 +18,7 @@ use clap::Args;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use super::pace::Pace;
+use super::show_index;
 use crate::report::{Event, Pulled, Reporter, Silent, Summary, Transfer};
 
 /// What is shown.
@@ -121,7 +122,7 @@ impl Reporter for Bars {
                 bar.set_prefix(short(source).to_owned());
                 self.with(|bars| bars.insert(source.clone(), bar));
             }
-            Event::LayerDone { source, .. } => {
+            Event::LayerDone { source, .. } | Event::LayerIndexed { source, .. } => {
                 if let Some(bar) = self.with(|bars| bars.remove(source)) {
                     bar.finish_and_clear();
                     self.all.remove(&bar);
@@ -136,6 +137,8 @@ impl Reporter for Bars {
             Event::LayerProgress { .. }
             | Event::ManifestDone { .. }
             | Event::Summary(_)
+            | Event::ArtifactDone { .. }
+            | Event::IndexSummary(_)
             | Event::PullSummary { .. } => {}
         }
         if let Some(line) = describe(event) {
@@ -198,6 +201,9 @@ fn describe(event: &Event) -> Option<String> {
             platform, digest, ..
         } => format!("image {platform}: {digest}"),
         Event::Summary(summary) => summarise(summary),
+        Event::LayerIndexed { .. } | Event::ArtifactDone { .. } | Event::IndexSummary(_) => {
+            show_index::describe(event)?
+        }
         Event::LayerPulled {
             diff_id,
             how,

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `sluice index`.
+
+use clap::Args;
+use sluice_fetcher::registry::ImageReference;
+
+use super::open::{RegistryArguments, reference};
+use super::show::ShowArguments;
+use crate::image::Platform;
+use crate::index::{Options, Selection, index};
+use crate::pack::Caps;
+
+/// Arguments of `index`.
+#[derive(Debug, Args)]
+pub(super) struct Index {
+    /// Image in a registry, with or without docker://. Not a byte of it changes.
+    #[arg(value_parser = reference)]
+    image: ImageReference,
+    /// Only this platform of an index (os/architecture[/variant]); repeatable. Default: this machine's.
+    #[arg(long, value_parser = Platform::parse, conflicts_with = "all")]
+    platform: Vec<Platform>,
+    /// All platforms of an index.
+    #[arg(long)]
+    all: bool,
+    /// Layers that are read at once, each on a core. Default: as many as there are cores.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    jobs: Option<u16>,
+    /// Refuse layers that decompress to more bytes than this.
+    #[arg(long, value_name = "BYTES", default_value_t = Caps::default().layer_bytes)]
+    max_layer_bytes: u64,
+    /// Refuse layers above 1 GiB that decompress to more than this many times their size.
+    #[arg(long, value_name = "N", default_value_t = Caps::default().ratio)]
+    max_ratio: u64,
+    /// Index again what the image's artifact has already.
+    #[arg(long)]
+    force: bool,
+    #[command(flatten)]
+    show: ShowArguments,
+    #[command(flatten)]
+    registry: RegistryArguments,
+}
+
+pub(super) async fn run(arguments: Index) -> anyhow::Result<()> {
+    let defaults = Options::default();
+    let options = Options {
+        selection: match (arguments.all, arguments.platform) {
+            (true, _) => Selection::All,
+            (false, platforms) if platforms.is_empty() => Selection::Host,
+            (false, platforms) => Selection::Platforms(platforms),
+        },
+        jobs: arguments.jobs.map_or(defaults.jobs, usize::from),
+        caps: Caps {
+            layer_bytes: arguments.max_layer_bytes,
+            ratio: arguments.max_ratio,
+        },
+        force: arguments.force,
+    };
+    let client = arguments.registry.client()?;
+    index(client, arguments.image, options, arguments.show.reporter()).await?;
+    Ok(())
+}
