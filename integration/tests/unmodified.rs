@@ -168,3 +168,30 @@ fn a_second_pull_is_lazy_without_any_conversion() -> Result<()> {
     site.daemon.sluice_ok(&["doctor", "--deep"])?;
     Ok(())
 }
+
+#[test]
+fn an_artifact_makes_the_first_pull_lazy_and_changes_nothing_of_the_image() -> Result<()> {
+    let config = format!("{}\n[index]\nnode = \"off\"\n", quick_reaper_with("auto"));
+    let site = Site::start("referrer", Release::V1, Line::OPEN, &config)?;
+    let (reference, image_bytes) = push(&site)?;
+    let direct = site.registry.direct();
+    let before = http::manifest(&direct, REPOSITORY, "original")?;
+    let indexed = site.daemon.sluice_ok(&["index", &reference])?;
+    println!("{}", indexed.stdout);
+    ensure!(http::manifest(&direct, REPOSITORY, "original")? == before);
+
+    let pulled = pull(&site, &reference)?;
+    let why = reasons(&site, &reference)?;
+    println!("the first pull moved {pulled} of {image_bytes} bytes; {why:?}");
+    ensure!(
+        why.iter()
+            .all(|(lazy, reason)| *lazy && reason.contains("artifact")),
+        "{why:?}\n{}",
+        site.daemon.log_tail()
+    );
+    ensure!(pulled * 20 < image_bytes, "{pulled} of {image_bytes}");
+    shows_the_same(&site, &reference)?;
+    site.wait_sealed(Duration::from_secs(240))?;
+    site.daemon.sluice_ok(&["doctor", "--deep"])?;
+    Ok(())
+}
