@@ -5,8 +5,8 @@ use sluice_blockindex::annotations::LayerAnnotations;
 use sluice_blockindex::digest::{BlobDigest, ConfigDigest};
 use sluice_blockindex::encode::{EncodeOptions, encode_layer};
 
-/// The index of a layer as a registry gives it, and what a manifest says of it.
-pub fn layer() -> (Vec<u8>, LayerAnnotations) {
+/// Its tar.
+pub fn tar() -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
     let mut header = tar::Header::new_ustar();
     header.set_size(4);
@@ -14,8 +14,12 @@ pub fn layer() -> (Vec<u8>, LayerAnnotations) {
     builder
         .append_data(&mut header, "file", &b"text"[..])
         .unwrap();
-    let tar = builder.into_inner().unwrap();
-    let (blob, trailer) = encode_layer(&tar, EncodeOptions::default()).unwrap();
+    builder.into_inner().unwrap()
+}
+
+/// The index of a layer as a registry gives it, and what a manifest says of it.
+pub fn layer() -> (Vec<u8>, LayerAnnotations) {
+    let (blob, trailer) = encode_layer(&tar(), EncodeOptions::default()).unwrap();
     let pin = trailer.index.unwrap();
     let start = usize::try_from(pin.extent.start()).unwrap();
     let end = usize::try_from(pin.extent.end()).unwrap();

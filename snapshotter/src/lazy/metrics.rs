@@ -77,6 +77,12 @@ impl LazyMetrics {
         self.indexed.get_or_create(&Outcome { result }).inc();
     }
 
+    /// How many jobs ended so.
+    #[cfg(test)]
+    pub(super) fn indexed_so_far(&self, result: &'static str) -> u64 {
+        self.indexed.get_or_create(&Outcome { result }).get()
+    }
+
     pub(super) fn lazy(&self, source: IndexSource) {
         let index = source.as_str();
         self.lazy.get_or_create(&Source { index }).inc();

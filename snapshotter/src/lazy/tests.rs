@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use sluice_blockindex::annotations::LayerAnnotations;
-use sluice_blockindex::digest::{BlobDigest, ChainId, IndexDigest};
+use sluice_blockindex::digest::{BlobDigest, ChainId, DiffId, IndexDigest};
 use sluice_fetcher::metrics::Metrics;
 use sluice_fetcher::registry::{NoCredentials, RegistryClient, RegistryOptions};
 use sluice_fetcher::scheduler::{Fetcher, FetcherOptions};
@@ -19,6 +19,7 @@ use tokio::time::Instant;
 
 use super::unpack_job::UnpackJob;
 use crate::boot::{BootMetrics, BootOptions};
+use crate::config::IndexUse;
 use crate::indexes::{IndexFiles, sample};
 use crate::labels::CRI_IMAGE_REFERENCE;
 use crate::mount::bind::BindMount;
@@ -32,6 +33,7 @@ use crate::unpack::LayerBlob;
 
 struct Site {
     lazy: Lazy,
+    content: Arc<MemoryContent>,
     payload: Vec<u8>,
     annotations: LayerAnnotations,
     _dir: TempDir,
@@ -46,8 +48,10 @@ fn site_with(file_grace: Duration) -> Site {
     let dir = tempfile::tempdir().unwrap();
     let client = RegistryClient::new(RegistryOptions::default(), Arc::new(NoCredentials)).unwrap();
     let (payload, annotations) = sample::layer();
+    let content = Arc::new(MemoryContent::default());
     Site {
-        lazy: lazy_in(dir.path(), client, file_grace),
+        lazy: lazy_with(dir.path(), client, file_grace, Arc::clone(&content)),
+        content,
         payload,
         annotations,
         _dir: dir,
@@ -56,6 +60,15 @@ fn site_with(file_grace: Duration) -> Site {
 
 /// Lazy layers in a directory, with a content store in memory; their shelf trusts everybody, too.
 pub(crate) fn lazy_in(directory: &Path, client: RegistryClient, file_grace: Duration) -> Lazy {
+    lazy_with(directory, client, file_grace, Arc::default())
+}
+
+fn lazy_with(
+    directory: &Path,
+    client: RegistryClient,
+    file_grace: Duration,
+    content: Arc<MemoryContent>,
+) -> Lazy {
     let at = |name: &str| directory.join(name);
     let store = Arc::new(Store::open(&at("devices"), StoreOptions::default()).unwrap());
     let fetcher = Fetcher::new(FetcherOptions::default(), store, Metrics::new());
@@ -82,7 +95,7 @@ pub(crate) fn lazy_in(directory: &Path, client: RegistryClient, file_grace: Dura
     );
     let parts = LazyParts {
         boot,
-        content: Arc::new(MemoryContent::default()),
+        content,
         metadata,
         trees: Arc::new(TreeFiles::open(&at("trees")).unwrap()),
         background: Background::new(Arc::clone(&layers), None, DiskReserve::default()),
@@ -98,7 +111,10 @@ pub(crate) fn lazy_in(directory: &Path, client: RegistryClient, file_grace: Dura
     let options = LazyOptions {
         root: directory.to_owned(),
         trust: Trust::new(vec!["*".to_owned()]),
-        index_use: IndexPolicy::NONE,
+        index_use: IndexPolicy {
+            node: IndexUse::On,
+            ..IndexPolicy::NONE
+        },
         registry_hosts: Vec::new(),
         read_deadline: None,
         mount_grace: Duration::from_secs(60),
@@ -194,6 +210,100 @@ async fn the_index_that_a_prepare_names_is_the_one_that_counts() {
         matches!(decision, LazyDecision::Ordinary { .. }),
         "{decision:?}"
     );
+}
+
+/// A layer that nobody converted, in an image that containerd knows; its config says that it is `diff_id`.
+fn image_as_it_is(site: &Site, blob: &[u8], diff_id: DiffId) {
+    let content = &site.content;
+    let config =
+        serde_json::json!({"rootfs": {"type": "layers", "diff_ids": [diff_id.to_string()]}});
+    let config = content.put("default", serde_json::to_vec(&config).unwrap(), &[]);
+    let manifest = serde_json::json!({
+        "config": {"digest": config, "size": 1},
+        "layers": [{"digest": BlobDigest::of(blob).to_string(), "size": blob.len()}],
+    });
+    let source = format!("{}127.0.0.1", crate::resolve::SOURCE_LABEL_PREFIX);
+    let labels = [
+        (crate::resolve::CONFIG_LABEL, config.as_str()),
+        (source.as_str(), "team/app"),
+    ];
+    content.put("default", serde_json::to_vec(&manifest).unwrap(), &labels);
+}
+
+async fn decide_unmarked(site: &Site, diff_id: DiffId) -> LazyDecision {
+    let request = PrepareRequest {
+        key: "default/1/extract".into(),
+        namespace: Some("default".into()),
+        parent: None,
+        chain: Vec::new(),
+        parent_chain: None,
+        chain_id: ChainId::child(None, diff_id),
+        labels: BTreeMap::new(),
+        deadline: Instant::now() + Duration::from_millis(1500),
+    };
+    site.lazy.decide(&request).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_gets_an_index_as_it_is_unpacked_and_is_lazy_from_then_on() {
+    let site = site();
+    let tar = sample::tar();
+    let diff_id = DiffId::of(&tar);
+    image_as_it_is(&site, &tar, diff_id);
+    let blob = BlobDigest::of(&tar);
+    let decision = decide_unmarked(&site, diff_id).await;
+    assert!(
+        matches!(decision, LazyDecision::Ordinary { .. }),
+        "{decision:?}"
+    );
+    let indexes = &site.lazy.parts().node_indexes;
+    assert!(!indexes.has(blob));
+    // containerd has downloaded it.
+    site.content.put("default", tar, &[]);
+    for _ in 0..1000 {
+        if indexes.has(blob) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(indexes.has(blob));
+    // What was remembered of the refusal is forgotten when the job is done.
+    let mut decision = decide_unmarked(&site, diff_id).await;
+    for _ in 0..100 {
+        if matches!(decision, LazyDecision::Lazy(_)) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        decision = decide_unmarked(&site, diff_id).await;
+    }
+    let LazyDecision::Lazy(record) = decision else {
+        panic!("{decision:?}");
+    };
+    assert_eq!(record.index_source, crate::snapshots::IndexSource::Node);
+    assert_eq!((record.blob_digest, record.diff_id), (blob, diff_id));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blob_that_is_not_what_its_image_says_gets_no_index() {
+    let site = site();
+    let (tar, claimed) = (sample::tar(), DiffId::of(b"another"));
+    image_as_it_is(&site, &tar, claimed);
+    let blob = BlobDigest::of(&tar);
+    site.content.put("default", tar, &[]);
+    let decision = decide_unmarked(&site, claimed).await;
+    assert!(
+        matches!(decision, LazyDecision::Ordinary { .. }),
+        "{decision:?}"
+    );
+    let jobs = || site.lazy.parts().metrics.indexed_so_far("lies");
+    for _ in 0..1000 {
+        if jobs() > 0 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(jobs(), 1);
+    assert!(!site.lazy.parts().node_indexes.has(blob));
 }
 
 #[tokio::test(flavor = "multi_thread")]

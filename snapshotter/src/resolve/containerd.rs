@@ -209,7 +209,9 @@ fn filter_of(query: ContentQuery<'_>) -> String {
 }
 
 fn info_of(info: api::Info) -> ContentInfo {
-    let updated = info.updated_at.and_then(|at| SystemTime::try_from(at).ok());
+    // Of what was only created some releases say that it was changed in the year 1.
+    let times = [info.created_at, info.updated_at].into_iter().flatten();
+    let updated = times.filter_map(|at| SystemTime::try_from(at).ok()).max();
     ContentInfo {
         digest: info.digest,
         size_bytes: u64::try_from(info.size).unwrap_or(0),
@@ -342,6 +344,27 @@ impl ContainerdContent {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_was_never_changed_counts_from_its_beginning() {
+        let at = |seconds| prost_types::Timestamp { seconds, nanos: 0 };
+        let info = |created, updated| api::Info {
+            created_at: created,
+            updated_at: updated,
+            ..api::Info::default()
+        };
+        let time = |seconds| Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
+        // The year 1, as Go writes "never".
+        let never = Some(at(-62_135_596_800));
+        for (created, updated, expected) in [
+            (Some(at(7)), never, time(7)),
+            (Some(at(7)), Some(at(9)), time(9)),
+            (None, Some(at(9)), time(9)),
+            (None, None, None),
+        ] {
+            assert_eq!(info_of(info(created, updated)).updated, expected);
+        }
+    }
 
     #[test]
     fn filters_are_quoted_as_containerd_parses_them() {
