@@ -299,7 +299,7 @@ impl Work {
         let chunk_max_bytes = usize::try_from(options.chunk_max_bytes).unwrap_or(usize::MAX);
         Ok(Self {
             format,
-            decode: Decode::new(format)?,
+            decode: Decode::new(format, chunk_max_bytes)?,
             spans: Spans::new(chunk_max_bytes),
             records: Records::new(options.algorithm, format, options.device_max_bytes)?,
         })

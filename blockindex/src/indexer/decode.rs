@@ -23,14 +23,20 @@ pub(super) enum Decode {
         in_frame: bool,
         output: Vec<u8>,
     },
-    /// Bytes until the next cut.
+    /// Cut anywhere: each chunk is its own frame.
     Tar {
-        left: u64,
+        /// Bytes of a chunk.
+        chunk: usize,
+        /// Bytes until the next cut.
+        left: usize,
     },
 }
 
 impl Decode {
-    pub(super) fn new(format: BlobFormat) -> Result<Self, IndexerError> {
+    /// At the first byte of a blob whose chunks have at most so many bytes.
+    pub(super) fn new(format: BlobFormat, chunk_max_bytes: usize) -> Result<Self, IndexerError> {
+        let target = usize::try_from(CHUNK_TARGET_BYTES).unwrap_or(usize::MAX);
+        let chunk = chunk_max_bytes.min(target);
         Ok(match format {
             BlobFormat::Gzip => Self::Gzip(Box::new(GzipScanner::new())),
             BlobFormat::Zstd => Self::Zstd {
@@ -38,9 +44,7 @@ impl Decode {
                 in_frame: false,
                 output: vec![0; OUTPUT_BYTES],
             },
-            BlobFormat::Tar => Self::Tar {
-                left: CHUNK_TARGET_BYTES,
-            },
+            BlobFormat::Tar => Self::Tar { chunk, left: chunk },
         })
     }
 
@@ -61,7 +65,7 @@ impl Decode {
                 in_frame,
                 output,
             } => frames(decoder, in_frame, output, blob, spans, sink),
-            Self::Tar { left } => tar(left, blob, spans, sink),
+            Self::Tar { chunk, left } => tar(*chunk, left, blob, spans, sink),
         }
     }
 
@@ -164,19 +168,20 @@ fn frames<S: CutSink<Error = IndexerError>>(
 
 /// A plain tar is cut wherever we like: every 128 KiB.
 fn tar<S: CutSink<Error = IndexerError>>(
-    left: &mut u64,
+    chunk: usize,
+    left: &mut usize,
     mut blob: &[u8],
     spans: &mut Spans,
     sink: &mut S,
 ) -> Result<(), IndexerError> {
     while !blob.is_empty() {
-        let length = usize::try_from(*left).map_or(blob.len(), |left| left.min(blob.len()));
+        let length = blob.len().min(*left);
         let (now, later) = blob.split_at(length);
         spans.take(now);
         spans.push(now, sink)?;
-        *left -= length as u64;
+        *left -= length;
         if *left == 0 {
-            *left = CHUNK_TARGET_BYTES;
+            *left = chunk;
             let boundary = Boundary {
                 blob: spans.taken(),
                 state: State::Clean,

@@ -778,6 +778,17 @@ fn a_single_zstd_frame_goes_by_prefix() {
 }
 
 #[test]
+fn a_plain_tar_is_cut_as_small_as_wanted() {
+    let tar = tar(&[text(1, 300_000), text(2, 5)]);
+    for chunk_max_bytes in [512, 1000, 100_000, 131_072, 1 << 20] {
+        let opened = Opened::new(&tar, small(chunk_max_bytes));
+        opened.check(&tar);
+        let most = opened.lengths().into_iter().max().unwrap();
+        assert_eq!(most, u64::from(chunk_max_bytes).min(131_072));
+    }
+}
+
+#[test]
 fn a_plain_tar_is_its_own_device() {
     let tar = sample();
     let opened = Opened::new(&tar, IndexOptions::default());
