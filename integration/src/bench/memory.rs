@@ -40,7 +40,7 @@ struct Published {
 
 /// Measures with so many images.
 pub fn measure(images: usize) -> Result<Value> {
-    ensure!(images >= 2 * MOUNTED, "at least {} images", 2 * MOUNTED);
+    ensure!(images >= 3 * MOUNTED, "at least {} images", 3 * MOUNTED);
     let mut site = Site::start("bench", Release::V1, Line::OPEN, &incomplete_over("fuse"))?;
     let published = (0..images).map(|number| publish(&site, number));
     let published = published.collect::<Result<Vec<_>>>()?;
@@ -59,7 +59,10 @@ pub fn measure(images: usize) -> Result<Value> {
     let mut shim = json!({});
     let (over_fuse, rest) = published.split_at(MOUNTED);
     shim["fuse"] = mounted(&site, "fuse", over_fuse, rest)?;
-    reconfigure(&mut site, &published[0].reference, "fuse", "erofs")?;
+    let any = &published[0].reference;
+    reconfigure(&mut site, any, "fuse", "auto")?;
+    shim["erofs-fuse"] = mounted(&site, "erofs-fuse", &rest[MOUNTED..2 * MOUNTED], &[])?;
+    reconfigure(&mut site, any, "auto", "erofs")?;
     shim["erofs"] = mounted(&site, "erofs", &rest[..MOUNTED], &[])?;
 
     daemon["used"] = json!(daemon_usage(&site, "some mounted and read")?);
