@@ -73,7 +73,9 @@ fn why(site: &Site, namespace: &str, reference: &str) -> Result<Vec<(bool, Strin
 
 #[test]
 fn chains_of_every_mixture() -> Result<()> {
-    let site = Site::start("mixed", Release::V1, Line::OPEN, "")?;
+    // What has lost its annotations is to stay ordinary.
+    let config = "\n[index]\nnode = \"off\"\n";
+    let site = Site::start("mixed", Release::V1, Line::OPEN, config)?;
     let (host, direct) = (site.registry.host(), site.registry.direct());
     let image = |mark: &str| -> Result<()> {
         let directory = tempfile::tempdir()?;
@@ -137,10 +139,7 @@ fn chains_of_every_mixture() -> Result<()> {
                 *lazy != stripped.contains(&i),
                 "{tag}: layer {i}: lazy {lazy}, {reason}"
             );
-            ensure!(
-                *lazy == reason.is_empty(),
-                "{tag}: layer {i} gives no reason"
-            );
+            ensure!(!reason.is_empty(), "{tag}: layer {i} says nothing");
         }
         ensure!(layers.len() == 3, "{tag}: {layers:?}");
     }
