@@ -7,6 +7,7 @@
 //! - [`server`]: what this node gives to others.
 //! - `lists`: boot lists, which are hints and not payload.
 //! - [`blobs`]: pieces of raw blobs, for pulls that are not lazy.
+//! - [`indexes`]: indexes that nodes made of blobs that nobody converted.
 //! - `prewarm`: images that nodes ask each other to bring.
 //! - `frames`: frames of the blob that came lately, which are passed on as they are.
 //!
@@ -26,6 +27,7 @@
 pub mod blobs;
 pub mod client;
 pub(crate) mod frames;
+pub mod indexes;
 mod links;
 mod lists;
 mod prewarm;
@@ -35,6 +37,7 @@ pub mod wire;
 
 pub use blobs::{BlobNodes, WantedPiece};
 pub use client::{PeerOptions, Peers};
+pub use indexes::{GivenIndex, HeldIndex, IndexShelf};
 pub use links::{Connect, LinkError, endpoint, plain};
 pub use lists::GivenList;
 pub use prewarm::{Reports, WantedPrewarm};
@@ -42,9 +45,11 @@ pub use route::Reach;
 pub use server::{PeerServer, Refused, Shelf};
 
 /// The newest version of the peer protocol that this program speaks.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 /// The oldest one.
 pub const OLDEST_PROTOCOL: u32 = 1;
+/// The first one with indexes of blobs that nobody converted. Who speaks an older one is not asked for them.
+pub const BLOB_INDEX_PROTOCOL: u32 = 2;
 
 #[cfg(test)]
 mod tests;

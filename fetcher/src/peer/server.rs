@@ -21,9 +21,9 @@ use sluice_blockindex::boot::BootKey;
 use sluice_blockindex::chunkmap::{Chunk, Codec};
 use sluice_proto::peer::peer_server::{Peer, PeerServer as Service};
 use sluice_proto::peer::{
-    BlobPart, BlobRequest, BootListOffer, BootListReply, BootListRequest, BootListTaken,
-    ChunksPart, ChunksRequest, HelloReply, HelloRequest, ObjectPart, ObjectRequest, PrewarmReport,
-    PrewarmRequest,
+    BlobIndexOffer, BlobIndexPart, BlobIndexRequest, BlobIndexTaken, BlobPart, BlobRequest,
+    BootListOffer, BootListReply, BootListRequest, BootListTaken, ChunksPart, ChunksRequest,
+    HelloReply, HelloRequest, ObjectPart, ObjectRequest, PrewarmReport, PrewarmRequest,
 };
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Semaphore, mpsc};
@@ -35,6 +35,7 @@ use tonic::{Request, Response, Status};
 
 use super::blobs::{self, WantedPiece};
 use super::client::Peers;
+use super::indexes::{self, IndexDesk, IndexShelf};
 use super::lists::ListDesk;
 use super::prewarm::{PrewarmDesk, Reports, WantedPrewarm};
 use super::route::Reach;
@@ -150,6 +151,11 @@ pub trait Shelf: Send + Sync + std::fmt::Debug {
         let _unwanted = wanted;
         Err(Refused::NotHere)
     }
+
+    /// Where it keeps indexes of blobs that nobody converted, if it does.
+    fn indexes(&self) -> Option<&dyn IndexShelf> {
+        None
+    }
 }
 
 /// The server of the peer API.
@@ -165,6 +171,7 @@ pub(super) struct Shared {
     pub(super) shelf: Arc<dyn Shelf>,
     lists: ListDesk,
     prewarms: PrewarmDesk,
+    pub(super) indexes: IndexDesk,
     compressions: Semaphore,
     pub(super) tasks: TaskTracker,
     pub(super) stop: CancellationToken,
@@ -210,6 +217,7 @@ impl PeerServer {
             shelf,
             lists: ListDesk::new(),
             prewarms: PrewarmDesk::new(),
+            indexes: IndexDesk::new(),
             compressions: Semaphore::new((processors / 2).max(1)),
             tasks: TaskTracker::new(),
             stop,
@@ -549,6 +557,7 @@ impl Peer for PeerServer {
     type ObjectStream = Parts<ObjectPart>;
     type BlobStream = Parts<BlobPart>;
     type PrewarmStream = Parts<PrewarmReport>;
+    type BlobIndexStream = Parts<BlobIndexPart>;
 
     async fn hello(&self, _: Request<HelloRequest>) -> Result<Response<HelloReply>, Status> {
         let view = self.shared.peers.view();
@@ -667,6 +676,24 @@ impl Peer for PeerServer {
             .take(peers, shelf, request.into_inner(), stop);
         let reports = begun.await?;
         Ok(Response::new(Box::pin(reports)))
+    }
+
+    async fn blob_index(
+        &self,
+        request: Request<BlobIndexRequest>,
+    ) -> Result<Response<Self::BlobIndexStream>, Status> {
+        self.shared.running()?;
+        indexes::serve(&self.shared, request.into_inner()).await
+    }
+
+    async fn offer_blob_index(
+        &self,
+        request: Request<BlobIndexOffer>,
+    ) -> Result<Response<BlobIndexTaken>, Status> {
+        let shared = self.shared.running()?;
+        let (peers, shelf) = (&shared.peers, &shared.shelf);
+        let taken = shared.indexes.take(peers, shelf, request.into_inner());
+        Ok(Response::new(taken.await?))
     }
 }
 

@@ -4,6 +4,7 @@
 mod blobs;
 mod boot;
 mod hostile;
+mod indexes;
 mod prewarm;
 mod unmodified;
 mod zones;
@@ -24,6 +25,7 @@ use tokio::task::JoinHandle;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 
+use self::indexes::TestIndexes;
 use super::wire::{OfferedList, WantedLayer, WantedObject};
 use super::*;
 use crate::cluster::choice::Outcome;
@@ -44,6 +46,7 @@ const MILLISECOND: Duration = Duration::from_millis(1);
 struct TestShelf {
     layers: Mutex<HashMap<[u8; 32], Arc<LayerHandle>>>,
     lists: TestLists,
+    indexes: Arc<TestIndexes>,
 }
 
 /// Boot lists that a node has.
@@ -82,6 +85,10 @@ impl Shelf for TestShelf {
     async fn prewarm(&self, wanted: WantedPrewarm) -> Result<Reports, Refused> {
         prewarm::reports(&wanted)
     }
+
+    fn indexes(&self) -> Option<&dyn IndexShelf> {
+        Some(&*self.indexes)
+    }
 }
 
 struct TestNode {
@@ -91,6 +98,7 @@ struct TestNode {
     line: Line,
     layer: Arc<LayerHandle>,
     lists: TestLists,
+    indexes: Arc<TestIndexes>,
     view: watch::Sender<Arc<View>>,
     server: JoinHandle<()>,
     stop: CancellationToken,
@@ -209,7 +217,7 @@ async fn zone_with(
         let handle = fetcher.add_layer(layer.spec(vec![source])).await.unwrap();
         let shelf = TestShelf::default();
         lock(&shelf.layers).insert(*layer.key.index.as_bytes(), Arc::clone(&handle));
-        let lists = Arc::clone(&shelf.lists);
+        let (lists, indexes) = (Arc::clone(&shelf.lists), Arc::clone(&shelf.indexes));
         let stop = CancellationToken::new();
         let server = PeerServer::new(
             fetcher.clone(),
@@ -231,6 +239,7 @@ async fn zone_with(
             line,
             layer: handle,
             lists,
+            indexes,
             view,
             server,
             stop,

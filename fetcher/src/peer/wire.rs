@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Messages of the peer API as meant, and the checks of what comes from outside.
 
+mod indexes;
 mod lists;
 
 use std::collections::BTreeSet;
@@ -17,6 +18,7 @@ use crate::registry::Repository;
 use crate::source::{OriginSet, Priority};
 use crate::store::DeviceKey;
 
+pub use indexes::{IndexSizes, OfferedIndex, WantedIndex};
 pub(crate) use lists::list_of;
 pub use lists::{LIST_MAX_BYTES, OfferedList, WantedList};
 

@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A home that lies, stalls, breaks off or floods: readers get their bytes, and it is left alone.
 
+use std::collections::BTreeSet;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use futures::{Stream, StreamExt as _};
 use sluice_blockindex::boot::BootKey;
+use sluice_blockindex::digest::BlobDigest;
 use sluice_proto::peer as proto;
 use sluice_proto::peer::peer_server::{Peer, PeerServer as Service};
 use tonic::{Request, Response, Status};
 
+use super::super::wire::IndexSizes;
 use super::*;
 use crate::source::Class;
 
@@ -155,6 +158,54 @@ impl Peer for Hostile {
     ) -> Result<Response<Self::PrewarmStream>, Status> {
         Err(Status::unimplemented("prewarm"))
     }
+
+    type BlobIndexStream = Parts<proto::BlobIndexPart>;
+
+    async fn blob_index(
+        &self,
+        _: Request<proto::BlobIndexRequest>,
+    ) -> Result<Response<Self::BlobIndexStream>, Status> {
+        use proto::blob_index_part::Part;
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        let part = |part| Ok(proto::BlobIndexPart { part: Some(part) });
+        let sizes = |index_bytes, windows_bytes| {
+            part(Part::Sizes(proto::BlobIndexSizes {
+                index_bytes,
+                windows_bytes,
+            }))
+        };
+        let once = |part| futures::stream::iter([part]);
+        let data = move |length: usize| part(Part::Data(Bytes::from(vec![7; length])));
+        let stream: Parts<proto::BlobIndexPart> = match self.vice {
+            // Data before any size.
+            Vice::WrongBytes => Box::pin(once(data(100))),
+            Vice::Bomb => Box::pin(once(sizes(u64::MAX, 0))),
+            // The last bytes are more than it said.
+            Vice::Flood => Box::pin(
+                once(sizes(1000, 0)).chain(futures::stream::repeat_with(move || data(300))),
+            ),
+            // All that it said, and then no end.
+            Vice::OnlyPromises => Box::pin(
+                once(sizes(300, 300)).chain(futures::stream::repeat_with(move || data(300))),
+            ),
+            Vice::Silence => Box::pin(once(sizes(1000, 0)).chain(futures::stream::pending())),
+            Vice::Reset => Box::pin(futures::stream::iter([sizes(1000, 0), data(300)])),
+            Vice::AlwaysBusy => Box::pin(once(part(Part::Busy(proto::Busy {
+                nodes: vec!["node-900".into(), "no name".into()],
+                retry_ms: 0,
+            })))),
+            // As a node of an older version.
+            Vice::Lacks => return Err(Status::unimplemented("blob_index")),
+        };
+        Ok(Response::new(stream))
+    }
+
+    async fn offer_blob_index(
+        &self,
+        _: Request<proto::BlobIndexOffer>,
+    ) -> Result<Response<proto::BlobIndexTaken>, Status> {
+        Err(Status::unimplemented("offer_blob_index"))
+    }
 }
 
 /// A node whose only home is hostile.
@@ -208,6 +259,60 @@ async fn a_hostile_home_of_a_boot_list_is_none() {
         assert_eq!(taken.await, 0, "{vice:?}");
         server.abort();
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hostile_home_of_an_index_costs_time_and_nothing_else() {
+    let layer = six_pieces();
+    let (blob, nobody) = (BlobDigest::of(b"blob"), BTreeSet::new());
+    // Whether it gives nothing at all, the bytes that come of it, and whether it is left alone afterwards.
+    let cases = [
+        (Vice::WrongBytes, true, 0, true),
+        (Vice::Bomb, true, 0, true),
+        (Vice::Flood, false, 900, true),
+        (Vice::OnlyPromises, false, 600, false),
+        (Vice::Silence, false, 0, true),
+        (Vice::Reset, false, 300, true),
+        (Vice::Lacks, true, 0, false),
+    ];
+    for (vice, nothing, bytes, avoided) in cases {
+        let (good, _, server) = beside(vice, &layer).await;
+        let asked = good.peers.blob_index(blob, false, &nobody);
+        let given = tokio::time::timeout(READ_BOUND, asked).await.unwrap();
+        assert_eq!(given.is_none(), nothing, "{vice:?}");
+        if let Some(mut given) = given {
+            let (mut came, mut failed) = (0, false);
+            while let Some(part) = tokio::time::timeout(READ_BOUND, given.body.next())
+                .await
+                .unwrap()
+            {
+                failed = part.is_err();
+                came += part.map_or(0, |it| it.len());
+            }
+            assert_eq!(came, bytes, "{vice:?}");
+            assert_eq!(failed, came as u64 != given.sizes.total_bytes(), "{vice:?}");
+        }
+        assert_eq!(good.peers.giver(&id(1)).is_none(), avoided, "{vice:?}");
+        server.abort();
+    }
+    // One that is busy is asked again, and not all the time, for as long as the caller likes.
+    let (good, asked, server) = beside(Vice::AlwaysBusy, &layer).await;
+    let found = good.peers.blob_index(blob, false, &nobody);
+    assert!(tokio::time::timeout(SECOND, found).await.is_err());
+    let times = asked.load(Ordering::SeqCst);
+    assert!((2..=21).contains(&times), "{times}");
+    let sizes = IndexSizes {
+        index_bytes: 1,
+        windows_bytes: 0,
+    };
+    assert_eq!(good.peers.offer_blob_index(blob, sizes).await, 0);
+    // What says that it speaks an older version is not asked at all.
+    let mut view = View::clone(&good.peers.view());
+    view.others[0].protocol = BLOB_INDEX_PROTOCOL - 1;
+    good.view.send_replace(Arc::new(view));
+    assert!(good.peers.blob_index(blob, false, &nobody).await.is_none());
+    assert_eq!(asked.load(Ordering::SeqCst), times);
+    server.abort();
 }
 
 /// How long a read may take beside any of them: their patience is seconds, a slow machine takes the rest.
