@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Images that nobody converted: lazy by an index that stands elsewhere than in their blobs.
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use sluice_integration::harness::containerd::Release;
-use sluice_integration::harness::daemon::quick_reaper_with;
+use sluice_integration::harness::daemon::{Surroundings, quick_reaper_with};
 use sluice_integration::harness::proxy::Line;
+use sluice_integration::harness::registry::{Registry, free_address};
+use sluice_integration::harness::root::Root;
 use sluice_integration::harness::rootfs::Rootfs;
 use sluice_integration::harness::site::Site;
 use sluice_integration::harness::{command, http, images, tools};
@@ -30,8 +33,8 @@ fn eventually(what: &str, deadline: Duration, holds: impl Fn() -> Result<bool>) 
 }
 
 /// Pushes the test image as it is; gives its reference and the bytes of its layers.
-fn push(site: &Site) -> Result<(String, u64)> {
-    let direct = site.registry.direct();
+fn push(registry: &Registry) -> Result<(String, u64)> {
+    let direct = registry.direct();
     images::push_layout(
         &images::python_layout()?,
         &format!("{direct}/{REPOSITORY}:original"),
@@ -39,27 +42,32 @@ fn push(site: &Site) -> Result<(String, u64)> {
     let manifest = http::manifest(&direct, REPOSITORY, "original")?;
     let layers = manifest["layers"].as_array().into_iter().flatten();
     let bytes = layers.filter_map(|layer| layer["size"].as_u64()).sum();
-    let host = site.registry.host();
+    let host = registry.host();
     Ok((format!("{host}/{REPOSITORY}:original"), bytes))
 }
 
-/// A set-up whose daemon knows the registry by its port: containerd's labels leave ports out, and an image that nobody
-/// converted has no hint.
+/// Has the daemon know a registry by its port: containerd's labels leave ports out, and an image that nobody converted
+/// has no hint.
+fn name_registry(site: &mut Site, host: &str) -> Result<()> {
+    let path = site.root.join("sluice.toml")?;
+    let written = std::fs::read_to_string(&path)?;
+    std::fs::write(&path, format!("{written}\n[registry.hosts.\"{host}\"]\n"))?;
+    site.daemon.stop()?;
+    site.daemon_again()
+}
+
+/// A set-up whose daemon knows its registry.
 fn site(name: &str, extra: &str) -> Result<Site> {
     let config = format!("{}{extra}", quick_reaper_with("auto"));
     let mut site = Site::start(name, Release::V1, Line::OPEN, &config)?;
-    let path = site.root.join("sluice.toml")?;
-    let written = std::fs::read_to_string(&path)?;
     let host = site.registry.host();
-    std::fs::write(&path, format!("{written}\n[registry.hosts.\"{host}\"]\n"))?;
-    site.daemon.stop()?;
-    site.daemon_again()?;
+    name_registry(&mut site, &host)?;
     Ok(site)
 }
 
 /// All files of the image as a snapshotter shows them, a line each.
-fn files(site: &Site, snapshotter: &str) -> Result<Vec<String>> {
-    let chain_id = http::chain_id(&site.registry.direct(), REPOSITORY, "original")?;
+fn files(site: &Site, registry: &Registry, snapshotter: &str) -> Result<Vec<String>> {
+    let chain_id = http::chain_id(&registry.direct(), REPOSITORY, "original")?;
     let target = site.root.directory(&format!("seen-{snapshotter}"))?;
     let rootfs = Rootfs::mount(&site.containerd, NAMESPACE, snapshotter, &chain_id, &target)?;
     walk(rootfs.path())
@@ -72,11 +80,34 @@ fn walk(directory: &Path) -> Result<Vec<String>> {
 }
 
 /// Pulls, and says how many bytes that took of the registry.
-fn pull(site: &Site, reference: &str) -> Result<u64> {
-    let before = site.registry.line.bytes();
+fn pull(site: &Site, registry: &Registry, reference: &str) -> Result<u64> {
+    let before = registry.line.bytes();
     site.nerdctl(NAMESPACE)
         .ok(&["pull", "--quiet", reference])?;
-    Ok(site.registry.line.bytes() - before)
+    Ok(registry.line.bytes() - before)
+}
+
+/// Pulls the ordinary way, and waits until each layer has an index; says how many layers there are.
+fn pull_and_index(site: &Site, reference: &str, image_bytes: u64) -> Result<f64> {
+    let pulled = pull(site, &site.registry, reference)?;
+    ensure!(
+        pulled >= image_bytes,
+        "the first pull moved {pulled} of {image_bytes}"
+    );
+    let why = reasons(site, reference)?;
+    ensure!(
+        !why.is_empty() && why.iter().all(|(lazy, _)| !lazy),
+        "{why:?}"
+    );
+    let layers = why.len() as f64;
+    let indexed = eventually("each layer is indexed", Duration::from_secs(240), || {
+        let made = site
+            .daemon
+            .metric("sluice_node_indexes_total", &["result=\"made\""]);
+        Ok(made.is_ok_and(|made| made == layers))
+    });
+    indexed.with_context(|| site.daemon.log_tail())?;
+    Ok(layers)
 }
 
 /// What `sluice why` says of each layer.
@@ -94,7 +125,7 @@ fn reasons(site: &Site, reference: &str) -> Result<Vec<(bool, String)>> {
 }
 
 /// Starts a container of it, and compares all files with those that containerd unpacks by itself.
-fn shows_the_same(site: &Site, reference: &str) -> Result<()> {
+fn shows_the_same(site: &Site, registry: &Registry, reference: &str) -> Result<()> {
     let run = ["run", "--rm", "--net", "none", reference];
     let ran = site.nerdctl(NAMESPACE).ok(&run)?;
     ensure!(ran.stdout.contains("\"ready\": true"), "{ran:?}");
@@ -106,9 +137,9 @@ fn shows_the_same(site: &Site, reference: &str) -> Result<()> {
         "overlayfs",
         reference,
     ];
-    let seen = files(site, "sluice")?;
+    let seen = files(site, registry, "sluice")?;
     site.containerd.ctr_ok(NAMESPACE, &options)?;
-    let expected = files(site, "overlayfs")?;
+    let expected = files(site, registry, "overlayfs")?;
     for (ours, theirs) in seen.iter().zip(&expected) {
         ensure!(ours == theirs, "shows\n  {ours}\ninstead of\n  {theirs}");
     }
@@ -133,28 +164,11 @@ fn forget(site: &Site, reference: &str) -> Result<()> {
 #[test]
 fn a_second_pull_is_lazy_without_any_conversion() -> Result<()> {
     let site = site("unmodified", "")?;
-    let (reference, image_bytes) = push(&site)?;
-    let pulled = pull(&site, &reference)?;
-    ensure!(
-        pulled >= image_bytes,
-        "the first pull moved {pulled} of {image_bytes}"
-    );
-    let why = reasons(&site, &reference)?;
-    ensure!(
-        !why.is_empty() && why.iter().all(|(lazy, _)| !lazy),
-        "{why:?}"
-    );
-    let layers = why.len() as f64;
-    let indexed = eventually("each layer is indexed", Duration::from_secs(180), || {
-        let made = site
-            .daemon
-            .metric("sluice_node_indexes_total", &["result=\"made\""]);
-        Ok(made.is_ok_and(|made| made == layers))
-    });
-    indexed.with_context(|| site.daemon.log_tail())?;
+    let (reference, image_bytes) = push(&site.registry)?;
+    let layers = pull_and_index(&site, &reference, image_bytes)?;
     forget(&site, &reference)?;
 
-    let pulled = pull(&site, &reference)?;
+    let pulled = pull(&site, &site.registry, &reference)?;
     let why = reasons(&site, &reference)?;
     println!("the second pull moved {pulled} of {image_bytes} bytes; {why:?}");
     ensure!(
@@ -171,7 +185,7 @@ fn a_second_pull_is_lazy_without_any_conversion() -> Result<()> {
         .daemon
         .metric("sluice_lazy_layers_total", &["index=\"node\""])?;
     ensure!(lazy == layers, "{lazy}");
-    shows_the_same(&site, &reference)?;
+    shows_the_same(&site, &site.registry, &reference)?;
     // Complete, and proven by the diff IDs of the image.
     site.wait_sealed(Duration::from_secs(240))
 }
@@ -179,14 +193,14 @@ fn a_second_pull_is_lazy_without_any_conversion() -> Result<()> {
 #[test]
 fn an_artifact_makes_the_first_pull_lazy_and_changes_nothing_of_the_image() -> Result<()> {
     let site = site("referrer", "\n[index]\nnode = \"off\"\n")?;
-    let (reference, image_bytes) = push(&site)?;
+    let (reference, image_bytes) = push(&site.registry)?;
     let direct = site.registry.direct();
     let before = http::manifest(&direct, REPOSITORY, "original")?;
     let indexed = site.daemon.sluice_ok(&["index", &reference])?;
     println!("{}", indexed.stdout);
     ensure!(http::manifest(&direct, REPOSITORY, "original")? == before);
 
-    let pulled = pull(&site, &reference)?;
+    let pulled = pull(&site, &site.registry, &reference)?;
     let why = reasons(&site, &reference)?;
     println!("the first pull moved {pulled} of {image_bytes} bytes; {why:?}");
     ensure!(
@@ -196,6 +210,67 @@ fn an_artifact_makes_the_first_pull_lazy_and_changes_nothing_of_the_image() -> R
         site.daemon.log_tail()
     );
     ensure!(pulled * 20 < image_bytes, "{pulled} of {image_bytes}");
-    shows_the_same(&site, &reference)?;
+    shows_the_same(&site, &site.registry, &reference)?;
     site.wait_sealed(Duration::from_secs(240))
+}
+
+/// A node of a zone, with all that it needs below its own part of the root.
+fn node_of_zone(root: &Root, name: &str, at: SocketAddr, seed: SocketAddr) -> Result<Site> {
+    let config = quick_reaper_with("auto");
+    let config = format!(
+        "{config}\n[cluster]\nenabled = true\nname = \"{name}\"\nlisten = \"{at}\"\nseeds = [\"{seed}\"]\n"
+    );
+    let (part, around) = (root.part(name)?, Surroundings::default());
+    Site::start_within(part, around, Release::V1, Line::OPEN, &config)
+}
+
+#[test]
+fn the_first_pull_is_lazy_on_a_node_whose_zone_has_the_indexes() -> Result<()> {
+    let root = Root::new("zone")?;
+    let (at_a, at_b) = (free_address()?, free_address()?);
+    let mut a = node_of_zone(&root, "a", at_a, at_b)?;
+    let host = a.registry.host();
+    name_registry(&mut a, &host)?;
+    let registry = &a.registry;
+    let (reference, image_bytes) = push(registry)?;
+    let layers = pull_and_index(&a, &reference, image_bytes)?;
+
+    // It comes later, so nobody has told it anything: it has to ask.
+    let mut b = node_of_zone(&root, "b", at_b, at_a)?;
+    name_registry(&mut b, &host)?;
+    let joined = |site: &Site| site.daemon.metric("sluice_cluster_nodes", &[]);
+    eventually("they know each other", Duration::from_secs(60), || {
+        Ok(joined(&a)? == 2.0 && joined(&b)? == 2.0)
+    })?;
+    let pulled = pull(&b, registry, &reference)?;
+    let why = reasons(&b, &reference)?;
+    println!("the first pull of another node moved {pulled} of {image_bytes} bytes; {why:?}");
+    ensure!(
+        why.len() as f64 == layers
+            && why
+                .iter()
+                .all(|(lazy, reason)| *lazy && reason.contains("made by another node")),
+        "{why:?}\n{}",
+        b.daemon.log_tail()
+    );
+    ensure!(pulled * 10 < image_bytes, "{pulled} of {image_bytes}");
+    let asked = b
+        .daemon
+        .metric("sluice_zone_index_asks_total", &["answer=\"given\""])?;
+    let lazy = b
+        .daemon
+        .metric("sluice_lazy_layers_total", &["index=\"peer\""])?;
+    ensure!(asked == layers && lazy == layers, "{asked}, {lazy}");
+    shows_the_same(&b, registry, &reference)?;
+    b.wait_sealed(Duration::from_secs(240))?;
+    // Also chunks came of a node that has the layers as directories only.
+    let opened = a
+        .daemon
+        .log()
+        .contains("opened a layer on behalf of a node");
+    let served = a
+        .daemon
+        .metric("sluice_peer_served_bytes_total", &["form=\"index\""])?;
+    ensure!(opened && served > 0.0, "{served}\n{}", a.daemon.log_tail());
+    Ok(())
 }

@@ -8,7 +8,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Begins the names of files that are not complete.
@@ -20,8 +20,7 @@ static NEXT: AtomicU64 = AtomicU64::new(0);
 ///
 /// **Errors** of the file system; the name then is as before.
 pub fn write(directory: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
-    let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    let temporary = directory.join(format!("{TEMPORARY_PREFIX}{}-{number}", std::process::id()));
+    let temporary = temporary_in(directory);
     let result = write_through(directory, &temporary, &directory.join(name), bytes);
     if result.is_err() {
         // After a failed rename or fsync the file is of no use; a leftover is swept at start.
@@ -30,13 +29,60 @@ pub fn write(directory: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
     result
 }
 
+/// A file that is being written under a temporary name, for what does not fit in memory. Dropped, it is gone.
+#[derive(Debug)]
+pub struct Staged {
+    file: File,
+    temporary: PathBuf,
+}
+
+impl Staged {
+    /// An empty one in this directory.
+    ///
+    /// **Errors** of the file system.
+    pub fn create(directory: &Path) -> io::Result<Self> {
+        let temporary = temporary_in(directory);
+        let file = create_private(&temporary)?;
+        Ok(Self { file, temporary })
+    }
+
+    /// Adds bytes at its end.
+    ///
+    /// **Errors** of the file system; it is of no use then.
+    pub fn push(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all(bytes)
+    }
+
+    /// Makes `directory/name` be this file, durably. The directory is the one that it was created in.
+    ///
+    /// **Errors** of the file system; the name then is as before.
+    pub fn commit(self, directory: &Path, name: &str) -> io::Result<()> {
+        self.file.sync_all()?;
+        fs::rename(&self.temporary, directory.join(name))?;
+        File::open(directory)?.sync_all()
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        // After a commit there is none; a leftover is swept at start.
+        let _ = fs::remove_file(&self.temporary);
+    }
+}
+
+fn temporary_in(directory: &Path) -> PathBuf {
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    directory.join(format!("{TEMPORARY_PREFIX}{}-{number}", std::process::id()))
+}
+
+fn create_private(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    let options = options.write(true).create(true).truncate(true);
+    options.mode(0o600).open(path)
+}
+
 fn write_through(directory: &Path, temporary: &Path, path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(temporary)?;
+    let mut file = create_private(temporary)?;
     file.write_all(bytes)?;
     file.sync_all()?;
     drop(file);
@@ -88,6 +134,22 @@ mod tests {
         fs::write(dir.path().join("taken/x"), b"").unwrap();
         assert!(write(dir.path(), "taken", b"bytes").is_err());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_staged_file_appears_when_it_is_committed_and_leaves_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let names = || fs::read_dir(dir.path()).unwrap().count();
+        let mut staged = Staged::create(dir.path()).unwrap();
+        staged.push(b"one").unwrap();
+        drop(staged);
+        assert_eq!(names(), 0);
+        let mut staged = Staged::create(dir.path()).unwrap();
+        staged.push(b"one").unwrap();
+        staged.push(b" two").unwrap();
+        staged.commit(dir.path(), "a").unwrap();
+        assert_eq!(fs::read(dir.path().join("a")).unwrap(), b"one two");
+        assert_eq!(names(), 1);
     }
 
     #[test]

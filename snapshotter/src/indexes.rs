@@ -87,8 +87,19 @@ pub struct IndexPin {
     pub diff_id: DiffId,
     /// Size of the blob that it describes.
     pub blob_bytes: u64,
-    /// The blob, if Sluice did not write it.
-    pub unmodified: Option<BlobDigest>,
+    /// Which blob that may be.
+    pub blob: PinnedBlob,
+}
+
+/// Which blob an index must be of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PinnedBlob {
+    /// One that Sluice wrote: the index lies in it, so it says nothing of its digest.
+    Written,
+    /// This one, which Sluice did not write.
+    Unmodified(BlobDigest),
+    /// One that Sluice wrote, or this one: the index says which.
+    Either(BlobDigest),
 }
 
 impl From<&LayerAnnotations> for IndexPin {
@@ -97,7 +108,7 @@ impl From<&LayerAnnotations> for IndexPin {
             digest: annotations.index_digest,
             diff_id: annotations.diff_id,
             blob_bytes: annotations.blob_bytes,
-            unmodified: None,
+            blob: PinnedBlob::Written,
         }
     }
 }
@@ -106,9 +117,14 @@ impl From<&LayerAnnotations> for IndexPin {
 pub fn accept(payload: &[u8], pin: &IndexPin) -> Result<Bytes, LayerIndexError> {
     check_digest(payload, pin.digest)?;
     let bytes = Bytes::from(decompress_index(payload, INDEX_FILE_MAX_BYTES)?);
-    let unchecked = match pin.unmodified {
-        None => UncheckedIndex::parse(bytes.clone())?,
-        Some(_) => UncheckedIndex::parse_unmodified(bytes.clone())?,
+    let unmodified = match pin.blob {
+        PinnedBlob::Written => false,
+        PinnedBlob::Unmodified(_) => true,
+        PinnedBlob::Either(_) => is_unmodified(&bytes),
+    };
+    let unchecked = match unmodified {
+        false => UncheckedIndex::parse(bytes.clone())?,
+        true => UncheckedIndex::parse_unmodified(bytes.clone())?,
     };
     agrees(&unchecked.validate()?, pin)?;
     Ok(bytes)
@@ -136,14 +152,18 @@ fn agrees<B: AsRef<[u8]> + Send + Sync + 'static>(
             actual: actual.to_string(),
         });
     }
-    if let Some(blob) = pin.unmodified {
-        index.check_blob(blob, pin.blob_bytes)?;
-    } else if index.metadata().unmodified.is_some() {
-        return Err(LayerIndexError::Disagrees {
-            what: "that it is of",
-            expected: "a blob that Sluice wrote".to_owned(),
-            actual: "an unmodified blob".to_owned(),
-        });
+    match (pin.blob, index.metadata().unmodified.is_some()) {
+        (PinnedBlob::Unmodified(blob), _) | (PinnedBlob::Either(blob), true) => {
+            index.check_blob(blob, pin.blob_bytes)?;
+        }
+        (PinnedBlob::Written, true) => {
+            return Err(LayerIndexError::Disagrees {
+                what: "that it is of",
+                expected: "a blob that Sluice wrote".to_owned(),
+                actual: "an unmodified blob".to_owned(),
+            });
+        }
+        (PinnedBlob::Written | PinnedBlob::Either(_), false) => {}
     }
     if !index.fits_blob(pin.blob_bytes) {
         return Err(LayerIndexError::Disagrees {

@@ -25,6 +25,7 @@ mod sweep;
 mod unmodified;
 mod unpack_job;
 mod usage;
+mod zone_ask;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -56,6 +57,7 @@ use crate::snapshots::{
 use crate::store::{MetadataStore, StoreError};
 use crate::trees::TreeFiles;
 use crate::trust::Trust;
+use crate::zone_indexes::ZoneIndexes;
 
 pub use cache::{CacheError, CachedLayer, EvictTarget, Evicted};
 pub use decisions::{Decision, ImageDocument, ImageLayer, decision_key};
@@ -111,8 +113,10 @@ pub struct LazyParts {
     pub background: Background,
     /// What containers read while they start.
     pub boot: Arc<Boot>,
-    /// Indexes that this node made.
+    /// Indexes that nodes made.
     pub node_indexes: Arc<NodeIndexes>,
+    /// How these go from node to node.
+    pub zone_indexes: Arc<ZoneIndexes>,
     /// What is counted.
     pub metrics: LazyMetrics,
 }
@@ -154,6 +158,8 @@ impl Lazy {
         inner.spawn(async move { sweeper.sweep_until_stopped().await });
         let resumer = Arc::clone(&inner);
         inner.spawn(async move { resumer.resume().await });
+        let offered = Arc::clone(&inner.parts.zone_indexes);
+        inner.spawn(async move { offered.take_offered().await });
         Self(inner)
     }
 
@@ -195,8 +201,10 @@ impl Lazy {
         self.0.outcome(layer, origins, artifact, deadline).await
     }
 
-    /// The artifact with indexes of an image that no Prepare asks for yet.
+    /// Brings the indexes that other nodes made of an image that no Prepare asks for yet; then the artifact with
+    /// indexes of it, if one is needed.
     pub async fn artifact_of(&self, layout: &Layout, deadline: Instant) -> Option<FoundArtifact> {
+        self.0.bring_indexes(layout, deadline).await;
         self.0.artifact_of(layout, deadline).await
     }
 

@@ -36,3 +36,4 @@ pub mod telemetry;
 pub mod trees;
 pub mod trust;
 pub mod unpack;
+pub mod zone_indexes;

@@ -1,36 +1,54 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Indexes that this node has made of blobs as they are: `node-indexes/<hex of the blob digest>.index` and, where the
-//! index has one, `.windows`.
+//! Indexes that nodes have made of blobs as they are: `node-indexes/<hex of the blob digest>.index` and, where the
+//! index has one, `.windows`. Beside one that another node made stands `.peer`, the name of the node that gave it.
 //!
-//! They outlive the image: a second pull of it is lazy, also when all of its content was dropped meanwhile. What is here
-//! was made of the blob itself and checked against the image's diff ID, so it is as good as the blob. A budget of bytes
-//! holds; what was used least recently goes first.
+//! They outlive the image: a second pull of it is lazy, also when all of its content was dropped meanwhile. What this
+//! node made was made of the blob itself and checked against the image's diff ID, so it is as good as the blob; of what
+//! another one made that is not known. A budget of bytes holds; what was used least recently goes first.
 //!
-//! An index is there when its `.index` is: windows are written before it and removed after it. A crash leaves a whole
-//! pair or an orphan that the next trim takes. All calls block.
+//! An index is there when its `.index` is: all else is written before it and removed after it. A crash leaves a whole
+//! index or orphans that the next trim takes. One writer at a time has a blob; the trim of another leaves it alone. All
+//! calls block.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use bytes::Bytes;
 use sluice_blockindex::annotations::INDEX_MAX_BYTES;
 use sluice_blockindex::digest::{BlobDigest, IndexDigest};
 
-use crate::durable;
+use crate::durable::{self, Staged};
 
 /// Most bytes of all indexes and windows: those of about 50 GB of layers.
 pub const BUDGET_BYTES: u64 = 1 << 30;
 
 const INDEX_SUFFIX: &str = ".index";
 const WINDOWS_SUFFIX: &str = ".windows";
+const PEER_SUFFIX: &str = ".peer";
+/// The most bytes of a name in a `.peer`.
+const PEER_MAX_BYTES: usize = 253;
 
 /// The indexes of a node.
 #[derive(Debug)]
 pub struct NodeIndexes {
     directory: PathBuf,
     budget_bytes: u64,
+    /// Blobs whose index is being written.
+    writing: Mutex<BTreeSet<BlobDigest>>,
+}
+
+/// A blob that nobody else writes an index of. Dropped, others may.
+#[derive(Debug)]
+struct Writing<'a>(&'a NodeIndexes, BlobDigest);
+
+impl Drop for Writing<'_> {
+    fn drop(&mut self) {
+        self.0.writing().remove(&self.1);
+    }
 }
 
 /// One of them.
@@ -40,6 +58,17 @@ pub struct NodeIndex {
     pub payload: Bytes,
     /// sha256 of it.
     pub digest: IndexDigest,
+    /// The file of windows, where there is one.
+    pub windows: Option<PathBuf>,
+    /// The node that gave it, if this one did not make it.
+    pub from: Option<String>,
+}
+
+/// Where the parts of an index are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IndexParts {
+    /// Its payload.
+    pub payload: PathBuf,
     /// The file of windows, where there is one.
     pub windows: Option<PathBuf>,
 }
@@ -60,7 +89,23 @@ impl NodeIndexes {
         Ok(Self {
             directory: directory.to_owned(),
             budget_bytes,
+            writing: Mutex::default(),
         })
+    }
+
+    fn writing(&self) -> MutexGuard<'_, BTreeSet<BlobDigest>> {
+        // Every critical section leaves the set whole.
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin_to_write(&self, blob: BlobDigest) -> io::Result<Writing<'_>> {
+        match self.writing().insert(blob) {
+            true => Ok(Writing(self, blob)),
+            false => Err(io::Error::new(
+                io::ErrorKind::ResourceBusy,
+                "another index of the blob is being written",
+            )),
+        }
     }
 
     fn path(&self, blob: BlobDigest, suffix: &str) -> PathBuf {
@@ -73,6 +118,35 @@ impl NodeIndexes {
         self.path(blob, INDEX_SUFFIX).exists()
     }
 
+    /// Whether there is an index of this blob that this node made.
+    #[must_use]
+    pub fn has_own(&self, blob: BlobDigest) -> bool {
+        self.has(blob) && !self.path(blob, PEER_SUFFIX).exists()
+    }
+
+    /// Where the index of a blob is, for who passes it on; it counts as used.
+    pub fn parts(&self, blob: BlobDigest) -> io::Result<Option<IndexParts>> {
+        let payload = self.path(blob, INDEX_SUFFIX);
+        match self.use_now(&payload) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+            Ok(()) => Ok(Some(IndexParts {
+                payload,
+                windows: self.windows(blob),
+            })),
+        }
+    }
+
+    fn windows(&self, blob: BlobDigest) -> Option<PathBuf> {
+        let windows = self.path(blob, WINDOWS_SUFFIX);
+        windows.exists().then_some(windows)
+    }
+
+    fn use_now(&self, path: &Path) -> io::Result<()> {
+        let now = fs::FileTimes::new().set_modified(SystemTime::now());
+        fs::File::options().write(true).open(path)?.set_times(now)
+    }
+
     /// The index of a blob; it counts as used.
     pub fn find(&self, blob: BlobDigest) -> io::Result<Option<NodeIndex>> {
         let path = self.path(blob, INDEX_SUFFIX);
@@ -81,40 +155,82 @@ impl NodeIndexes {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };
-        let now = fs::FileTimes::new().set_modified(SystemTime::now());
-        fs::File::options()
-            .write(true)
-            .open(&path)?
-            .set_times(now)?;
-        let windows = self.path(blob, WINDOWS_SUFFIX);
+        self.use_now(&path)?;
+        let from = match fs::read_to_string(self.path(blob, PEER_SUFFIX)) {
+            Ok(from) => Some(from),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(error),
+        };
         Ok(Some(NodeIndex {
             digest: IndexDigest::of(&payload),
             payload: payload.into(),
-            windows: windows.exists().then_some(windows),
+            windows: self.windows(blob),
+            from,
         }))
     }
 
-    /// Keeps an index, then makes room: it may be the only one that stays.
+    /// A file to write windows to, for [`NodeIndexes::keep_given`].
+    pub fn stage(&self) -> io::Result<Staged> {
+        Staged::create(&self.directory)
+    }
+
+    /// Keeps an index that this node made, then makes room: it may be the only one that stays.
     ///
     /// **Errors** of the disk; it is not kept then.
     pub fn keep(&self, blob: BlobDigest, payload: &[u8], windows: &[u8]) -> io::Result<()> {
+        let staged = match windows.is_empty() {
+            true => None,
+            false => {
+                let mut staged = self.stage()?;
+                staged.push(windows)?;
+                Some(staged)
+            }
+        };
+        self.keep_from(blob, payload, staged, None)
+    }
+
+    /// As [`NodeIndexes::keep`], of an index that the node `from` gave.
+    pub fn keep_given(
+        &self,
+        blob: BlobDigest,
+        payload: &[u8],
+        windows: Option<Staged>,
+        from: &str,
+    ) -> io::Result<()> {
+        let from = from.get(..PEER_MAX_BYTES).unwrap_or(from);
+        self.keep_from(blob, payload, windows, Some(from))
+    }
+
+    fn keep_from(
+        &self,
+        blob: BlobDigest,
+        payload: &[u8],
+        windows: Option<Staged>,
+        from: Option<&str>,
+    ) -> io::Result<()> {
         if payload.len() as u64 > INDEX_MAX_BYTES {
             return Err(io::Error::new(
                 io::ErrorKind::FileTooLarge,
                 "the index is too large",
             ));
         }
+        let _alone = self.begin_to_write(blob)?;
+        // Of the one before nothing may stay.
+        self.remove(blob)?;
         let name = |suffix: &str| format!("{}{suffix}", blob.hex());
-        if !windows.is_empty() {
-            durable::write(&self.directory, &name(WINDOWS_SUFFIX), windows)?;
+        if let Some(windows) = windows {
+            windows.commit(&self.directory, &name(WINDOWS_SUFFIX))?;
+        }
+        if let Some(from) = from {
+            durable::write(&self.directory, &name(PEER_SUFFIX), from.as_bytes())?;
         }
         durable::write(&self.directory, &name(INDEX_SUFFIX), payload)?;
-        self.trim(Some(blob))
+        self.trim()
     }
 
     /// Removes the index of a blob.
     pub fn remove(&self, blob: BlobDigest) -> io::Result<()> {
-        for suffix in [INDEX_SUFFIX, WINDOWS_SUFFIX] {
+        for suffix in [INDEX_SUFFIX, WINDOWS_SUFFIX, PEER_SUFFIX] {
             match fs::remove_file(self.path(blob, suffix)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
@@ -123,8 +239,8 @@ impl NodeIndexes {
         Ok(())
     }
 
-    /// Removes orphans, and what was used least recently until the budget holds; not `spared`.
-    fn trim(&self, spared: Option<BlobDigest>) -> io::Result<()> {
+    /// Removes orphans, and what was used least recently until the budget holds; nothing that is being written.
+    fn trim(&self) -> io::Result<()> {
         let mut all = self.all()?;
         all.sort_by_key(|kept| (kept.whole, kept.used));
         let mut held: u64 = all.iter().map(|kept| kept.bytes).sum();
@@ -132,10 +248,12 @@ impl NodeIndexes {
             if kept.whole && held <= self.budget_bytes {
                 break;
             }
-            if spared != Some(kept.blob) {
-                self.remove(kept.blob)?;
-                held -= kept.bytes;
-            }
+            // Also the one for which room is made.
+            let Ok(_alone) = self.begin_to_write(kept.blob) else {
+                continue;
+            };
+            self.remove(kept.blob)?;
+            held -= kept.bytes;
         }
         Ok(())
     }
@@ -195,6 +313,43 @@ mod tests {
         indexes.remove(blob(1)).unwrap();
         indexes.remove(blob(1)).unwrap();
         assert!(!indexes.has(blob(1)) && indexes.has(blob(2)));
+    }
+
+    #[test]
+    fn what_another_node_gave_is_told_from_what_this_one_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let indexes = NodeIndexes::open(dir.path(), 1000).unwrap();
+        let mut windows = indexes.stage().unwrap();
+        windows.push(b"windows").unwrap();
+        indexes
+            .keep_given(blob(1), b"theirs", Some(windows), "node-b")
+            .unwrap();
+        assert!(indexes.has(blob(1)) && !indexes.has_own(blob(1)));
+        let found = indexes.find(blob(1)).unwrap().unwrap();
+        assert_eq!(found.from.as_deref(), Some("node-b"));
+        let parts = indexes.parts(blob(1)).unwrap().unwrap();
+        assert_eq!(fs::read(&parts.payload).unwrap(), b"theirs");
+        assert_eq!(fs::read(parts.windows.unwrap()).unwrap(), b"windows");
+        assert_eq!(indexes.parts(blob(2)).unwrap(), None);
+        // Nothing of theirs stays beside what this node makes.
+        indexes.keep(blob(1), b"ours", b"").unwrap();
+        let found = indexes.find(blob(1)).unwrap().unwrap();
+        assert_eq!((found.windows, found.from), (None, None));
+        assert!(indexes.has_own(blob(1)));
+        // Two writers of one index would mix their parts.
+        let alone = indexes.begin_to_write(blob(1)).unwrap();
+        let busy = indexes.keep(blob(1), b"others", b"").unwrap_err();
+        assert_eq!(busy.kind(), io::ErrorKind::ResourceBusy);
+        drop(alone);
+        indexes.keep(blob(1), b"others", b"").unwrap();
+        // What is being written is no orphan of the trim of another.
+        let alone = indexes.begin_to_write(blob(3)).unwrap();
+        fs::write(indexes.path(blob(3), WINDOWS_SUFFIX), b"w").unwrap();
+        indexes.keep(blob(4), b"four", b"").unwrap();
+        assert!(indexes.path(blob(3), WINDOWS_SUFFIX).exists());
+        drop(alone);
+        indexes.keep(blob(4), b"four", b"").unwrap();
+        assert!(!indexes.path(blob(3), WINDOWS_SUFFIX).exists());
     }
 
     #[test]

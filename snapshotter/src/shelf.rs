@@ -8,7 +8,8 @@
 //! until nobody has asked for them for a while. Prewarmed layers are fosters as well, kept by
 //! [`NodeShelf::hold`] for as long as the configuration says.
 //!
-//! An index is fetched from the origin by its home, once, however many ask at the same time.
+//! An index is fetched from the origin by its home, once, however many ask at the same time. One of a blob that nobody
+//! converted is in no registry: it is here, or comes of the node that asks, with its windows ([`ZoneIndexes`]).
 //!
 //! **Bounds** index payloads in memory: [`PAYLOADS_BYTES`]; fosters: their devices count for the store's
 //! budget. **Locks** tables are locked for map operations only.
@@ -24,13 +25,13 @@ use futures::FutureExt as _;
 use futures::future::{BoxFuture, Shared};
 use lru::LruCache;
 use sluice_blockindex::boot::BootKey;
-use sluice_blockindex::digest::IndexDigest;
+use sluice_blockindex::digest::{BlobDigest, IndexDigest};
 use sluice_blockindex::extent::Extent;
 use sluice_fetcher::blob_cache::{BlobCache, PieceGivers, Supply};
 use sluice_fetcher::cluster::node::NodeId;
 use sluice_fetcher::peer::wire::{OBJECT_MAX_BYTES, OfferedList, WantedLayer, WantedObject};
 use sluice_fetcher::peer::{
-    BlobNodes, Peers, Reach, Refused, Reports, Shelf, WantedPiece, WantedPrewarm,
+    BlobNodes, IndexShelf, Peers, Reach, Refused, Reports, Shelf, WantedPiece, WantedPrewarm,
 };
 use sluice_fetcher::scheduler::LayerHandle;
 use sluice_fetcher::source::{BlobStream, OriginSet, Priority, ReadContext};
@@ -38,11 +39,12 @@ use sluice_fetcher::store::DeviceKey;
 use tokio::time::Instant;
 
 use crate::boot::Boot;
-use crate::indexes::{IndexPin, LayerIndex, check_digest};
+use crate::indexes::{IndexPin, LayerIndex, PinnedBlob, check_digest};
 use crate::layers::Layers;
 use crate::prewarm::WeakPrewarms;
 use crate::snapshots::BlobOrigin;
 use crate::trust::Trust;
+use crate::zone_indexes::ZoneIndexes;
 
 /// Memory for payloads of indexes that other nodes may ask for.
 const PAYLOADS_BYTES: usize = 64 << 20;
@@ -75,6 +77,8 @@ pub struct NodeShelf {
     /// Raw blobs; set once, where there is a mirror.
     blobs: OnceLock<BlobCache>,
     prewarms: OnceLock<WeakPrewarms>,
+    /// Indexes of blobs that nobody converted; set once.
+    zone_indexes: OnceLock<Arc<ZoneIndexes>>,
     payloads: Mutex<Payloads>,
     flights: Mutex<HashMap<(IndexDigest, Reach), Flight>>,
     /// Until when each is kept.
@@ -135,6 +139,7 @@ impl NodeShelf {
             boot: OnceLock::new(),
             blobs: OnceLock::new(),
             prewarms: OnceLock::new(),
+            zone_indexes: OnceLock::new(),
             payloads: Mutex::new(payloads),
             flights: Mutex::default(),
             fosters: Mutex::default(),
@@ -159,6 +164,11 @@ impl NodeShelf {
     /// From now on other nodes may ask for prewarms; once.
     pub fn attach_prewarms(&self, prewarms: WeakPrewarms) {
         let _ = self.prewarms.set(prewarms);
+    }
+
+    /// From now on it has indexes of blobs that nobody converted, too; once.
+    pub fn attach_indexes(&self, indexes: Arc<ZoneIndexes>) {
+        let _ = self.zone_indexes.set(indexes);
     }
 
     /// The other nodes, where there are any.
@@ -280,20 +290,65 @@ impl NodeShelf {
             digest: wanted.key.index,
             diff_id: wanted.key.diff_id,
             blob_bytes: wanted.blob_bytes,
-            unmodified: None,
+            blob: PinnedBlob::Either(wanted.blob),
         };
         let indexes = Arc::clone(self.layers.indexes());
         let known = tokio::task::spawn_blocking(move || indexes.get_checked(&pin)).await;
-        if let Some(index) = known.map_err(failed)?.map_err(failed)? {
-            return Ok(index);
-        }
-        let payload = match self.kept(pin.digest) {
-            Some(payload) => payload,
-            None => self.index_of_asker(wanted, asker).await?,
+        let index = match known.map_err(failed)?.map_err(failed)? {
+            Some(index) => index,
+            None => {
+                let payload = match self.payload_here(pin.digest, wanted.blob).await {
+                    Some(payload) => payload,
+                    None => self.index_of_asker(wanted, asker).await?,
+                };
+                let indexes = Arc::clone(self.layers.indexes());
+                let stored = tokio::task::spawn_blocking(move || indexes.put(&payload, &pin));
+                stored.await.map_err(failed)?.map_err(failed)?
+            }
         };
-        let indexes = Arc::clone(self.layers.indexes());
-        let stored = tokio::task::spawn_blocking(move || indexes.put(&payload, &pin)).await;
-        stored.map_err(failed)?.map_err(failed)
+        if index
+            .metadata()
+            .unmodified
+            .is_some_and(|it| it.windows.is_some())
+        {
+            self.seek_windows(pin.digest, wanted.blob, asker).await;
+        }
+        Ok(index)
+    }
+
+    /// The payload of an index that is here, be it of a blob that nobody converted.
+    async fn payload_here(&self, digest: IndexDigest, blob: BlobDigest) -> Option<Bytes> {
+        if let Some(payload) = self.kept(digest) {
+            return Some(payload);
+        }
+        let held = self.zone_indexes.get()?.held(blob, digest).await?;
+        self.keep(digest, &held.payload);
+        Some(held.payload)
+    }
+
+    /// Has the index with this digest keep its windows, from here or of the node that asks. Without them the layer is
+    /// read from its front only, and the asker is told that the rest lacks.
+    async fn seek_windows(&self, digest: IndexDigest, blob: BlobDigest, asker: &NodeId) {
+        let indexes = self.layers.indexes();
+        let Some(zone) = self
+            .zone_indexes
+            .get()
+            .filter(|_| indexes.windows(digest).is_none())
+        else {
+            return;
+        };
+        let mut held = zone.held(blob, digest).await;
+        if held.is_none() {
+            let fetched = zone.take_from(asker, blob);
+            if tokio::time::timeout(NODE_DEADLINE, fetched).await == Ok(true) {
+                held = zone.held(blob, digest).await;
+            }
+        }
+        if let Some(windows) = held.and_then(|held| held.windows)
+            && let Err(error) = indexes.keep_windows(digest, &windows)
+        {
+            tracing::warn!(%blob, "failed to keep windows: {error}");
+        }
     }
 
     async fn index_of_asker(&self, wanted: &WantedLayer, asker: &NodeId) -> Result<Bytes, Refused> {
@@ -352,7 +407,7 @@ impl Shelf for NodeShelf {
     }
 
     async fn object(&self, wanted: &WantedObject) -> Result<Bytes, Refused> {
-        if let Some(payload) = self.kept(wanted.digest) {
+        if let Some(payload) = self.payload_here(wanted.digest, wanted.blob).await {
             return Ok(payload);
         }
         if wanted.present_only {
@@ -417,5 +472,10 @@ impl Shelf for NodeShelf {
             return Err(Refused::NotAllowed(why));
         }
         prewarms.start_for(wanted)
+    }
+
+    fn indexes(&self) -> Option<&dyn IndexShelf> {
+        let indexes = self.zone_indexes.get()?;
+        Some(&**indexes)
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Makes indexes of layers that containerd downloads the ordinary way, so that the next pull of the image is lazy,
-//! here and on other nodes, without any conversion.
+//! here and on other nodes, without any conversion. The homes of the blob are told of it ([`crate::zone_indexes`]).
 //!
 //! A job begins when a layer is refused for want of an index. It waits until containerd has the blob, which is while the
 //! layer is being unpacked, and reads it from containerd's content store: nothing is downloaded twice. Nothing waits for
@@ -123,7 +123,7 @@ impl Inner {
         let Some(Ok(blob)) = descriptor.map(|it| it.digest.parse::<BlobDigest>()) else {
             return;
         };
-        if self.parts.node_indexes.has(blob) || !self.index_jobs.begin(blob) {
+        if self.has_usable_index(blob) || !self.index_jobs.begin(blob) {
             return;
         }
         let under_way = UnderWay(Arc::clone(self), blob);
@@ -137,6 +137,8 @@ impl Inner {
                     tracing::info!(%blob, ?format, ?took, "indexed a layer: it is lazy from its next pull on");
                     inner.parts.metrics.indexed("made");
                     inner.plans.forget_refused(blob);
+                    // Its last step: the others may have it now.
+                    inner.parts.zone_indexes.tell(blob).await;
                 }
                 Err(Failure::Unfit(reason)) => {
                     tracing::info!(%blob, "a layer cannot have an index: {reason}");

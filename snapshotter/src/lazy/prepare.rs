@@ -259,10 +259,12 @@ impl Inner {
         if whole {
             self.seek_boot_lists(&layout);
         }
-        let artifact = match whole {
-            true => self.artifact_of(&layout, deadline).await,
-            false => None,
-        };
+        let mut artifact = None;
+        if whole {
+            // One after the other: what the zone has the registry is not asked for.
+            self.bring_indexes(&layout, deadline).await;
+            artifact = self.artifact_of(&layout, deadline).await;
+        }
         let slots = Arc::new(tokio::sync::Semaphore::new(PARALLEL_INDEXES));
         let mut work: FuturesUnordered<_> = layout
             .layers

@@ -30,6 +30,7 @@ use crate::shelf::NodeShelf;
 use crate::snapshots::SnapshotId;
 use crate::store::DocumentTable;
 use crate::unpack::LayerBlob;
+use crate::zone_indexes::ZoneIndexMetrics;
 
 struct Site {
     lazy: Lazy,
@@ -93,6 +94,14 @@ fn lazy_with(
         backend.clone(),
         BootMetrics::default(),
     );
+    let node_indexes = Arc::new(NodeIndexes::open(&at("node-indexes"), BUDGET_BYTES).unwrap());
+    let zone_indexes = ZoneIndexes::new(
+        Arc::clone(&node_indexes),
+        None,
+        IndexUse::Off,
+        DiskReserve::default(),
+        ZoneIndexMetrics::default(),
+    );
     let parts = LazyParts {
         boot,
         content,
@@ -104,7 +113,8 @@ fn lazy_with(
             Trust::new(vec!["*".to_owned()]),
         )),
         layers,
-        node_indexes: Arc::new(NodeIndexes::open(&at("node-indexes"), BUDGET_BYTES).unwrap()),
+        node_indexes,
+        zone_indexes: Arc::new(zone_indexes),
         mounts: Arc::new(Mounts::new(backend, &at("mnt"))),
         metrics: LazyMetrics::default(),
     };

@@ -4,9 +4,10 @@
 //! | index | used when | trusted because |
 //! | --- | --- | --- |
 //! | of this node | `[index] node` is not `off` | it was made of the blob itself, and held against the image's diff ID |
-//! | of an artifact that refers to the image | `[index] referrer` is `on` | who may push to the repository made it; the seal proves the bytes |
+//! | of another node | `[index] node` is `on` | the seal proves the bytes, and what the bytes say of the tree |
+//! | of an artifact that refers to the image | `[index] referrer` is `on` | who may push to the repository made it; the seal proves the same |
 //!
-//! The first of these that is there counts. Where there is none the layer is unpacked the ordinary way, and this node
+//! The first of these that is there counts; those of other nodes are brought before ([`super::zone_ask`]). Where there is none the layer is unpacked the ordinary way, and this node
 //! makes an index meanwhile ([`super::index_job`]).
 
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use sluice_blockindex::annotations::LayerMark;
 use sluice_blockindex::artifact::{ArtifactLayer, IndexBlobs};
-use sluice_blockindex::digest::{BlobDigest, IndexDigest};
+use sluice_blockindex::digest::{BlobDigest, DiffId, IndexDigest};
 use sluice_blockindex::extent::Extent;
 use sluice_fetcher::index_artifact::{FindArtifactError, FoundArtifact, find_index_artifact};
 use sluice_fetcher::registry::Repository;
@@ -23,13 +24,24 @@ use tokio::time::Instant;
 
 use super::Inner;
 use crate::config::IndexUse;
-use crate::indexes::{IndexPin, LayerIndex, LayerIndexError, check_digest};
+use crate::indexes::{IndexPin, LayerIndex, LayerIndexError, PinnedBlob, check_digest};
 use crate::plan::{Layout, LayoutLayer, Outcome, PlannedLayer, Refusal, RefusalKind};
 use crate::snapshots::{BlobOrigin, IndexSource, LazyLayerRecord};
 
 fn mismatch(artifact: &FoundArtifact, error: &impl std::fmt::Display) -> Refusal {
     let reason = format!("index artifact {}: {error}", artifact.digest);
     Refusal::new(RefusalKind::Mismatch, reason)
+}
+
+/// The blobs of an image's layers of which its manifest says nothing, with size and diff ID.
+pub(super) fn unmarked(layout: &Layout) -> impl Iterator<Item = (BlobDigest, u64, DiffId)> {
+    let layers = layout.layers.iter();
+    let layers = layers.filter(|layer| matches!(layer.mark, Ok(LayerMark::Unmarked)));
+    layers.filter_map(|layer| {
+        let descriptor = layer.descriptor.as_ref().filter(|it| it.urls.is_empty())?;
+        let blob = descriptor.digest.parse().ok()?;
+        Some((blob, descriptor.size_bytes, layer.diff_id))
+    })
 }
 
 /// An index that may be used.
@@ -61,10 +73,10 @@ impl Inner {
             digest: IndexDigest::of(&[]),
             diff_id: layer.diff_id,
             blob_bytes: descriptor.size_bytes,
-            unmodified: Some(blob),
+            blob: PinnedBlob::Unmodified(blob),
         };
         let mut sources = origins.to_vec();
-        let mut found = self.index_of_this_node(pin).await?;
+        let mut found = self.index_of_nodes(pin, blob).await?;
         if let Some(artifact) = artifact {
             let offered = artifact
                 .artifact
@@ -73,7 +85,7 @@ impl Inner {
             match (&found, offered.map(|layer| (layer, &layer.index))) {
                 (Some(found), Some((_, Ok(theirs)))) if theirs.digest != found.pin.digest => {
                     // Of another version of this program, or forged.
-                    tracing::warn!(%blob, artifact = %artifact.digest, "an artifact has another index than this node made");
+                    tracing::warn!(%blob, artifact = %artifact.digest, "an artifact has another index than a node made");
                     self.parts.metrics.indexed("differs");
                 }
                 (None, Some((layer, Ok(theirs)))) if self.may_use_referrers() => {
@@ -125,18 +137,13 @@ impl Inner {
         deadline: Instant,
     ) -> Option<FoundArtifact> {
         let (policy, manifest) = (self.options.index_use, layout.manifest?);
-        let unmarked: Vec<BlobDigest> = layout
-            .layers
-            .iter()
-            .filter(|layer| matches!(layer.mark, Ok(LayerMark::Unmarked)))
-            .filter_map(|layer| layer.descriptor.as_ref()?.digest.parse().ok())
-            .collect();
+        let unmarked: Vec<BlobDigest> = unmarked(layout).map(|(blob, ..)| blob).collect();
         if unmarked.is_empty() {
             return None;
         }
         let lacking = self.blocking(move |inner| {
-            let indexes = &inner.parts.node_indexes;
-            unmarked.iter().filter(|blob| !indexes.has(**blob)).count()
+            let lacks = |blob: &&BlobDigest| !inner.has_usable_index(**blob);
+            unmarked.iter().filter(lacks).count()
         });
         let wanted = match policy.referrer {
             IndexUse::Off => false,
@@ -183,7 +190,7 @@ impl Inner {
             digest: blobs.digest,
             diff_id: layer.diff_id,
             blob_bytes: layer.blob_bytes,
-            unmodified: Some(layer.blob),
+            blob: PinnedBlob::Unmodified(layer.blob),
         };
         let source = IndexSource::Referrer;
         let known = self.blocking(move |inner| inner.parts.layers.indexes().get_checked(&pin));
@@ -205,6 +212,7 @@ impl Inner {
             .map_err(|error| fetch(format!("fetch index: {error}")))?
             .map_err(|error| invalid(error.to_string()))?;
         self.parts.metrics.index_fetched(payload.len() as u64);
+        self.parts.shelf.keep(pin.digest, &payload);
         let stored = self.blocking(move |inner| inner.parts.layers.indexes().put(&payload, &pin));
         let index = stored.await.map_err(|error| invalid(error.to_string()))?;
         let named = index.metadata().unmodified.and_then(|blob| blob.windows);
@@ -215,19 +223,34 @@ impl Inner {
         Ok(Found { pin, index, source })
     }
 
-    /// The index that this node made of the blob.
-    async fn index_of_this_node(self: &Arc<Self>, pin: IndexPin) -> Result<Option<Found>, Refusal> {
-        let Some(blob) = pin.unmodified else {
-            return Ok(None);
-        };
-        if self.options.index_use.node == IndexUse::Off {
-            return Ok(None);
+    /// Whether this node has an index of the blob that it may use: its own, or another node's.
+    pub(super) fn has_usable_index(&self, blob: BlobDigest) -> bool {
+        let indexes = &self.parts.node_indexes;
+        match self.options.index_use.node {
+            IndexUse::Off => false,
+            IndexUse::Verify => indexes.has_own(blob),
+            IndexUse::On => indexes.has(blob),
         }
+    }
+
+    /// The index that this node, or another one, made of the blob, as far as it may be used.
+    async fn index_of_nodes(
+        self: &Arc<Self>,
+        pin: IndexPin,
+        blob: BlobDigest,
+    ) -> Result<Option<Found>, Refusal> {
         let found = self.blocking(move |inner| {
             let local = |error: std::io::Error| Refusal::new(RefusalKind::Local, error.to_string());
+            if !inner.has_usable_index(blob) {
+                return Ok(None);
+            }
             let made = inner.parts.node_indexes.find(blob).map_err(local)?;
             let Some(made) = made else {
                 return Ok(None);
+            };
+            let source = match made.from {
+                None => IndexSource::Node,
+                Some(_) => IndexSource::Peer,
             };
             let pin = IndexPin {
                 digest: made.digest,
@@ -238,24 +261,24 @@ impl Inner {
                 indexes.keep_windows(pin.digest, windows).map_err(local)?;
             }
             match inner.stored(&made.payload, &pin) {
-                Ok(index) => Ok(Some((pin, index))),
+                Ok(index) => {
+                    // For homes that open the layer on this node's behalf.
+                    inner.parts.shelf.keep(pin.digest, &made.payload);
+                    Ok(Some(Found { pin, index, source }))
+                }
                 Err(error @ LayerIndexError::Io { .. }) => {
                     Err(Refusal::new(RefusalKind::Local, error.to_string()))
                 }
-                // It rotted, or another version of this program made it. It is made again.
+                // It rotted, another version of this program made it, or another node lied. It is made again.
                 Err(error) => {
-                    tracing::warn!(%blob, "drop an index that this node made: {error}");
+                    let from = made.from.as_deref().unwrap_or("this node");
+                    tracing::warn!(%blob, from, "drop an index of no use: {error}");
                     inner.parts.node_indexes.remove(blob).map_err(local)?;
                     Ok(None)
                 }
             }
         });
-        let found = found.await?;
-        Ok(found.map(|(pin, index)| Found {
-            pin,
-            index,
-            source: IndexSource::Node,
-        }))
+        found.await
     }
 
     /// The index on disk, written there if it is not. **Blocks**.

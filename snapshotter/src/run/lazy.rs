@@ -46,6 +46,7 @@ use crate::snapshots::LazyLayers;
 use crate::sys::fdstore::FdStore;
 use crate::trees::TreeFiles;
 use crate::trust::Trust;
+use crate::zone_indexes::{ZoneIndexMetrics, ZoneIndexes};
 
 /// Name of the shim's program, next to ours.
 const SHIM_PROGRAM: &str = "sluice-shim";
@@ -137,16 +138,27 @@ impl LazySide {
         let trust = Trust::new(config.trusted_lazy.clone());
         let shelf = Arc::new(NodeShelf::new(Arc::clone(&layers), trust.clone()));
         let zone = peers.clone();
+        let reserve = DiskReserve::new(&config.root, config.store_reserve_bytes);
+        let zone_metrics = ZoneIndexMetrics::default();
+        zone_metrics.register(registry);
+        let zone_indexes = Arc::new(ZoneIndexes::new(
+            Arc::clone(&node_indexes),
+            peers.clone(),
+            config.index_use.node,
+            reserve.clone(),
+            zone_metrics,
+        ));
+        shelf.attach_indexes(Arc::clone(&zone_indexes));
         if let Some(peers) = peers {
             // Before anything is fetched: the first reads go to the zone, too.
             fetcher.attach_peers(Arc::clone(&peers));
             shelf.attach(peers);
         }
 
-        let reserve = Arc::new(Reserve::restored(store, stored));
-        reserve.register(registry);
+        let kept = Arc::new(Reserve::restored(store, stored));
+        kept.register(registry);
         let shim = ShimOptions {
-            reserve,
+            reserve: kept,
             journal: config.mount_journal,
             steps: steps.clone(),
             ..ShimOptions::new(config.run_dir.clone(), shim_program()?)
@@ -188,7 +200,6 @@ impl LazySide {
         let reader = containerd(CONTENT_DEADLINE);
         let containerd = containerd(config.rpc_deadline);
         let delay = config.prefetch.then_some(config.prefetch_delay);
-        let reserve = DiskReserve::new(&config.root, config.store_reserve_bytes);
         let lazy = Lazy::start(
             LazyParts {
                 content: Arc::new(ContainerdContent::new(reader)),
@@ -200,6 +211,7 @@ impl LazySide {
                 shelf: Arc::clone(&shelf),
                 mounts,
                 node_indexes,
+                zone_indexes,
                 metrics: lazy_metrics,
             },
             LazyOptions {

@@ -121,6 +121,8 @@ pub enum IndexSource {
     Blob,
     /// This node made it of the blob as it is.
     Node,
+    /// Another node made it of the blob as it is.
+    Peer,
     /// An artifact that refers to the image.
     Referrer,
 }
@@ -132,6 +134,7 @@ impl IndexSource {
         match self {
             Self::Blob => "blob",
             Self::Node => "node",
+            Self::Peer => "peer",
             Self::Referrer => "referrer",
         }
     }
@@ -142,6 +145,7 @@ impl IndexSource {
         match self {
             Self::Blob => "index in the blob",
             Self::Node => "blob as it is; index made by this node",
+            Self::Peer => "blob as it is; index made by another node",
             Self::Referrer => "blob as it is; index from an artifact that refers to the image",
         }
     }
