@@ -29,6 +29,7 @@ mod decode;
 mod layer;
 mod records;
 mod spans;
+mod tree_proof;
 
 use crate::digest::{BlobDigest, Sha256Hasher, StrongAlgorithm};
 use crate::encode::DEFAULT_ALGORITHM;
@@ -42,6 +43,7 @@ pub use build::{BuiltIndex, IndexedLayer};
 use decode::Decode;
 use records::{Passing, Records};
 use spans::Spans;
+pub use tree_proof::{TreeFault, TreeProof};
 
 /// The decoder sees slices of this size, however the blob arrives.
 const SLICE_BYTES: usize = 64 * 1024;

@@ -82,6 +82,7 @@ impl TestLayer {
             sources,
             origins: OriginSet::default(),
             windows: None,
+            witnesses: None,
         }
     }
 

@@ -36,6 +36,7 @@ mod mem;
 mod meta;
 mod presence;
 mod twin;
+mod witness;
 
 pub use budget::HeldDevice;
 pub(crate) use budget::{next_victim, sums};
@@ -45,6 +46,7 @@ pub use error::StoreError;
 pub use meta::{BootId, FailureRecord, SealRecord};
 pub use presence::{DeviceState, PresenceError, PresenceMap};
 pub(crate) use twin::Twin;
+pub use witness::{Objection, SealWitness, Witnesses};
 
 use media::Media;
 pub(crate) use mem::lock;

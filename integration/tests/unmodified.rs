@@ -263,6 +263,11 @@ fn the_first_pull_is_lazy_on_a_node_whose_zone_has_the_indexes() -> Result<()> {
     ensure!(asked == layers && lazy == layers, "{asked}, {lazy}");
     shows_the_same(&b, registry, &reference)?;
     b.wait_sealed(Duration::from_secs(240))?;
+    // What nobody but another node said of names and places is what the bytes say.
+    let proven = b
+        .daemon
+        .metric("sluice_tree_checks_total", &["result=\"same\""])?;
+    ensure!(proven == layers, "{proven} of {layers}");
     // Also chunks came of a node that has the layers as directories only.
     let opened = a
         .daemon

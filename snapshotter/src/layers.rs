@@ -11,7 +11,7 @@
 //! **Locks** the table of origin sets is locked for map operations only.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use async_trait::async_trait;
 use sluice_blockindex::digest::BlobDigest;
@@ -20,14 +20,16 @@ use sluice_fetcher::scheduler::{Fetcher, FillError, Filled, LayerHandle, LayerSp
 use sluice_fetcher::source::{
     BlobSource, FileSource, OriginSet, Priority, RegistryBlobSource, RetryPolicy,
 };
-use sluice_fetcher::store::{DeviceKey, StoreError as ChunkStoreError};
+use sluice_fetcher::store::{DeviceKey, StoreError as ChunkStoreError, Witnesses};
 use tokio_util::sync::CancellationToken;
 
 use crate::indexes::{IndexFiles, LayerIndex, LayerIndexError};
 use crate::mount::errno::FillErrno;
 use crate::shim::client::{FillRequest, FillService};
-use crate::snapshots::{BlobOrigin, LazyLayerRecord};
+use crate::snapshots::{BlobOrigin, IndexSource, LazyLayerRecord};
 use crate::store::{MetadataStore, StoreError};
+use crate::tree_check::TreeCheck;
+use crate::zone_indexes::ZoneIndexes;
 
 /// Why a layer cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +80,8 @@ pub struct Layers {
     indexes: Arc<IndexFiles>,
     metadata: Arc<MetadataStore>,
     origins: Mutex<HashMap<DeviceKey, OriginSet>>,
+    /// Who hears of indexes that were forged; set once.
+    zone_indexes: OnceLock<Arc<ZoneIndexes>>,
     /// Cancelled when fills are left to the next daemon.
     leaving: CancellationToken,
 }
@@ -108,8 +112,14 @@ impl Layers {
             indexes,
             metadata,
             origins: Mutex::default(),
+            zone_indexes: OnceLock::new(),
             leaving: CancellationToken::new(),
         }
+    }
+
+    /// From now on it is told of indexes that are found to be forged; once.
+    pub fn attach_indexes(&self, indexes: Arc<ZoneIndexes>) {
+        let _ = self.zone_indexes.set(indexes);
     }
 
     /// From now on no fill is answered, neither with an error nor otherwise. To be called before what
@@ -178,8 +188,12 @@ impl Layers {
         index: &LayerIndex,
     ) -> Result<Arc<LayerHandle>, OpenLayerError> {
         let (blob, blob_bytes) = (record.blob_digest, record.blob_bytes);
-        self.open_at(device_key(record), blob, blob_bytes, &record.sources, index)
-            .await
+        let proven = match record.index_source {
+            IndexSource::Blob | IndexSource::Node => true,
+            IndexSource::Peer | IndexSource::Referrer => false,
+        };
+        let at = (device_key(record), blob, blob_bytes);
+        self.open_layer(at, &record.sources, index, proven).await
     }
 
     /// As [`Self::open_with`], for a layer that no record names.
@@ -191,12 +205,34 @@ impl Layers {
         places: &[BlobOrigin],
         index: &LayerIndex,
     ) -> Result<Arc<LayerHandle>, OpenLayerError> {
+        let at = (key, blob, blob_bytes);
+        self.open_layer(at, places, index, false).await
+    }
+
+    /// Opens a layer. Where its tree is not `proven` by who made it, it is when the layer is sealed: of a blob that
+    /// Sluice wrote the manifest pins it.
+    async fn open_layer(
+        &self,
+        (key, blob, blob_bytes): (DeviceKey, BlobDigest, u64),
+        places: &[BlobOrigin],
+        index: &LayerIndex,
+        proven: bool,
+    ) -> Result<Arc<LayerHandle>, OpenLayerError> {
         let (origins, known) = self.origin_set(key, places);
         if known && let Some(handle) = self.fetcher.layer(&key) {
             return Ok(handle);
         }
         let known_places = origins.clone();
         let windows = self.windows_of(key, &origins, index).await;
+        let doubted = !proven && index.metadata().unmodified.is_some();
+        let witnesses = doubted.then(|| {
+            Arc::new(TreeCheck {
+                key,
+                blob,
+                indexes: Arc::clone(&self.indexes),
+                zone: self.zone_indexes.get().cloned(),
+            })
+        });
         // The scheduler repeats what fails, and waits as long as a registry asks it to.
         let source = RegistryBlobSource::once(self.client.clone(), blob, blob_bytes, origins);
         let spec = LayerSpec {
@@ -207,6 +243,7 @@ impl Layers {
             sources: vec![Arc::new(source)],
             origins: known_places,
             windows,
+            witnesses: witnesses.map(|it| it as Arc<dyn Witnesses>),
         };
         let added = self.fetcher.add_layer(spec).await;
         // The device was told of every chunk; of a layer that nobody reads no page is needed after that.

@@ -33,6 +33,7 @@ pub mod snapshots;
 pub mod store;
 pub mod sys;
 pub mod telemetry;
+mod tree_check;
 pub mod trees;
 pub mod trust;
 pub mod unpack;

@@ -22,7 +22,7 @@ mod tests;
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::FutureExt as _;
@@ -51,6 +51,8 @@ const TAKE_DEADLINE: Duration = Duration::from_secs(120);
 const TELL_DEADLINE: Duration = Duration::from_secs(5);
 /// Homes that are asked one after the other when one gave what is no index.
 const ATTEMPTS: usize = 2;
+/// Forged indexes that are remembered: a few are an attack, and no more are needed to end it.
+const FORGED_REMEMBERED: usize = 256;
 
 /// Whether an index came; one fetch that several may wait for. Ends when nobody does.
 type Flight = Shared<BoxFuture<'static, bool>>;
@@ -73,6 +75,8 @@ pub struct ZoneIndexes {
     reserve: DiskReserve,
     metrics: ZoneIndexMetrics,
     room: Arc<Semaphore>,
+    /// Indexes that were not what their layers' bytes say.
+    forged: Mutex<BTreeSet<IndexDigest>>,
     flights: Mutex<HashMap<BlobDigest, WeakShared<BoxFuture<'static, bool>>>>,
     offers: mpsc::Sender<OfferedIndex>,
     offered: tokio::sync::Mutex<mpsc::Receiver<OfferedIndex>>,
@@ -102,6 +106,7 @@ impl ZoneIndexes {
             reserve,
             metrics,
             room: Arc::new(Semaphore::new(ROOM_KIB)),
+            forged: Mutex::default(),
             flights: Mutex::default(),
             offers,
             offered: tokio::sync::Mutex::new(offered),
@@ -117,6 +122,49 @@ impl ZoneIndexes {
     /// Whoever wanted an index did not wait for it any longer.
     pub fn was_late(&self) {
         self.metrics.asked(Answer::Late);
+    }
+
+    fn forged(&self) -> MutexGuard<'_, BTreeSet<IndexDigest>> {
+        // Every critical section leaves the set whole.
+        self.forged.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether this index was found not to be what its layer's bytes say, since the daemon started.
+    #[must_use]
+    pub fn is_forged(&self, digest: IndexDigest) -> bool {
+        self.forged().contains(&digest)
+    }
+
+    /// The tree of an index was what its layer's bytes say.
+    pub(crate) fn tree_was_right(&self) {
+        self.metrics.proven(true);
+    }
+
+    /// The tree of an index was not what its layer's bytes say: it is dropped here, is not taken again, and who gave it
+    /// is left alone. **Blocks**.
+    pub(crate) fn tree_was_false(&self, blob: BlobDigest, digest: IndexDigest) {
+        self.metrics.proven(false);
+        let mut forged = self.forged();
+        if forged.len() >= FORGED_REMEMBERED {
+            forged.pop_first();
+        }
+        forged.insert(digest);
+        drop(forged);
+        let found = self.node_indexes.find(blob);
+        let found = found.map(|it| it.filter(|index| index.digest == digest));
+        let removed = found.and_then(|found| {
+            let Some(index) = found else {
+                return Ok(());
+            };
+            let giver = index.from.and_then(|name| NodeId::parse(&name).ok());
+            if let (Some(peers), Some(giver)) = (&self.peers, giver) {
+                peers.index_was_false(&giver);
+            }
+            self.node_indexes.remove(blob)
+        });
+        if let Err(error) = removed {
+            tracing::warn!(%blob, "failed to drop a forged index: {error}");
+        }
     }
 
     /// The index of a blob that is here, if it is the one with this digest.
@@ -251,7 +299,9 @@ impl ZoneIndexes {
 
     async fn receive(&self, given: GivenIndex, wanted: WantedBlob) -> Result<(), ReceiveError> {
         let room = Arc::clone(&self.room);
-        receive::receive(given, wanted, Arc::clone(&self.node_indexes), room).await
+        let forged = self.forged().clone();
+        let indexes = Arc::clone(&self.node_indexes);
+        receive::receive(given, wanted, indexes, room, forged).await
     }
 }
 

@@ -109,8 +109,8 @@ pub enum FillError {
         /// The latest failure, if any attempt came to an end.
         last: Option<FetchFailure>,
     },
-    /// The layer is not what its diff ID says; nothing of it may be read.
-    #[error("layer does not have its diff ID: its bytes have {}", .0.actual)]
+    /// The layer is not what its diff ID or its index says; nothing of it may be read.
+    #[error("layer is not what is said of it: its bytes have {}", .0.actual)]
     Failed(FailureRecord),
     /// The store is full, and nothing could be freed.
     #[error("store is full: no room for {needed_bytes} bytes")]

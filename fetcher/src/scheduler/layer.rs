@@ -22,7 +22,7 @@ use super::windows::{LayerWindows, frame_start};
 use crate::clock;
 use crate::cluster::home::PieceKey;
 use crate::source::{BlobSource, OriginSet, SourceKind};
-use crate::store::{Device, DeviceKey, Store, Twin, lock};
+use crate::store::{Device, DeviceKey, Store, Twin, Witnesses, lock};
 
 /// What the fetcher must be told of a layer.
 #[derive(Debug)]
@@ -42,6 +42,8 @@ pub struct LayerSpec {
     /// The file of windows of an unmodified gzip blob, as a blob of its own: a local file, or a blob of a
     /// registry. `None` where the index names none; without one such a layer can be read from its front only.
     pub windows: Option<Arc<dyn BlobSource>>,
+    /// Who has a say when it is sealed, besides its diff ID.
+    pub witnesses: Option<Arc<dyn Witnesses>>,
 }
 
 /// How much of a layer came from where since the daemon started.
@@ -77,6 +79,7 @@ pub struct LayerHandle {
     pub(crate) device: Arc<Device>,
     pub(crate) sources: SourceSet,
     pub(super) windows: LayerWindows,
+    pub(super) witnesses: Option<Arc<dyn Witnesses>>,
     pub(crate) flights: Arc<Flights>,
     pub(crate) ahead: Mutex<ReadAhead>,
     /// Cancelled when the layer is closed.
@@ -111,6 +114,7 @@ impl LayerHandle {
             device,
             sources: SourceSet::new(spec.sources),
             windows: LayerWindows::new(spec.windows),
+            witnesses: spec.witnesses,
             flights,
             ahead: Mutex::new(ahead),
             cancel,

@@ -9,7 +9,7 @@ use super::{Fetcher, LayerHandle};
 use crate::metrics::FROM_STORE;
 use crate::source::Priority;
 use crate::steps::StepKind;
-use crate::store::{Audit, Device, OnRot, SealStep, StoreError};
+use crate::store::{Audit, Device, OnRot, SealStep, StoreError, Witnesses};
 
 /// How long such work looks away while a reader is receiving.
 const SEAL_NAP: Duration = Duration::from_millis(2);
@@ -26,8 +26,11 @@ impl Fetcher {
         if layer.device.is_sealed() {
             return Ok(());
         }
+        let witnesses = layer.witnesses.clone();
         let result = self
-            .undisturbing(layer, |device, step| device.seal(step))
+            .undisturbing(layer, move |device, step| {
+                device.seal_before(witnesses.map(Witnesses::witness), step)
+            })
             .await;
         match &result {
             Ok(()) => {

@@ -5,6 +5,7 @@ mod faults;
 mod prefix;
 mod registry;
 mod unmodified;
+mod witness_of_seals;
 
 use super::*;
 use crate::fixture::TestLayer;

@@ -23,6 +23,7 @@
 //! `admission` is held shared while a chunk is written and exclusively to end writing (stop, removal,
 //! failure); `meta` is taken inside it. No lock is held while another device's is taken.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -36,6 +37,7 @@ use super::media::DeviceMedia;
 use super::mem::lock;
 use super::meta::{BootId, FailureRecord, Meta, SealRecord};
 use super::presence::DeviceState;
+use super::witness::{Objection, SealWitness};
 use super::{DeviceKey, Shared};
 use crate::clock;
 
@@ -364,6 +366,17 @@ impl Device {
     /// then on and must be fetched again, and [`StoreError::Failed`] if all are: it is the image that
     /// lies, and from then on nothing of it can be read.
     pub fn seal(&self, step: &mut dyn FnMut() -> SealStep) -> Result<(), StoreError> {
+        self.seal_before(None, step)
+    }
+
+    /// As [`Device::seal`], before a witness who sees every byte, and whose objection counts as a digest that differs.
+    ///
+    /// **Errors** also [`StoreError::Io`], when the witness cannot tell.
+    pub fn seal_before(
+        &self,
+        mut witness: Option<Box<dyn SealWitness>>,
+        step: &mut dyn FnMut() -> SealStep,
+    ) -> Result<(), StoreError> {
         if self.is_sealed() {
             return Ok(());
         }
@@ -371,16 +384,45 @@ impl Device {
         if self.sealing.swap(true, Ordering::AcqRel) {
             return Err(StoreError::Cancelled);
         }
-        let result = self.digest(step).and_then(|found| match found {
-            Some(actual) if actual == self.key.diff_id => self.conclude(),
+        let digest = self.digest(&mut witness, step);
+        let result = digest.and_then(|found| match found {
+            Some(actual) if actual == self.key.diff_id => {
+                self.hear(witness)?;
+                self.conclude()
+            }
             found => self.blame(found, step),
         });
         self.sealing.store(false, Ordering::Release);
         result
     }
 
+    /// Asks the witness of a device that has its diff ID.
+    fn hear(&self, witness: Option<Box<dyn SealWitness>>) -> Result<(), StoreError> {
+        match witness.map_or(Ok(()), SealWitness::finish) {
+            Ok(()) => Ok(()),
+            Err(Objection::Unknown(reason)) => {
+                let unknown = io::Error::other(reason);
+                Err(StoreError::io("hear the witness of a seal")(unknown))
+            }
+            Err(Objection::Forged(reason)) => {
+                tracing::error!(
+                    device = %self.key,
+                    "layer is not what its index says: {reason}; it is not readable any more"
+                );
+                Err(self.fail(FailureRecord {
+                    at_unix_seconds: clock::unix_seconds(),
+                    actual: self.key.diff_id,
+                }))
+            }
+        }
+    }
+
     /// What the device digests to; `None` when it cannot be read.
-    fn digest(&self, step: &mut dyn FnMut() -> SealStep) -> Result<Option<DiffId>, StoreError> {
+    fn digest(
+        &self,
+        witness: &mut Option<Box<dyn SealWitness>>,
+        step: &mut dyn FnMut() -> SealStep,
+    ) -> Result<Option<DiffId>, StoreError> {
         let total = self.chunks.count();
         let present = self.media.presence().present_chunks();
         if present != total {
@@ -402,6 +444,9 @@ impl Device {
                 return Ok(None);
             }
             hasher.update(part);
+            if let Some(witness) = witness {
+                witness.push(part);
+            }
             at += u64::try_from(part.len()).unwrap_or(u64::MAX);
         }
         Ok(Some(DiffId::from_bytes(hasher.finish())))

@@ -57,8 +57,8 @@ pub enum StoreError {
         /// The chunk.
         chunk: u32,
     },
-    /// The complete device is not what its diff ID says.
-    #[error("device does not have its diff ID: its bytes have {}", .0.actual)]
+    /// The complete device is not what its diff ID or its index says.
+    #[error("device is not what is said of it: its bytes have {}", .0.actual)]
     Failed(FailureRecord),
     /// A device cannot be sealed before all chunks are present.
     #[error("{missing_chunks} chunks are missing")]

@@ -61,12 +61,12 @@ pub struct SealRecord {
     pub at_unix_seconds: u64,
 }
 
-/// That a complete layer device did not have the digest that its diff ID says.
+/// That a complete layer device did not have the digest that its diff ID says, or that its index was wrong about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FailureRecord {
     /// When, in seconds since 1970.
     pub at_unix_seconds: u64,
-    /// What its bytes digest to.
+    /// What its bytes digest to: its diff ID, if it was the index.
     pub actual: DiffId,
 }
 

@@ -31,9 +31,12 @@ impl Examiner {
                     let failure = handle.device().failure();
                     drop(handle);
                     if let Some(failure) = failure {
+                        let why = match failure.actual == record.diff_id {
+                            false => format!("its bytes have {}", failure.actual),
+                            true => "its index has other files than its bytes".to_owned(),
+                        };
                         let problem = format!(
-                            "is forged or damaged in its registry: its bytes have {}; it is not readable",
-                            failure.actual
+                            "is forged or damaged in its registry: {why}; it is not readable"
                         );
                         let finding = Finding::new(Severity::Error, name, problem);
                         self.failed_seal(&report, key, record, finding).await;

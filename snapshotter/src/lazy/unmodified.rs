@@ -88,6 +88,12 @@ impl Inner {
                     tracing::warn!(%blob, artifact = %artifact.digest, "an artifact has another index than a node made");
                     self.parts.metrics.indexed("differs");
                 }
+                (None, Some((_, Ok(theirs))))
+                    if self.parts.zone_indexes.is_forged(theirs.digest) =>
+                {
+                    tracing::warn!(%blob, artifact = %artifact.digest, "pass over an index that was found to be forged");
+                    self.parts.metrics.indexed("refused");
+                }
                 (None, Some((layer, Ok(theirs)))) if self.may_use_referrers() => {
                     sources = self.trusted_sources(blob, origins).await?;
                     let fetched = self.index_of_artifact(layer, theirs, &sources, deadline);

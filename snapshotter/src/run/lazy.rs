@@ -148,6 +148,7 @@ impl LazySide {
             reserve.clone(),
             zone_metrics,
         ));
+        layers.attach_indexes(Arc::clone(&zone_indexes));
         shelf.attach_indexes(Arc::clone(&zone_indexes));
         if let Some(peers) = peers {
             // Before anything is fetched: the first reads go to the zone, too.

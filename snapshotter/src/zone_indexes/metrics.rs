@@ -5,6 +5,7 @@
 //! | --- | --- | --- |
 //! | `zone_index_asks` | answer | indexes of blobs that other nodes were asked for |
 //! | `zone_indexes_told` | | homes that took word of an index that was made here |
+//! | `tree_checks` | result | indexes of others whose trees were held against complete layers |
 //! | `zone_indexes_taken` | | indexes that were fetched of who made them, for other nodes |
 
 use prometheus_client::encoding::EncodeLabelSet;
@@ -15,6 +16,11 @@ use prometheus_client::registry::Registry;
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Answered {
     answer: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Proven {
+    result: &'static str,
 }
 
 /// What came of asking other nodes for an index.
@@ -48,6 +54,7 @@ impl Answer {
 #[derive(Clone, Debug, Default)]
 pub struct ZoneIndexMetrics {
     asks: Family<Answered, Counter>,
+    proven: Family<Proven, Counter>,
     told: Counter,
     taken: Counter,
 }
@@ -59,6 +66,8 @@ impl ZoneIndexMetrics {
         registry.register("zone_index_asks", help, self.asks.clone());
         let help = "Homes that took word of an index that was made here";
         registry.register("zone_indexes_told", help, self.told.clone());
+        let help = "Trees of other nodes' and pushed indexes held against complete layers";
+        registry.register("tree_checks", help, self.proven.clone());
         let help = "Indexes fetched of who made them, for other nodes";
         registry.register("zone_indexes_taken", help, self.taken.clone());
     }
@@ -66,6 +75,11 @@ impl ZoneIndexMetrics {
     pub(super) fn asked(&self, answer: Answer) {
         let answer = answer.as_str();
         self.asks.get_or_create(&Answered { answer }).inc();
+    }
+
+    pub(super) fn proven(&self, same: bool) {
+        let result = if same { "same" } else { "differs" };
+        self.proven.get_or_create(&Proven { result }).inc();
     }
 
     #[cfg(test)]

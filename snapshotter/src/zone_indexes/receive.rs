@@ -5,12 +5,13 @@
 //! blob, and name windows of the size that was said. The windows go to a temporary file and must have the digest that the
 //! index names. What fails leaves nothing.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt as _;
-use sluice_blockindex::digest::{DIGEST_BYTES, Sha256Hasher};
+use sluice_blockindex::digest::{DIGEST_BYTES, IndexDigest, Sha256Hasher};
 use sluice_blockindex::index::{
     INDEX_FILE_MAX_BYTES, UncheckedIndex, WindowsPin, decompress_index,
 };
@@ -51,6 +52,7 @@ pub(super) async fn receive(
     wanted: WantedBlob,
     indexes: Arc<NodeIndexes>,
     room: Arc<Semaphore>,
+    forged: BTreeSet<IndexDigest>,
 ) -> Result<(), ReceiveError> {
     let kib = given.sizes.index_bytes.div_ceil(1 << 10);
     let kib = u32::try_from(kib).unwrap_or(u32::MAX);
@@ -59,6 +61,9 @@ pub(super) async fn receive(
     let _room = room.acquire_many(kib).await.map_err(stopping)?;
     let index_bytes = usize::try_from(given.sizes.index_bytes).map_err(wrong)?;
     let (payload, first) = payload_of(&mut given, index_bytes).await?;
+    if forged.contains(&IndexDigest::of(&payload)) {
+        return Err(wrong("it was found to be forged before"));
+    }
     let checked = payload.clone();
     let examined = tokio::task::spawn_blocking(move || examine(&checked, wanted));
     let named = examined.await.map_err(io::Error::other)??;

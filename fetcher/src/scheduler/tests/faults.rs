@@ -71,6 +71,7 @@ async fn a_chunk_map_that_rots_ends_the_fill() {
             sources: vec![Arc::new(line.clone())],
             origins: OriginSet::default(),
             windows: None,
+            witnesses: None,
         };
         let handle = fetcher.add_layer(spec).await.unwrap();
         let rot = async {
