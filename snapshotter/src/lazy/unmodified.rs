@@ -7,8 +7,8 @@
 //! | of another node | `[index] node` is `on` | the seal proves the bytes, and what the bytes say of the tree |
 //! | of an artifact that refers to the image | `[index] referrer` is `on` | who may push to the repository made it; the seal proves the same |
 //!
-//! The first of these that is there counts; those of other nodes are brought before ([`super::zone_ask`]). Where there is none the layer is unpacked the ordinary way, and this node
-//! makes an index meanwhile ([`super::index_job`]).
+//! The first of these that is there counts; those of other nodes are brought before ([`super::zone_ask`]). Where there
+//! is none the layer is unpacked the ordinary way, and this node makes an index meanwhile ([`super::index_job`]).
 
 use std::sync::Arc;
 
