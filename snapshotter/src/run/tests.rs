@@ -186,7 +186,8 @@ async fn a_daemon_joins_its_cluster_and_leaves_it() {
         .iter()
         .map(|node| (node.name.as_str(), node.distance.as_str(), node.protocol))
         .collect();
-    assert_eq!(shown, [("daemon", "self", 1), ("other", "zone", 7)]);
+    let ours = sluice_fetcher::peer::PROTOCOL;
+    assert_eq!(shown, [("daemon", "self", ours), ("other", "zone", 7)]);
 
     end(running).await;
     let left = view.wait_for(|view| view.others.is_empty());
