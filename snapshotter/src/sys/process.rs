@@ -139,6 +139,16 @@ mod tests {
 
     #[test]
     fn a_large_buffer_costs_what_is_touched() {
+        // The allocator's limits are the process's, and other tests set theirs at the same time.
+        const ALONE: &str = "SLUICE_TEST_ALONE";
+        if std::env::var_os(ALONE).is_none() {
+            let me = std::env::current_exe().unwrap();
+            let this = "sys::process::tests::a_large_buffer_costs_what_is_touched";
+            let mut alone = Command::new(me);
+            alone.args(["--exact", this]).env(ALONE, "1");
+            assert!(alone.status().unwrap().success());
+            return;
+        }
         keep_memory_small(WORKER_ALLOCATOR);
         assert!(nix::sys::prctl::get_thp_disable().unwrap());
         // Had glibc learnt from the first, the last would be on the heap, where the second was, and cleared.
