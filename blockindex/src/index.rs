@@ -82,12 +82,6 @@ pub fn decompress_index(payload: &[u8], cap: u64) -> Result<Vec<u8>, IndexError>
     Ok(file)
 }
 
-/// Whether this is the index of a blob that Sluice did not write, as far as its header tells; `false` for what is no
-/// index at all.
-pub fn is_unmodified(bytes: &[u8]) -> bool {
-    parse_sections(bytes).is_ok_and(|(_, unmodified)| unmodified)
-}
-
 /// What an index says of its layer as a whole.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Metadata {
@@ -154,23 +148,29 @@ impl<B: AsRef<[u8]> + Send + Sync + 'static> UncheckedIndex<B> {
         Self::parse_kind(bytes, true)
     }
 
+    /// As [`Self::parse`], for the index of a blob of either kind: [`Metadata::unmodified`] tells which.
+    pub fn parse_either(bytes: B) -> Result<Self, IndexError> {
+        let (sections, unmodified) = parse_sections(bytes.as_ref())?;
+        Ok(Self {
+            bytes,
+            sections,
+            unmodified,
+        })
+    }
+
     fn parse_kind(bytes: B, unmodified: bool) -> Result<Self, IndexError> {
-        let (sections, actual) = parse_sections(bytes.as_ref())?;
-        if actual != unmodified {
+        let index = Self::parse_either(bytes)?;
+        if index.unmodified != unmodified {
             let name = |unmodified| match unmodified {
                 true => "an unmodified blob",
                 false => "a blob that Sluice wrote",
             };
             return Err(IndexError::Kind {
                 expected: name(unmodified),
-                actual: name(actual),
+                actual: name(index.unmodified),
             });
         }
-        Ok(Self {
-            bytes,
-            sections,
-            unmodified,
-        })
+        Ok(index)
     }
 
     /// Proves all rules and makes it an [`Index`].

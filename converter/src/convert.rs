@@ -22,7 +22,7 @@ use crate::image::document::OCI_LAYER_ZSTD;
 use crate::image::{
     Descriptor, Document, DocumentKind, ImageError, ImageReader, ImageWriter, Platform, read_small,
 };
-use crate::pack::{BodyParts, Caps, Input, PackError, Packed, pack};
+use crate::pack::{BodyParts, Caps, Input, PackError, Packed, feed, pack};
 use crate::plan::{
     Action, INDEX_DEPTH_MAX, ImagePlan, Outcome, PlanError, PlannedLayer, Reusable, finish_image,
     finish_index, is_image, plan_image, require_platform, select,
@@ -36,8 +36,6 @@ mod copy;
 #[cfg(test)]
 mod tests;
 
-/// Parts of a blob waiting between the network and the packing threads.
-const BODY_PARTS: usize = 16;
 /// Documents read at once from the source.
 const DOCUMENTS_AT_ONCE: usize = 8;
 
@@ -446,9 +444,9 @@ impl Conversion {
         + 'static,
     ) -> Result<Result<T, PackError>, ConvertError> {
         let descriptor = &layer.descriptor;
-        let mut body = self.source.blob(descriptor.digest, descriptor.size).await?;
+        let body = self.source.blob(descriptor.digest, descriptor.size).await?;
         let spool = self.pusher.spool()?;
-        let (parts_tx, parts_rx) = tokio::sync::mpsc::channel(BODY_PARTS);
+        let (feed, parts) = feed(body);
         let input = Input {
             what: format!("blob {} of {}", descriptor.digest, self.source.label()),
             blob: descriptor.digest,
@@ -460,17 +458,8 @@ impl Conversion {
         let (reporter, source) = (Arc::clone(&self.reporter), descriptor.digest.to_string());
         let packing = tokio::task::spawn_blocking(move || {
             let progress = |bytes| reporter.progress(&source, bytes);
-            work(&input, parts_rx, spool, &progress)
+            work(&input, parts, spool, &progress)
         });
-        // When this future is dropped the channel closes, and the packing threads end by themselves.
-        let feed = async move {
-            while let Some(part) = body.next().await {
-                let failed = part.is_err();
-                if parts_tx.send(part).await.is_err() || failed {
-                    break;
-                }
-            }
-        };
         let ((), packed) = tokio::join!(feed, packing);
         packed.map_err(|e| ConvertError::Run(e.to_string()))
     }

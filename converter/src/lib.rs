@@ -10,6 +10,8 @@
 pub mod cli;
 pub mod convert;
 pub mod doctor;
+#[cfg(test)]
+mod fixture;
 pub mod grpc;
 pub mod image;
 pub mod index;

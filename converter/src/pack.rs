@@ -22,10 +22,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 
 use bytes::Bytes;
+use futures::StreamExt as _;
 use sluice_blockindex::annotations::LayerAnnotations;
 use sluice_blockindex::digest::{BlobDigest, ConfigDigest, DiffId, Sha256Hasher};
 
-use crate::image::ImageError;
+use crate::image::{BlobBody, ImageError};
 use crate::pool::{ByteBudget, Pool};
 use crate::verify::Verifier;
 
@@ -196,6 +197,25 @@ impl Packed {
 
 /// The parts of a body, as an async task passes them to [`pack`].
 pub type BodyParts = tokio::sync::mpsc::Receiver<Result<Bytes, ImageError>>;
+
+/// Parts of a blob waiting between the network and the thread that takes them.
+const BODY_PARTS: usize = 16;
+
+/// A body for a thread: what to poll beside it, and the parts as they come, up to an error.
+///
+/// **Cancel**: dropped, the future closes the channel, and the thread ends by itself.
+pub(crate) fn feed(mut body: BlobBody) -> (impl Future<Output = ()>, BodyParts) {
+    let (sender, parts) = tokio::sync::mpsc::channel(BODY_PARTS);
+    let feed = async move {
+        while let Some(part) = body.next().await {
+            let failed = part.is_err();
+            if sender.send(part).await.is_err() || failed {
+                break;
+            }
+        }
+    };
+    (feed, parts)
+}
 
 /// Packs one layer into `spool`. Blocks: for a thread of its own. `progress` is told compressed bytes
 /// as they are read.

@@ -125,19 +125,24 @@ fn sluice(arguments: &[&str]) -> Output {
     run(env!("CARGO_BIN_EXE_sluice"), arguments)
 }
 
-/// Runs a conversion and returns its summary.
-fn convert(arguments: &[&str]) -> Value {
-    let output = sluice(&[&["convert", "--json"], arguments].concat());
+/// The last line that a command writes with `--json`, which has this event, and all lines.
+fn told(command: &str, last_event: &str, arguments: &[&str]) -> (Value, Vec<Value>) {
+    let output = sluice(&[&[command, "--json"], arguments].concat());
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "convert {arguments:?}: {stderr}");
+    assert!(output.status.success(), "{command} {arguments:?}: {stderr}");
     let text = String::from_utf8(output.stdout).unwrap();
     let lines: Vec<Value> = text
         .lines()
         .map(|line| serde_json::from_str(line).unwrap())
         .collect();
     let last = lines.last().expect("a summary").clone();
-    assert_eq!(last["event"], "summary");
-    last
+    assert_eq!(last["event"], last_event);
+    (last, lines)
+}
+
+/// Runs a conversion and returns its summary.
+fn convert(arguments: &[&str]) -> Value {
+    told("convert", "summary", arguments).0
 }
 
 fn digest(bytes: &[u8]) -> String {
@@ -562,19 +567,9 @@ fn accepts_what_setup_writes(containerd: &str) {
     assert_eq!(std::fs::read_to_string(&path).unwrap(), before);
 }
 
-/// The last line that `sluice index --json` writes, and all of them.
+/// The summary of `sluice index --json`, and all lines.
 fn index(arguments: &[&str]) -> (Value, Vec<Value>) {
-    let output = sluice(&[&["index", "--json"], arguments].concat());
-    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "index {arguments:?}: {stderr}");
-    let text = String::from_utf8(output.stdout).unwrap();
-    let lines: Vec<Value> = text
-        .lines()
-        .map(|line| serde_json::from_str(line).unwrap())
-        .collect();
-    let last = lines.last().expect("a summary").clone();
-    assert_eq!(last["event"], "index-summary");
-    (last, lines)
+    told("index", "index-summary", arguments)
 }
 
 #[test]

@@ -20,3 +20,4 @@ pub mod rootfs;
 pub mod service_manager;
 pub mod site;
 pub mod tools;
+pub mod wait;

@@ -14,7 +14,7 @@ use sluice_integration::harness::daemon::QUICK_REAPER;
 use sluice_integration::harness::http::manifest;
 use sluice_integration::harness::proxy::Line;
 use sluice_integration::harness::site::Site;
-use sluice_integration::harness::{images, mounts};
+use sluice_integration::harness::{images, mounts, wait};
 
 const REPOSITORY: &str = "boot/python";
 
@@ -54,18 +54,9 @@ fn start(site: &Site, reference: &str) -> Result<Start> {
     })
 }
 
-fn eventually(what: &str, site: &Site, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
-    let (began, deadline) = (Instant::now(), Duration::from_secs(90));
-    while !holds()? {
-        let log = || site.daemon.log_tail();
-        ensure!(
-            began.elapsed() < deadline,
-            "{what}: not within {deadline:?}\n{}",
-            log()
-        );
-        std::thread::sleep(Duration::from_millis(200));
-    }
-    Ok(())
+fn eventually(what: &str, site: &Site, holds: impl FnMut() -> Result<bool>) -> Result<()> {
+    let done = wait::eventually(what, Duration::from_secs(90), holds);
+    done.with_context(|| site.daemon.log_tail())
 }
 
 /// What `sluice status` says of the image's only list.

@@ -5,7 +5,7 @@
 
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -13,7 +13,7 @@ use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::layout::{self, Attributes, Layer};
 use sluice_integration::harness::proxy::Line;
 use sluice_integration::harness::site::Site;
-use sluice_integration::harness::{command, mounts, tools};
+use sluice_integration::harness::{command, mounts, tools, wait};
 
 /// Doctor never hangs: three times the time that all its own deadlines allow for on a machine like this.
 const DEADLINE: Duration = Duration::from_secs(180);
@@ -146,13 +146,8 @@ fn rot(site: &Site) -> Result<PathBuf> {
     anyhow::bail!("the bytes of the image are not in the store")
 }
 
-fn eventually(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
-    let start = Instant::now();
-    while !holds()? {
-        ensure!(start.elapsed() < Duration::from_secs(60), "{what}");
-        std::thread::sleep(Duration::from_millis(200));
-    }
-    Ok(())
+fn eventually(what: &str, holds: impl FnMut() -> Result<bool>) -> Result<()> {
+    wait::eventually(what, Duration::from_secs(60), holds)
 }
 
 #[test]

@@ -146,14 +146,7 @@ fn identical(name: &str, layout: &std::path::Path, backend: &str) -> Result<()> 
     // A namespace each: in one, the second image would find the first one's snapshots.
     let ctr = |namespace: &str, args: &[&str]| site.containerd.ctr_ok(namespace, args);
     for (namespace, reference) in [("original", &original), ("converted", &converted)] {
-        let pull = [
-            "images",
-            "pull",
-            "--plain-http",
-            "--snapshotter",
-            "overlayfs",
-        ];
-        ctr(namespace, &[&pull[..], &[reference.as_str()]].concat())?;
+        site.pull_ordinarily(namespace, reference)?;
     }
 
     // The same config digest, hence the same diff IDs and chain IDs.

@@ -5,7 +5,7 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use sluice_integration::harness::command::run_observed;
@@ -13,6 +13,7 @@ use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::daemon::quick_reaper_with;
 use sluice_integration::harness::proxy::Line;
 use sluice_integration::harness::site::Site;
+use sluice_integration::harness::wait::eventually;
 use sluice_integration::harness::{images, mounts};
 
 const LINE: Line = Line {
@@ -44,22 +45,6 @@ fn disk_bytes(directory: &Path) -> Result<u64> {
         }
     }
     Ok(total)
-}
-
-fn eventually(
-    what: &str,
-    deadline: Duration,
-    mut holds: impl FnMut() -> Result<bool>,
-) -> Result<()> {
-    let start = Instant::now();
-    while !holds()? {
-        ensure!(
-            start.elapsed() < deadline,
-            "{what}: not within {deadline:?}"
-        );
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    Ok(())
 }
 
 /// What the mount table says of a run that is served by a back-end, in the order of the alphabet.

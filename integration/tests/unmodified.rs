@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use sluice_integration::harness::containerd::Release;
@@ -14,23 +14,11 @@ use sluice_integration::harness::registry::{Registry, free_address};
 use sluice_integration::harness::root::Root;
 use sluice_integration::harness::rootfs::Rootfs;
 use sluice_integration::harness::site::Site;
+use sluice_integration::harness::wait::eventually;
 use sluice_integration::harness::{command, http, images, tools};
 
 const NAMESPACE: &str = "unmodified";
 const REPOSITORY: &str = "unmodified/python";
-
-/// Waits until `holds`.
-fn eventually(what: &str, deadline: Duration, holds: impl Fn() -> Result<bool>) -> Result<()> {
-    let begun = Instant::now();
-    while !holds()? {
-        ensure!(
-            begun.elapsed() < deadline,
-            "{what}: not within {deadline:?}"
-        );
-        std::thread::sleep(Duration::from_millis(200));
-    }
-    Ok(())
-}
 
 /// Pushes the test image as it is; gives its reference and the bytes of its layers.
 fn push(registry: &Registry) -> Result<(String, u64)> {
@@ -129,16 +117,8 @@ fn shows_the_same(site: &Site, registry: &Registry, reference: &str) -> Result<(
     let run = ["run", "--rm", "--net", "none", reference];
     let ran = site.nerdctl(NAMESPACE).ok(&run)?;
     ensure!(ran.stdout.contains("\"ready\": true"), "{ran:?}");
-    let options = [
-        "images",
-        "pull",
-        "--plain-http",
-        "--snapshotter",
-        "overlayfs",
-        reference,
-    ];
     let seen = files(site, registry, "sluice")?;
-    site.containerd.ctr_ok(NAMESPACE, &options)?;
+    site.pull_ordinarily(NAMESPACE, reference)?;
     let expected = files(site, registry, "overlayfs")?;
     for (ours, theirs) in seen.iter().zip(&expected) {
         ensure!(ours == theirs, "shows\n  {ours}\ninstead of\n  {theirs}");

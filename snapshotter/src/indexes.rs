@@ -24,7 +24,7 @@ use sha2::{Digest as _, Sha256};
 use sluice_blockindex::annotations::LayerAnnotations;
 use sluice_blockindex::digest::{BlobDigest, DiffId, IndexDigest};
 use sluice_blockindex::index::{
-    INDEX_FILE_MAX_BYTES, Index, IndexError, UncheckedIndex, decompress_index, is_unmodified,
+    INDEX_FILE_MAX_BYTES, Index, IndexError, UncheckedIndex, decompress_index,
 };
 
 use crate::sys::map::{MappedFile, WeakFile};
@@ -117,14 +117,10 @@ impl From<&LayerAnnotations> for IndexPin {
 pub fn accept(payload: &[u8], pin: &IndexPin) -> Result<Bytes, LayerIndexError> {
     check_digest(payload, pin.digest)?;
     let bytes = Bytes::from(decompress_index(payload, INDEX_FILE_MAX_BYTES)?);
-    let unmodified = match pin.blob {
-        PinnedBlob::Written => false,
-        PinnedBlob::Unmodified(_) => true,
-        PinnedBlob::Either(_) => is_unmodified(&bytes),
-    };
-    let unchecked = match unmodified {
-        false => UncheckedIndex::parse(bytes.clone())?,
-        true => UncheckedIndex::parse_unmodified(bytes.clone())?,
+    let unchecked = match pin.blob {
+        PinnedBlob::Written => UncheckedIndex::parse(bytes.clone())?,
+        PinnedBlob::Unmodified(_) => UncheckedIndex::parse_unmodified(bytes.clone())?,
+        PinnedBlob::Either(_) => UncheckedIndex::parse_either(bytes.clone())?,
     };
     agrees(&unchecked.validate()?, pin)?;
     Ok(bytes)
@@ -250,11 +246,7 @@ impl IndexFiles {
             }
         };
         // Which kind it was to be was checked before it was stored.
-        let parsed = match is_unmodified(&map) {
-            false => UncheckedIndex::parse(map),
-            true => UncheckedIndex::parse_unmodified(map),
-        };
-        let index = match parsed.and_then(UncheckedIndex::reopen) {
+        let index = match UncheckedIndex::parse_either(map).and_then(UncheckedIndex::reopen) {
             Ok(index) => Arc::new(index),
             Err(error) => {
                 tracing::error!(path = %path.display(), "index file is damaged: {error}");

@@ -130,6 +130,14 @@ impl LayoutLayer {
             descriptor: Some(descriptor),
         }
     }
+
+    /// Its blob and the size of that, where the image's registry has it: none is known of a layer that is known by
+    /// labels alone, and a foreign layer's is elsewhere.
+    #[must_use]
+    pub fn blob(&self) -> Option<(BlobDigest, u64)> {
+        let descriptor = self.descriptor.as_ref().filter(|it| it.urls.is_empty())?;
+        Some((descriptor.digest.parse().ok()?, descriptor.size_bytes))
+    }
 }
 
 /// The layers of an image and where they can be fetched from.
@@ -440,23 +448,18 @@ impl Plans {
 
     /// Forgets plans in which a layer with this blob is not lazy: it can be now.
     pub fn forget_refused(&self, blob: BlobDigest) {
-        let blob = blob.to_string();
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         table.retain(|_, plan| {
             let state = plan.state.borrow();
             let Some(Ok(layout)) = &state.layout else {
                 return true;
             };
-            let mut same = layout.layers.iter().filter(|layer| {
-                let descriptor = layer.descriptor.as_ref();
-                descriptor.is_some_and(|descriptor| descriptor.digest == blob)
-            });
-            !same.any(|layer| {
-                state
-                    .outcomes
-                    .get(&layer.chain_id)
-                    .is_some_and(Result::is_err)
-            })
+            let refused = |layer: &LayoutLayer| {
+                let outcome = state.outcomes.get(&layer.chain_id);
+                outcome.is_some_and(Result::is_err)
+            };
+            let of_blob = |layer: &LayoutLayer| layer.blob().is_some_and(|(its, _)| its == blob);
+            !layout.layers.iter().any(|it| of_blob(it) && refused(it))
         });
     }
 

@@ -74,7 +74,7 @@ pub struct ZoneIndexes {
     policy: IndexUse,
     reserve: DiskReserve,
     metrics: ZoneIndexMetrics,
-    room: Arc<Semaphore>,
+    room: Semaphore,
     /// Indexes that were not what their layers' bytes say.
     forged: Mutex<BTreeSet<IndexDigest>>,
     flights: Mutex<HashMap<BlobDigest, WeakShared<BoxFuture<'static, bool>>>>,
@@ -105,7 +105,7 @@ impl ZoneIndexes {
             policy,
             reserve,
             metrics,
-            room: Arc::new(Semaphore::new(ROOM_KIB)),
+            room: Semaphore::new(ROOM_KIB),
             forged: Mutex::default(),
             flights: Mutex::default(),
             offers,
@@ -211,7 +211,9 @@ impl ZoneIndexes {
                 Ok(given) => zone.receive(given, wanted).await,
                 Err(error) => Err(ReceiveError::Peer(error)),
             };
-            taken.is_ok_or_told(&peers, &node, blob)
+            taken
+                .inspect_err(|error| tell_failure(error, &peers, &node, blob))
+                .is_ok()
         };
         self.flight(blob, fetch).await
     }
@@ -245,13 +247,14 @@ impl ZoneIndexes {
                 break;
             };
             let node = given.node.clone();
-            let taken = self.receive(given, wanted).await;
-            answer = match &taken {
-                Ok(()) => return Answer::Given,
-                Err(ReceiveError::False(_)) => Answer::Refused,
-                Err(ReceiveError::Peer(_) | ReceiveError::Disk(_)) => Answer::Failed,
+            let Err(error) = self.receive(given, wanted).await else {
+                return Answer::Given;
             };
-            taken.is_ok_or_told(peers, &node, wanted.blob);
+            answer = match error {
+                ReceiveError::False(_) => Answer::Refused,
+                ReceiveError::Peer(_) | ReceiveError::Disk(_) => Answer::Failed,
+            };
+            tell_failure(&error, peers, &node, wanted.blob);
             skip.insert(node);
         }
         answer
@@ -298,34 +301,23 @@ impl ZoneIndexes {
     }
 
     async fn receive(&self, given: GivenIndex, wanted: WantedBlob) -> Result<(), ReceiveError> {
-        let room = Arc::clone(&self.room);
-        let forged = self.forged().clone();
-        let indexes = Arc::clone(&self.node_indexes);
-        receive::receive(given, wanted, indexes, room, forged).await
+        let is_forged = |digest| self.is_forged(digest);
+        receive::receive(given, wanted, &self.node_indexes, &self.room, is_forged).await
     }
 }
 
-/// What came of an index that another node gave, told where it is to be told.
-trait Told {
-    /// Whether it is here.
-    fn is_ok_or_told(&self, peers: &Peers, node: &NodeId, blob: BlobDigest) -> bool;
-}
-
-impl Told for Result<(), ReceiveError> {
-    fn is_ok_or_told(&self, peers: &Peers, node: &NodeId, blob: BlobDigest) -> bool {
-        match self {
-            Ok(()) => return true,
-            Err(ReceiveError::False(reason)) => {
-                tracing::warn!(%node, %blob, "refuse an index: {reason}");
-                peers.index_was_false(node);
-            }
-            Err(ReceiveError::Peer(error)) => {
-                tracing::debug!(%node, %blob, "no index of a node: {error}");
-            }
-            Err(ReceiveError::Disk(error)) => {
-                tracing::warn!(%blob, "failed to keep an index: {error}");
-            }
+/// Tells where it is to be told why an index that another node gave is not kept.
+fn tell_failure(error: &ReceiveError, peers: &Peers, node: &NodeId, blob: BlobDigest) {
+    match error {
+        ReceiveError::False(reason) => {
+            tracing::warn!(%node, %blob, "refuse an index: {reason}");
+            peers.index_was_false(node);
         }
-        false
+        ReceiveError::Peer(error) => {
+            tracing::debug!(%node, %blob, "no index of a node: {error}");
+        }
+        ReceiveError::Disk(error) => {
+            tracing::warn!(%blob, "failed to keep an index: {error}");
+        }
     }
 }

@@ -5,11 +5,10 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::open::{RegistryArguments, location};
+use super::open::{CapsArguments, RegistryArguments, location};
 use super::show::ShowArguments;
 use crate::convert::{Options, convert};
 use crate::image::{Location, Platform};
-use crate::pack::Caps;
 
 /// Arguments of `convert`.
 #[derive(Debug, Args)]
@@ -29,12 +28,8 @@ pub(super) struct Convert {
     /// Memory for chunks on their way, in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(8..))]
     memory: u32,
-    /// Refuse layers that decompress to more bytes than this.
-    #[arg(long, value_name = "BYTES", default_value_t = Caps::default().layer_bytes)]
-    max_layer_bytes: u64,
-    /// Refuse layers above 1 GiB that decompress to more than this many times their size.
-    #[arg(long, value_name = "N", default_value_t = Caps::default().ratio)]
-    max_ratio: u64,
+    #[command(flatten)]
+    caps: CapsArguments,
     /// Where unfinished layers are kept. Default: the layout written to, or /var/tmp.
     #[arg(long, value_name = "DIRECTORY")]
     work_dir: Option<PathBuf>,
@@ -53,10 +48,7 @@ pub(super) async fn run(arguments: Convert) -> anyhow::Result<()> {
         platforms: arguments.platform,
         threads: arguments.threads.map_or(defaults.threads, usize::from),
         memory_bytes: u64::from(arguments.memory) * 1024 * 1024,
-        caps: Caps {
-            layer_bytes: arguments.max_layer_bytes,
-            ratio: arguments.max_ratio,
-        },
+        caps: arguments.caps.caps(),
         work_directory: arguments.work_dir,
         force: arguments.force,
         port: arguments.destination.port(),

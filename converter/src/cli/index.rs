@@ -4,11 +4,10 @@
 use clap::Args;
 use sluice_fetcher::registry::ImageReference;
 
-use super::open::{RegistryArguments, reference};
+use super::open::{CapsArguments, RegistryArguments, reference};
 use super::show::ShowArguments;
 use crate::image::Platform;
 use crate::index::{Options, Selection, index};
-use crate::pack::Caps;
 
 /// Arguments of `index`.
 #[derive(Debug, Args)]
@@ -25,12 +24,8 @@ pub(super) struct Index {
     /// Layers that are read at once, each on a core. Default: as many as there are cores.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     jobs: Option<u16>,
-    /// Refuse layers that decompress to more bytes than this.
-    #[arg(long, value_name = "BYTES", default_value_t = Caps::default().layer_bytes)]
-    max_layer_bytes: u64,
-    /// Refuse layers above 1 GiB that decompress to more than this many times their size.
-    #[arg(long, value_name = "N", default_value_t = Caps::default().ratio)]
-    max_ratio: u64,
+    #[command(flatten)]
+    caps: CapsArguments,
     /// Index again what the image's artifact has already.
     #[arg(long)]
     force: bool,
@@ -49,10 +44,7 @@ pub(super) async fn run(arguments: Index) -> anyhow::Result<()> {
             (false, platforms) => Selection::Platforms(platforms),
         },
         jobs: arguments.jobs.map_or(defaults.jobs, usize::from),
-        caps: Caps {
-            layer_bytes: arguments.max_layer_bytes,
-            ratio: arguments.max_ratio,
-        },
+        caps: arguments.caps.caps(),
         force: arguments.force,
     };
     let client = arguments.registry.client()?;

@@ -12,6 +12,28 @@ use sluice_fetcher::registry::{DockerConfig, ImageReference, RegistryClient, Reg
 use crate::image::oci_layout::LayoutImage;
 use crate::image::registry::RegistryImage;
 use crate::image::{ImageReader, ImageWriter, Location};
+use crate::pack::Caps;
+
+/// What is refused of layers.
+#[derive(Debug, Clone, Args)]
+pub(super) struct CapsArguments {
+    /// Refuse layers that decompress to more bytes than this.
+    #[arg(long, value_name = "BYTES", default_value_t = Caps::default().layer_bytes)]
+    max_layer_bytes: u64,
+    /// Refuse layers above 1 GiB that decompress to more than this many times their size.
+    #[arg(long, value_name = "N", default_value_t = Caps::default().ratio)]
+    max_ratio: u64,
+}
+
+impl CapsArguments {
+    /// As the work takes them.
+    pub(super) fn caps(&self) -> Caps {
+        Caps {
+            layer_bytes: self.max_layer_bytes,
+            ratio: self.max_ratio,
+        }
+    }
+}
 
 /// How registries are talked to.
 #[derive(Debug, Clone, Args)]

@@ -4,7 +4,6 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures::StreamExt;
 use sluice_blockindex::artifact::{ArtifactLayer, IndexBlobs, reason_of};
 use sluice_blockindex::chunkmap::{Access, ChunkMap, Codec};
 use sluice_blockindex::digest::BlobDigest;
@@ -16,14 +15,11 @@ use sluice_fetcher::registry::RegistryError;
 
 use super::{IndexError, Indexing, decided};
 use crate::image::ImageReader;
-use crate::pack::{BodyParts, PackError};
+use crate::pack::{BodyParts, PackError, feed};
 use crate::plan::{ImagePlan, PlannedLayer};
 use crate::pool::ByteBudget;
 use crate::report::{Event, LayerIndexing};
 use crate::verify::Verifier;
-
-/// Parts of a blob waiting between the network and the indexer.
-const BODY_PARTS: usize = 16;
 
 /// What is shown of a layer with an index.
 struct Shown {
@@ -133,8 +129,8 @@ impl Indexing {
         layer: &PlannedLayer,
     ) -> Result<IndexedLayer, IndexError> {
         let descriptor = &layer.descriptor;
-        let mut body = self.source.blob(descriptor.digest, descriptor.size).await?;
-        let (parts_tx, parts_rx) = tokio::sync::mpsc::channel(BODY_PARTS);
+        let body = self.source.blob(descriptor.digest, descriptor.size).await?;
+        let (feed, parts) = feed(body);
         let what = format!("blob {} of {}", descriptor.digest, self.source.label());
         let verifier = Verifier::new(&what, descriptor.digest, descriptor.size);
         let (reporter, source) = (Arc::clone(&self.reporter), descriptor.digest.to_string());
@@ -142,7 +138,7 @@ impl Indexing {
         let cap = caps.for_blob(descriptor.size);
         let indexing = tokio::task::spawn_blocking(move || {
             let progress = |bytes| reporter.progress(&source, bytes);
-            let indexed = run(parts_rx, verifier, cap, &budget, &progress)?;
+            let indexed = run(parts, verifier, cap, &budget, &progress)?;
             match indexed.diff_id == diff_id {
                 true => Ok(indexed),
                 false => Err(PackError::DiffId {
@@ -151,15 +147,6 @@ impl Indexing {
                 }),
             }
         });
-        // When this future is dropped the channel closes, and the thread ends by itself.
-        let feed = async move {
-            while let Some(part) = body.next().await {
-                let failed = part.is_err();
-                if parts_tx.send(part).await.is_err() || failed {
-                    break;
-                }
-            }
-        };
         let ((), indexed) = tokio::join!(feed, indexing);
         let indexed = indexed.map_err(|e| IndexError::Run(e.to_string()))?;
         let indexed = indexed.map_err(|source| IndexError::Layer {

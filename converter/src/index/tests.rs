@@ -10,6 +10,7 @@ use sluice_fetcher::registry::fake::{FakeRegistry, Misbehaviour, ReferrersApi};
 use sluice_fetcher::registry::{NoCredentials, RegistryOptions, fallback_tag};
 
 use super::*;
+use crate::fixture::sparse_tar;
 use crate::image::document::{
     DOCKER_CONFIG, DOCKER_MANIFEST, OCI_CONFIG, OCI_INDEX, OCI_LAYER_GZIP, OCI_LAYER_TAR,
     OCI_LAYER_ZSTD, OCI_MANIFEST,
@@ -37,23 +38,6 @@ fn tar_of(seed: u32, bytes: u32) -> Vec<u8> {
         .append_data(&mut header, path, content.as_slice())
         .unwrap();
     builder.into_inner().unwrap()
-}
-
-/// A tar with a GNU sparse file, whose content is no single run.
-fn sparse_tar() -> Vec<u8> {
-    let mut header = tar::Header::new_gnu();
-    header.set_entry_type(tar::EntryType::GNUSparse);
-    header.set_path("sparse").unwrap();
-    header.set_size(512);
-    let gnu = header.as_gnu_mut().unwrap();
-    gnu.realsize = *b"00000010000\0";
-    gnu.sparse[0].offset = *b"00000000000\0";
-    gnu.sparse[0].numbytes = *b"00000001000\0";
-    header.set_cksum();
-    let mut bytes = header.as_bytes().to_vec();
-    bytes.extend([1; 512]);
-    bytes.extend([0; 1024]);
-    bytes
 }
 
 fn gzip(bytes: &[u8]) -> Vec<u8> {

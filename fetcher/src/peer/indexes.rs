@@ -22,7 +22,6 @@ mod ask;
 mod serve;
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -34,7 +33,7 @@ use tonic::Status;
 
 use super::BLOB_INDEX_PROTOCOL;
 use super::client::Peers;
-use super::server::{Refused, Shelf, refused, status_of};
+use super::server::{Refused, Shelf, refused, status_of, within_deadline};
 use super::wire::{IndexSizes, OfferedIndex};
 use crate::clock;
 use crate::cluster::bucket::TokenBucket;
@@ -54,8 +53,6 @@ const OFFERS_SAVED: u64 = 256;
 /// its blob.
 const OFFERED_BYTES_PER_SECOND: u64 = 16 << 20;
 const OFFERED_BYTES_SAVED: u64 = 1 << 30;
-/// How long the shelf may take to look an index up, or to note an offer.
-const SHELF_DEADLINE: Duration = Duration::from_secs(2);
 /// Bytes of one message.
 const PART_BYTES: usize = 256 << 10;
 
@@ -157,10 +154,4 @@ impl IndexDesk {
         within_deadline(indexes.note_blob_index(offered)).await?;
         Ok(BlobIndexTaken {})
     }
-}
-
-async fn within_deadline<T>(work: impl Future<Output = Result<T, Refused>>) -> Result<T, Status> {
-    let done = tokio::time::timeout(SHELF_DEADLINE, work).await;
-    let done = done.unwrap_or_else(|_| Err(Refused::Failed("too slow".to_owned())));
-    done.map_err(|refused| status_of(&refused))
 }

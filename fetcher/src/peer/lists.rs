@@ -30,7 +30,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
 use super::client::{PeerError, Peers};
-use super::server::{Refused, Shelf, refused, status_of};
+use super::server::{Shelf, refused, within_deadline};
 use super::wire::{LIST_MAX_BYTES, OfferedList, WantedList, list_of};
 use crate::clock;
 use crate::cluster::bucket::TokenBucket;
@@ -45,8 +45,6 @@ const OFFERS_PER_SECOND: u64 = 8;
 const OFFERS_SAVED: u64 = 64;
 /// Between two attempts at a home that is busy; a fifth of the time that a start can make use of an answer.
 const BUSY_PAUSE: Duration = Duration::from_millis(50);
-/// How long a node may take to look a list up, or to store one.
-const SHELF_DEADLINE: Duration = Duration::from_secs(2);
 
 /// A list that another node gave: well-formed and of the run that was asked for; the rest is to be checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -206,10 +204,4 @@ impl ListDesk {
         within_deadline(shelf.take_boot_list(offered)).await?;
         Ok(BootListTaken {})
     }
-}
-
-async fn within_deadline<T>(work: impl Future<Output = Result<T, Refused>>) -> Result<T, Status> {
-    let done = tokio::time::timeout(SHELF_DEADLINE, work).await;
-    let done = done.unwrap_or_else(|_| Err(Refused::Failed("too slow".to_owned())));
-    done.map_err(|refused| status_of(&refused))
 }

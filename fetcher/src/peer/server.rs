@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::stream::FuturesUnordered;
+use futures::stream::{self, FuturesUnordered};
 use futures::{Stream, StreamExt as _};
 use sluice_blockindex::boot::BootKey;
 use sluice_blockindex::chunkmap::{Chunk, Codec};
@@ -52,9 +52,9 @@ use crate::source::{BlobStream, Priority};
 use crate::store::lock;
 
 /// The longest that one request may run: a home gives up an origin that is silent long before.
-pub(super) const REQUEST_DEADLINE: Duration = Duration::from_secs(120);
+const REQUEST_DEADLINE: Duration = Duration::from_secs(120);
 /// Parts of one answer that wait to be sent.
-pub(super) const PARTS_QUEUED: usize = 4;
+const PARTS_QUEUED: usize = 4;
 /// While nothing comes from the origin the asker hears this often that the node is alive. Shorter than
 /// the patience of an asker, long enough to cost nothing.
 pub(super) const WORKING_EVERY: Duration = Duration::from_millis(250);
@@ -99,6 +99,18 @@ pub(super) fn status_of(refused: &Refused) -> Status {
         Refused::NotAllowed(why) => Status::permission_denied(why.clone()),
         Refused::Failed(why) => Status::unavailable(why.clone()),
     }
+}
+
+/// How long the shelf may take to look up, note or store what needs no more than this node's disk.
+const SHELF_DEADLINE: Duration = Duration::from_secs(2);
+
+/// What the shelf has to say, if it says it in time.
+pub(super) async fn within_deadline<T>(
+    work: impl Future<Output = Result<T, Refused>>,
+) -> Result<T, Status> {
+    let done = tokio::time::timeout(SHELF_DEADLINE, work).await;
+    let done = done.unwrap_or_else(|_| Err(Refused::Failed("too slow".to_owned())));
+    done.map_err(|refused| status_of(&refused))
 }
 
 /// Where the server finds layers and objects.
@@ -303,6 +315,29 @@ impl Shared {
             }),
             Admission::Busy(named) => Err(named),
         }
+    }
+
+    /// The answer to an asker who has an upload. `send` says whether all of it was sent; what it does not send before
+    /// its deadline, or before the server stops, is asked for elsewhere.
+    pub(super) fn answer<T, F>(
+        self: &Arc<Self>,
+        upload: Upload,
+        send: impl FnOnce(Arc<Self>, mpsc::Sender<Result<T, Status>>) -> F,
+    ) -> Response<Parts<T>>
+    where
+        T: Send + 'static,
+        F: Future<Output = bool> + Send + 'static,
+    {
+        let (parts, answer) = mpsc::channel(PARTS_QUEUED);
+        let sent = tokio::time::timeout(REQUEST_DEADLINE, send(Arc::clone(self), parts.clone()));
+        let stop = self.stop.clone();
+        self.tasks.spawn(async move {
+            let served = stop.run_until_cancelled(sent).await;
+            upload.end(matches!(served, Some(Ok(true))));
+            // Who asks again when the stream has ended finds the slot free.
+            drop(parts);
+        });
+        Response::new(Box::pin(ReceiverStream::new(answer)))
     }
 
     /// Opens the layer, checks the asker's right to it, and sends all that is wanted. The asker hears that
@@ -582,8 +617,7 @@ impl Peer for PeerServer {
         request: Request<ChunksRequest>,
     ) -> Result<Response<Self::ChunksStream>, Status> {
         let wanted = WantedChunks::try_from(request.into_inner()).map_err(|e| refused(&e))?;
-        let shared = Arc::clone(&self.shared);
-        let (parts, answer) = mpsc::channel(PARTS_QUEUED);
+        let shared = &self.shared;
         if shared.peers.view().me.role == Role::Leech {
             return Err(Status::permission_denied("this node gives nothing"));
         }
@@ -597,20 +631,14 @@ impl Peer for PeerServer {
         let upload = match shared.admit(key, &wanted.node, background, !wanted.present_only) {
             Ok(upload) => upload,
             Err(named) => {
-                let _ = parts.try_send(Ok(Part::Busy(named).into()));
-                return Ok(Response::new(Box::pin(ReceiverStream::new(answer))));
+                let busy = stream::iter([Ok(Part::Busy(named).into())]);
+                return Ok(Response::new(Box::pin(busy)));
             }
         };
-        let stop = shared.stop.clone();
-        let tasks = shared.tasks.clone();
-        tasks.spawn(async move {
-            let serving = shared.serve_chunks(wanted, &parts);
-            let bounded = tokio::time::timeout(REQUEST_DEADLINE, serving);
-            // Dropping the sender ends the stream; what did not come is asked for elsewhere.
-            let served = stop.run_until_cancelled(bounded).await;
-            upload.end(matches!(served, Some(Ok(Ok(true)))));
-        });
-        Ok(Response::new(Box::pin(ReceiverStream::new(answer))))
+        Ok(shared.answer(upload, |shared, parts| async move {
+            let served = shared.serve_chunks(wanted, &parts).await;
+            matches!(served, Ok(true))
+        }))
     }
 
     async fn blob(

@@ -355,6 +355,14 @@ impl TryFrom<proto::ChunksPart> for Part {
     }
 }
 
+/// No slot is free; these nodes have what is asked for, or are receiving it.
+pub(super) fn busy_of(named: &[NodeId]) -> proto::Busy {
+    proto::Busy {
+        nodes: named.iter().map(ToString::to_string).collect(),
+        retry_ms: 0,
+    }
+}
+
 impl From<Part> for proto::ChunksPart {
     fn from(part: Part) -> Self {
         use proto::chunks_part::Part as Written;
@@ -379,10 +387,7 @@ impl From<Part> for proto::ChunksPart {
                 ordinals: ordinals.into_iter().collect(),
                 reason: String::new(),
             }),
-            Part::Busy(nodes) => Written::Busy(proto::Busy {
-                nodes: nodes.iter().map(ToString::to_string).collect(),
-                retry_ms: 0,
-            }),
+            Part::Busy(nodes) => Written::Busy(busy_of(&nodes)),
             Part::Working => Written::Working(proto::Working {}),
         };
         proto::ChunksPart { part: Some(part) }

@@ -70,6 +70,17 @@ pub struct FailureRecord {
     pub actual: DiffId,
 }
 
+impl FailureRecord {
+    /// What is wrong with a layer that should be `expected`, for people.
+    #[must_use]
+    pub fn described(&self, expected: DiffId) -> String {
+        match self.actual == expected {
+            false => format!("its bytes have {}", self.actual),
+            true => "its index has other files than its bytes".to_owned(),
+        }
+    }
+}
+
 /// The record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Meta {

@@ -20,7 +20,7 @@ const ROUNDS: usize = 5;
 pub fn measure(site: &Site, layout: &Path) -> Result<Value> {
     let direct = site.registry.direct();
     let [original, converted] = site.push_and_convert(layout, "bench")?;
-    pull_ordinarily(site, &original)?;
+    site.pull_ordinarily(NAMESPACE, &original)?;
     site.pull_lazily(NAMESPACE, &converted)?;
     let chain_id = http::chain_id(&direct, "bench", "original")?;
     let mut mounted = Vec::new();
@@ -80,20 +80,6 @@ pub fn measure(site: &Site, layout: &Path) -> Result<Value> {
         figures[name] = json!(comparison);
     }
     Ok(figures)
-}
-
-/// Has containerd pull it and unpack its layers for overlayfs.
-pub(super) fn pull_ordinarily(site: &Site, reference: &str) -> Result<()> {
-    let options = [
-        "images",
-        "pull",
-        "--plain-http",
-        "--snapshotter",
-        "overlayfs",
-    ];
-    let options = [&options[..], &[reference]].concat();
-    site.containerd.ctr_ok(NAMESPACE, &options)?;
-    Ok(())
 }
 
 /// Empties the page cache and the caches of names.

@@ -66,7 +66,7 @@ fn over(wish: &str, backend: &str, line: Line) -> Result<Value> {
     let groups = SAMPLES + WARM_UP;
     let layout = synthetic::groups(&site.root.directory("layout")?, groups)?;
     let [original, converted] = site.push_and_convert(&layout, REPOSITORY)?;
-    files::pull_ordinarily(&site, &original)?;
+    site.pull_ordinarily(NAMESPACE, &original)?;
     site.pull_lazily(NAMESPACE, &converted)?;
     let direct = site.registry.direct();
     let chain_id = http::chain_id(&direct, REPOSITORY, "sluice")?;

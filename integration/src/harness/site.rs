@@ -90,6 +90,15 @@ impl Site {
         Ok(())
     }
 
+    /// Has containerd pull it and unpack its layers for overlayfs.
+    pub fn pull_ordinarily(&self, namespace: &str, reference: &str) -> Result<()> {
+        let pull = ["images", "pull", "--plain-http"];
+        let unpack = ["--snapshotter", "overlayfs", reference];
+        let options = [&pull[..], &unpack[..]].concat();
+        self.containerd.ctr_ok(namespace, &options)?;
+        Ok(())
+    }
+
     /// nerdctl with Sluice's snapshotter.
     #[must_use]
     pub fn nerdctl(&self, namespace: &str) -> Nerdctl<'_> {

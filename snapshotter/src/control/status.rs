@@ -114,10 +114,7 @@ impl ControlService {
                 layer.present_bytes = device.present_bytes();
                 layer.sealed = device.is_sealed();
                 if let Some(failure) = device.failure() {
-                    layer.failure = match failure.actual == record.diff_id {
-                        false => format!("its bytes have {}", failure.actual),
-                        true => "its index has other files than its bytes".to_owned(),
-                    };
+                    layer.failure = failure.described(record.diff_id);
                 }
             }
             Err(error) => layer.failure = error.to_string(),

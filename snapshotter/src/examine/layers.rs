@@ -31,10 +31,7 @@ impl Examiner {
                     let failure = handle.device().failure();
                     drop(handle);
                     if let Some(failure) = failure {
-                        let why = match failure.actual == record.diff_id {
-                            false => format!("its bytes have {}", failure.actual),
-                            true => "its index has other files than its bytes".to_owned(),
-                        };
+                        let why = failure.described(record.diff_id);
                         let problem = format!(
                             "is forged or damaged in its registry: {why}; it is not readable"
                         );

@@ -119,8 +119,7 @@ impl Drop for UnderWay {
 impl Inner {
     /// Makes an index of a layer as soon as containerd has downloaded it.
     pub(super) fn index_when_there(self: &Arc<Self>, namespace: &str, layer: &LayoutLayer) {
-        let descriptor = layer.descriptor.as_ref().filter(|it| it.urls.is_empty());
-        let Some(Ok(blob)) = descriptor.map(|it| it.digest.parse::<BlobDigest>()) else {
+        let Some((blob, _)) = layer.blob() else {
             return;
         };
         if self.has_usable_index(blob) || !self.index_jobs.begin(blob) {

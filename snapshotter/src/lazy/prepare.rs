@@ -323,11 +323,8 @@ impl Inner {
         }
         let wants = |layer: &&LayoutLayer| {
             let outcome = outcomes.get(&layer.chain_id);
-            outcome.is_some_and(|outcome| {
-                outcome
-                    .as_ref()
-                    .is_err_and(|refusal| refusal.kind == RefusalKind::NotConverted)
-            })
+            let refusal = outcome.and_then(|outcome| outcome.as_ref().err());
+            refusal.is_some_and(|refusal| refusal.kind == RefusalKind::NotConverted)
         };
         for layer in layout.layers.iter().filter(wants) {
             self.index_when_there(namespace, layer);
@@ -505,10 +502,7 @@ impl Inner {
                     Some(outcome) => outcome.is_ok(),
                     None => matches!(above.mark, Ok(LayerMark::Lazy(_))),
                 });
-        let Some(descriptor) = layer.descriptor.as_ref().filter(|d| d.urls.is_empty()) else {
-            return Err(refusal);
-        };
-        let Ok(blob) = descriptor.digest.parse::<BlobDigest>() else {
+        let (Some(descriptor), Some((blob, blob_bytes))) = (&layer.descriptor, layer.blob()) else {
             return Err(refusal);
         };
         if !lazy_above || layout.origins.is_empty() {
@@ -518,7 +512,7 @@ impl Inner {
             inner: Arc::clone(self),
             blob: LayerBlob {
                 blob,
-                blob_bytes: descriptor.size_bytes,
+                blob_bytes,
                 media_type: descriptor.media_type.clone(),
                 diff_id: layer.diff_id,
             },

@@ -38,9 +38,8 @@ pub(super) fn unmarked(layout: &Layout) -> impl Iterator<Item = (BlobDigest, u64
     let layers = layout.layers.iter();
     let layers = layers.filter(|layer| matches!(layer.mark, Ok(LayerMark::Unmarked)));
     layers.filter_map(|layer| {
-        let descriptor = layer.descriptor.as_ref().filter(|it| it.urls.is_empty())?;
-        let blob = descriptor.digest.parse().ok()?;
-        Some((blob, descriptor.size_bytes, layer.diff_id))
+        let (blob, blob_bytes) = layer.blob()?;
+        Some((blob, blob_bytes, layer.diff_id))
     })
 }
 
@@ -61,26 +60,20 @@ impl Inner {
         deadline: Instant,
         refusal: Refusal,
     ) -> Outcome {
-        let descriptor = layer.descriptor.as_ref();
-        let Some(descriptor) = descriptor.filter(|it| it.urls.is_empty()) else {
-            return Err(refusal);
-        };
-        let Ok(blob) = descriptor.digest.parse::<BlobDigest>() else {
+        let Some((blob, blob_bytes)) = layer.blob() else {
             return Err(refusal);
         };
         let pin = IndexPin {
             // Until it is known.
             digest: IndexDigest::of(&[]),
             diff_id: layer.diff_id,
-            blob_bytes: descriptor.size_bytes,
+            blob_bytes,
             blob: PinnedBlob::Unmodified(blob),
         };
         let mut sources = origins.to_vec();
         let mut found = self.index_of_nodes(pin, blob).await?;
         if let Some(artifact) = artifact {
-            let offered = artifact
-                .artifact
-                .layer(blob, descriptor.size_bytes, layer.diff_id);
+            let offered = artifact.artifact.layer(blob, blob_bytes, layer.diff_id);
             let offered = offered.map_err(|error| mismatch(artifact, &error))?;
             match (&found, offered.map(|layer| (layer, &layer.index))) {
                 (Some(found), Some((_, Ok(theirs)))) if theirs.digest != found.pin.digest => {
@@ -123,7 +116,7 @@ impl Inner {
             diff_id: layer.diff_id,
             index_digest: pin.digest,
             blob_digest: blob,
-            blob_bytes: descriptor.size_bytes,
+            blob_bytes,
             device_bytes: index.device_bytes(),
             sources,
             index_source: source,
@@ -147,14 +140,14 @@ impl Inner {
         if unmarked.is_empty() {
             return None;
         }
-        let lacking = self.blocking(move |inner| {
-            let lacks = |blob: &&BlobDigest| !inner.has_usable_index(**blob);
-            unmarked.iter().filter(lacks).count()
+        let lacks = self.blocking(move |inner| {
+            let mut blobs = unmarked.into_iter();
+            blobs.any(|blob| !inner.has_usable_index(blob))
         });
         let wanted = match policy.referrer {
             IndexUse::Off => false,
             IndexUse::Verify => policy.node != IndexUse::Off,
-            IndexUse::On => lacking.await > 0,
+            IndexUse::On => lacks.await,
         };
         if !wanted {
             return None;

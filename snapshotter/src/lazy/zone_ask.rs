@@ -7,7 +7,6 @@
 
 use std::sync::Arc;
 
-use sluice_blockindex::digest::BlobDigest;
 use tokio::time::Instant;
 
 use super::Inner;
@@ -50,12 +49,15 @@ impl Inner {
                 false
             })
         };
-        let blobs: Vec<BlobDigest> = lacking.iter().map(|it| it.blob).collect();
+        let asked = lacking.len();
         let brought = futures::future::join_all(lacking.into_iter().map(bring)).await;
         let count = brought.iter().filter(|brought| **brought).count();
         if count > 0 {
-            let lacking = blobs.len();
-            tracing::info!(count, lacking, "other nodes gave indexes of an image");
+            tracing::info!(
+                count,
+                lacking = asked,
+                "other nodes gave indexes of an image"
+            );
         }
     }
 }

@@ -316,10 +316,9 @@ impl ImageMount for MountChoice {
         from: u32,
         forget: bool,
     ) -> Result<FirstReads, MountError> {
-        let lower = self.over_fuse.first_reads(key, from, forget).await?;
-        match lower.recorded {
-            true => Ok(lower),
-            false => self.fuse.first_reads(key, from, forget).await,
+        match self.kernel.known(key).map(|mount| mount.devices) {
+            Some(Devices::OverFuse) => self.over_fuse.first_reads(key, from, forget).await,
+            Some(Devices::Store) | None => self.fuse.first_reads(key, from, forget).await,
         }
     }
 }

@@ -116,9 +116,14 @@ impl KernelMounts {
         self.table().values().cloned().collect()
     }
 
+    /// The mount of this name, as far as this daemon knows: it does not look.
+    pub fn known(&self, key: &str) -> Option<KernelMount> {
+        self.table().get(key).cloned()
+    }
+
     /// The mount of this name, if it is the topmost at its mountpoint.
     pub fn in_place(&self, key: &str) -> io::Result<Option<KernelMount>> {
-        let Some(mount) = self.table().get(key).cloned() else {
+        let Some(mount) = self.known(key) else {
             return Ok(None);
         };
         Ok(is_top(&mount.spec, &mountpoint::mounts()?).then_some(mount))

@@ -169,12 +169,12 @@ impl Work {
         look(opened, report);
         let stalled = stall.over;
         report.send_modify(|it| {
-            for Opened { at, handle, .. } in opened {
+            for Opened { at, record, handle } in opened {
                 let layer = &mut it.layers[*at];
                 if handle.device().is_sealed() {
                     layer.phase = LayerPhase::Done;
                 } else if let Some(failure) = handle.device().failure() {
-                    layer.fail(format!("its bytes digest to {}", failure.actual));
+                    layer.fail(failure.described(record.diff_id));
                 } else if stalled {
                     layer.fail(format!("no source gave anything for {} s", STALL.as_secs()));
                 } else {

@@ -5,7 +5,6 @@
 //! blob, and name windows of the size that was said. The windows go to a temporary file and must have the digest that the
 //! index names. What fails leaves nothing.
 
-use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 
@@ -50,9 +49,9 @@ fn wrong(error: impl std::fmt::Display) -> ReceiveError {
 pub(super) async fn receive(
     mut given: GivenIndex,
     wanted: WantedBlob,
-    indexes: Arc<NodeIndexes>,
-    room: Arc<Semaphore>,
-    forged: BTreeSet<IndexDigest>,
+    indexes: &Arc<NodeIndexes>,
+    room: &Semaphore,
+    is_forged: impl Fn(IndexDigest) -> bool,
 ) -> Result<(), ReceiveError> {
     let kib = given.sizes.index_bytes.div_ceil(1 << 10);
     let kib = u32::try_from(kib).unwrap_or(u32::MAX);
@@ -61,7 +60,7 @@ pub(super) async fn receive(
     let _room = room.acquire_many(kib).await.map_err(stopping)?;
     let index_bytes = usize::try_from(given.sizes.index_bytes).map_err(wrong)?;
     let (payload, first) = payload_of(&mut given, index_bytes).await?;
-    if forged.contains(&IndexDigest::of(&payload)) {
+    if is_forged(IndexDigest::of(&payload)) {
         return Err(wrong("it was found to be forged before"));
     }
     let checked = payload.clone();
@@ -75,9 +74,9 @@ pub(super) async fn receive(
     }
     let windows = match named {
         None => None,
-        Some(pin) => Some(windows_of(&mut given, first, pin, Arc::clone(&indexes)).await?),
+        Some(pin) => Some(windows_of(&mut given, first, pin, Arc::clone(indexes)).await?),
     };
-    let from = given.node.to_string();
+    let (from, indexes) = (given.node.to_string(), Arc::clone(indexes));
     let keep = move || indexes.keep_given(wanted.blob, &payload, windows, &from);
     let kept = tokio::task::spawn_blocking(keep).await;
     Ok(kept.map_err(io::Error::other)??)

@@ -7,12 +7,10 @@ use futures::StreamExt as _;
 use futures::stream;
 use sluice_proto::peer::{self as proto, BlobPart, BlobRequest, blob_part};
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Response, Status};
 
-use super::super::server::{
-    PARTS_QUEUED, Parts, REQUEST_DEADLINE, Refused, Shared, WORKING_EVERY, status_of,
-};
+use super::super::server::{Parts, Refused, Shared, WORKING_EVERY, status_of};
+use super::super::wire::busy_of;
 use super::WantedPiece;
 use crate::clock;
 use crate::cluster::node::Role;
@@ -45,21 +43,13 @@ pub(in super::super) async fn serve(
     ) {
         Ok(upload) => upload,
         Err(named) => {
-            let nodes = named.iter().map(ToString::to_string).collect();
-            let busy = proto::Busy { nodes, retry_ms: 0 };
-            let busy = Ok(part(blob_part::Part::Busy(busy)));
+            let busy = Ok(part(blob_part::Part::Busy(busy_of(&named))));
             return Ok(Response::new(Box::pin(stream::iter([busy]))));
         }
     };
-    let (parts, answer) = mpsc::channel(PARTS_QUEUED);
-    let (serving, stop) = (Arc::clone(shared), shared.stop.clone());
-    shared.tasks.spawn(async move {
-        let sent = send(&serving, &wanted, &parts);
-        let bounded = tokio::time::timeout(REQUEST_DEADLINE, sent);
-        let served = stop.run_until_cancelled(bounded).await;
-        upload.end(matches!(served, Some(Ok(true))));
-    });
-    Ok(Response::new(Box::pin(ReceiverStream::new(answer))))
+    Ok(shared.answer(upload, |shared, parts| async move {
+        send(&shared, &wanted, &parts).await
+    }))
 }
 
 /// Sends a piece as it arrives; says whether that was all of it.

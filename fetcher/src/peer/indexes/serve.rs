@@ -4,17 +4,16 @@
 use std::sync::Arc;
 
 use futures::{StreamExt as _, stream};
-use sluice_proto::peer::{self as proto, BlobIndexPart, BlobIndexRequest, blob_index_part};
+use sluice_proto::peer::{BlobIndexPart, BlobIndexRequest, blob_index_part};
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Response, Status};
 
 use super::{HeldIndex, PART_BYTES, home_key};
 use crate::clock;
 use crate::cluster::home::PieceKey;
 use crate::cluster::node::Role;
-use crate::peer::server::{PARTS_QUEUED, Parts, REQUEST_DEADLINE, Shared, refused};
-use crate::peer::wire::WantedIndex;
+use crate::peer::server::{Parts, Shared, refused};
+use crate::peer::wire::{WantedIndex, busy_of};
 use crate::store::lock;
 
 fn part(part: blob_index_part::Part) -> Result<BlobIndexPart, Status> {
@@ -36,21 +35,13 @@ pub(in crate::peer) async fn serve(
     let upload = match shared.admit(key, &wanted.node, wanted.background, true) {
         Ok(upload) => upload,
         Err(named) => {
-            let nodes = named.iter().map(ToString::to_string).collect();
-            let busy = proto::Busy { nodes, retry_ms: 0 };
-            let busy = part(blob_index_part::Part::Busy(busy));
+            let busy = part(blob_index_part::Part::Busy(busy_of(&named)));
             return Ok(Response::new(Box::pin(stream::iter([busy]))));
         }
     };
-    let (parts, answer) = mpsc::channel(PARTS_QUEUED);
-    let (serving, stop) = (Arc::clone(shared), shared.stop.clone());
-    shared.tasks.spawn(async move {
-        let sent = send(&serving, held, &parts);
-        let bounded = tokio::time::timeout(REQUEST_DEADLINE, sent);
-        let served = stop.run_until_cancelled(bounded).await;
-        upload.end(matches!(served, Some(Ok(true))));
-    });
-    Ok(Response::new(Box::pin(ReceiverStream::new(answer))))
+    Ok(shared.answer(upload, |shared, parts| async move {
+        send(&shared, held, &parts).await
+    }))
 }
 
 /// Sends an index; says whether that was all of it.
