@@ -97,9 +97,9 @@ pub fn apply(text: &str, wanted: &Wanted) -> Result<String, SetupError> {
         let cri = table_at(root, path)?;
         set(cri, "snapshotter", PLUGIN.into());
         set(cri, "disable_snapshot_annotations", false.into());
-        if version >= 3 || wanted.containerd_major.is_some_and(|major| major >= 2) {
-            add_unpack_config(root)?;
-        }
+    }
+    if version >= 3 || wanted.containerd_major.is_some_and(|major| major >= 2) {
+        add_unpack_config(root)?;
     }
     Ok(doc.to_string())
 }
@@ -273,7 +273,7 @@ fn same(left: &Value, right: &Value) -> bool {
     }
 }
 
-/// containerd 2 pulls for CRI by its transfer service, which unpacks for the snapshotters it is told.
+/// containerd 2 pulls for CRI, `ctr` and others by its transfer service, which unpacks for the snapshotters it is told.
 fn add_unpack_config(root: &mut Table) -> Result<(), SetupError> {
     let transfer = table_at(root, &["plugins", "io.containerd.transfer.v1.local"])?;
     let ours = |item: &dyn toml_edit::TableLike| {

@@ -2,15 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # Builds the Go programs that tests need from their modules into DIR (kept there between runs):
 #   nerdctl 1.7.7 (for containerd 1.6), nerdctl 2.1.2 and containerd 2.x with its shim and ctr,
-#   containerd's snapshotter test suite (integration/gosuite), and the conformance tests of the
-#   distribution specification. Only when named: Spegel, for a long test.
-# Usage: go-tools.sh DIR [TOOL ...]; TOOL: nerdctl1 nerdctl2 containerd2 suite conformance spegel
+#   containerd's snapshotter test suite (integration/gosuite), the conformance tests of the
+#   distribution specification, and crictl. Only when named: Spegel, for a long test.
+# Usage: go-tools.sh DIR [TOOL ...]; TOOL: nerdctl1 nerdctl2 containerd2 suite conformance crictl spegel
 #   (default: all but spegel).
 set -euo pipefail
 dir=${1:?usage: go-tools.sh DIR [TOOL ...]}
 shift
 dir=$(mkdir -p "$dir" && cd "$dir" && pwd)
-[ $# -gt 0 ] || set -- nerdctl1 nerdctl2 containerd2 suite conformance
+[ $# -gt 0 ] || set -- nerdctl1 nerdctl2 containerd2 suite conformance crictl
 command -v go >/dev/null || { echo "go-tools: Go is missing (https://go.dev, or Debian's golang); nerdctl tests need it" >&2; exit 1; }
 
 # build MODULE VERSION OUT=PACKAGE ...
@@ -34,6 +34,7 @@ for tool in "$@"; do
   nerdctl2) build github.com/containerd/nerdctl/v2 v2.1.2 nerdctl2=/cmd/nerdctl ;;
   containerd2) build github.com/containerd/containerd/v2 v2.3.7 containerd2=/cmd/containerd ctr2=/cmd/ctr containerd-shim-runc-v2=/cmd/containerd-shim-runc-v2 ;;
   conformance) build github.com/opencontainers/distribution-spec/conformance v0.0.0-20260831232431-97274622c111 oci-conformance= ;;
+  crictl) build sigs.k8s.io/cri-tools v1.34.0 crictl=/cmd/crictl ;;
   spegel) build github.com/spegel-org/spegel v0.7.3 spegel= ;;
   suite)
     suite=$(dirname "$(readlink -f "$0")")/../gosuite

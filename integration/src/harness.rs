@@ -8,6 +8,7 @@ pub mod daemon;
 pub mod faulty;
 pub mod http;
 pub mod images;
+pub mod kubernetes;
 pub mod layout;
 pub mod mounts;
 pub mod nerdctl;

@@ -10,5 +10,6 @@
 pub mod bench;
 pub mod cluster;
 pub mod harness;
+pub mod oddities;
 pub mod simulate;
 pub mod tree;

@@ -10,8 +10,9 @@ use std::io::{Read, Write};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use sha2::{Digest, Sha256};
 
 /// What to include.
@@ -83,6 +84,41 @@ pub fn list(root: &Path, options: Options, out: &mut dyn Write) -> Result<()> {
         }
         writeln!(out, "{line}")?;
     }
+    Ok(())
+}
+
+/// Whether two lists are equal, line by line: one of what containerd unpacked for overlayfs, and one of what Sluice
+/// shows. A directory's time may differ only where the unpacker itself touched it after `started`.
+pub fn same_but_touched(unpacked: &[String], shown: &[String], started: SystemTime) -> Result<()> {
+    let started = started.duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
+    let without = |line: &str, field: &str| {
+        let fields = line.split(' ').filter(|it| !it.starts_with(field));
+        fields.collect::<Vec<_>>().join(" ")
+    };
+    for (theirs, ours) in unpacked.iter().zip(shown) {
+        // overlayfs counts hidden names as links, Sluice does not.
+        let (theirs, ours) = (without(theirs, "nlink="), without(ours, "nlink="));
+        if theirs == ours {
+            continue;
+        }
+        let strip = |line: &str| without(line, "mtime=");
+        let seconds: u64 = theirs
+            .split(' ')
+            .find_map(|it| it.strip_prefix("mtime="))
+            .and_then(|time| time.split('.').next()?.parse().ok())
+            .with_context(|| format!("mtime in {theirs}"))?;
+        let touched = theirs.contains(" mode=4") && seconds >= started;
+        ensure!(
+            touched && strip(&theirs) == strip(&ours),
+            "unpacked is\n  {theirs}\nshown is\n  {ours}"
+        );
+    }
+    ensure!(
+        unpacked.len() == shown.len(),
+        "{} files are unpacked, {} shown",
+        unpacked.len(),
+        shown.len()
+    );
     Ok(())
 }
 

@@ -5,7 +5,7 @@
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::images;
 use sluice_integration::harness::layout::{self, Attributes, Layer};
@@ -13,6 +13,7 @@ use sluice_integration::harness::proxy::Line;
 use sluice_integration::harness::rootfs::Rootfs;
 use sluice_integration::harness::site::Site;
 use sluice_integration::harness::{command, http, tools};
+use sluice_integration::tree::same_but_touched;
 use tar::EntryType;
 
 /// Everything a layer can say, over three layers.
@@ -104,39 +105,6 @@ fn listing(site: &Site, namespace: &str, snapshotter: &str, chain_id: &str) -> R
     Ok(walk.stdout.lines().map(str::to_owned).collect())
 }
 
-/// Equal line by line; a directory's mtime may differ only where the unpacker itself touched it after `start`.
-fn assert_same(left: &[String], right: &[String], start: SystemTime) -> Result<()> {
-    let start = start.duration_since(SystemTime::UNIX_EPOCH)?.as_secs();
-    ensure!(
-        left.len() == right.len(),
-        "{} files against {}",
-        left.len(),
-        right.len()
-    );
-    ensure!(left.len() > 100, "only {} files were listed", left.len());
-    let without = |line: &str, field: &str| {
-        let fields = line.split(' ').filter(|f| !f.starts_with(field));
-        fields.collect::<Vec<_>>().join(" ")
-    };
-    for (l, r) in left.iter().zip(right) {
-        // overlayfs counts hidden names as links, Sluice does not.
-        let (l, r) = (without(l, "nlink="), without(r, "nlink="));
-        if l == r {
-            continue;
-        }
-        let strip = |s: &str| without(s, "mtime=");
-        let seconds: u64 = l
-            .split(' ')
-            .find_map(|f| f.strip_prefix("mtime="))
-            .and_then(|t| t.split('.').next()?.parse().ok())
-            .with_context(|| format!("mtime in {l}"))?;
-        if !(l.contains(" mode=4") && strip(&l) == strip(&r) && seconds >= start) {
-            bail!("differs:\n  {l}\n  {r}");
-        }
-    }
-    Ok(())
-}
-
 fn identical(name: &str, layout: &std::path::Path, backend: &str) -> Result<()> {
     let start = SystemTime::now() - Duration::from_secs(1);
     let config = format!("[mount]\nbackend = \"{backend}\"\n");
@@ -169,7 +137,8 @@ fn identical(name: &str, layout: &std::path::Path, backend: &str) -> Result<()> 
     let chain_id = http::chain_id(&direct, name, "original")?;
     let files = listing(&site, "original", "overlayfs", &chain_id)?;
     let converted_files = listing(&site, "converted", "overlayfs", &chain_id)?;
-    assert_same(&files, &converted_files, start)?;
+    ensure!(files.len() > 100, "only {} files were listed", files.len());
+    same_but_touched(&files, &converted_files, start)?;
 
     // Sluice: pulled lazily through containerd's API; the same chain IDs appear.
     site.pull_lazily("lazy", &converted)?;
@@ -204,7 +173,7 @@ fn identical(name: &str, layout: &std::path::Path, backend: &str) -> Result<()> 
     let why: serde_json::Value = serde_json::from_str(&why)?;
     ensure!(why["lazy"].as_bool() == Some(true), "not lazy: {why:#}");
     let sluice_files = listing(&site, "lazy", "sluice", &chain_id)?;
-    assert_same(&files, &sluice_files, start)?;
+    same_but_touched(&files, &sluice_files, start)?;
     let miscounted = sluice_files.iter().find(|line| line.contains(" nlink="));
     ensure!(miscounted.is_none(), "{miscounted:?}");
     let status = site.status()?;

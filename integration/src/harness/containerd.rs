@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use super::command::{self, Output};
+use super::daemon::Daemon;
 use super::process::Process;
 use super::root::Root;
 use super::tools;
@@ -46,16 +47,40 @@ pub struct Containerd {
 impl Containerd {
     /// Starts it below `root` with Sluice's snapshots socket as a proxy plugin.
     pub fn start(root: &Root, release: Release, snapshots_socket: &Path) -> Result<Self> {
-        let base = root.directory("containerd")?;
-        let state = root.directory("c")?;
-        let socket = state.join("c.sock");
-        let config = base.join("config.toml");
+        let config = config_path(root)?;
         if !config.exists() {
-            std::fs::write(
-                &config,
-                config_text(release, &base, &state, &socket, snapshots_socket),
-            )?;
+            let text = config_text(release, root, None)?;
+            let socket = snapshots_socket.display();
+            let plugin = format!(
+                "\n[proxy_plugins.sluice]\n  type = \"snapshot\"\n  address = \"{socket}\"\n"
+            );
+            std::fs::write(&config, text + &plugin)?;
         }
+        Self::start_configured(root, release)
+    }
+
+    /// Starts it with Kubernetes' CRI plugin on its socket, whose pods have the image `pause`; its
+    /// configuration is what `sluice setup containerd --cri` makes of one without Sluice.
+    pub fn start_for_kubernetes(
+        root: &Root,
+        release: Release,
+        daemon: &Daemon,
+        pause: &str,
+    ) -> Result<Self> {
+        let config = config_path(root)?;
+        std::fs::write(&config, config_text(release, root, Some(pause))?)?;
+        let mut setup = daemon.sluice()?;
+        setup.args(["setup", "containerd", "--cri", "--yes", "--config"]);
+        setup.arg(&config).arg("--root").arg(daemon.state());
+        setup.arg("--address").arg(daemon.snapshots_socket());
+        setup.arg("--containerd").arg(program(release)?);
+        command::run_ok(&mut setup, Duration::from_secs(20))?;
+        Self::start_configured(root, release)
+    }
+
+    fn start_configured(root: &Root, release: Release) -> Result<Self> {
+        let (config, base) = (config_path(root)?, root.directory("containerd")?);
+        let socket = root.directory("c")?.join("c.sock");
         let log = root.join("containerd.log")?;
         let process = spawn(release, &config, &log)?;
         let mut containerd = Self {
@@ -135,53 +160,106 @@ fn ctr_command(release: Release, socket: &Path) -> Result<Command> {
     Ok(command)
 }
 
+fn config_path(root: &Root) -> Result<PathBuf> {
+    Ok(root.directory("containerd")?.join("config.toml"))
+}
+
+fn program(release: Release) -> Result<PathBuf> {
+    match release {
+        Release::V1 => tools::on_path("containerd"),
+        Release::V2 => tools::go_tool("containerd2"),
+    }
+}
+
 fn spawn(release: Release, config: &Path, log: &Path) -> Result<Process> {
-    let mut command = match release {
-        Release::V1 => Command::new(tools::on_path("containerd")?),
-        Release::V2 => {
-            let program = tools::go_tool("containerd2")?;
-            // Its own shim must be found before Debian's.
-            let mut path =
-                std::ffi::OsString::from(program.parent().context("program has a directory")?);
-            path.push(":");
-            path.push(std::env::var_os("PATH").unwrap_or_default());
-            let mut command = Command::new(program);
-            command.env("PATH", path);
-            command
-        }
-    };
+    let program = program(release)?;
+    let mut command = Command::new(&program);
+    if release == Release::V2 {
+        // Its own shim must be found before Debian's.
+        let mut path =
+            std::ffi::OsString::from(program.parent().context("program has a directory")?);
+        path.push(":");
+        path.push(std::env::var_os("PATH").unwrap_or_default());
+        command.env("PATH", path);
+    }
     Process::start(release.name(), command.arg("--config").arg(config), log)
 }
 
-fn config_text(
-    release: Release,
-    root: &Path,
-    state: &Path,
-    socket: &Path,
-    snapshots: &Path,
-) -> String {
-    let (root, state, socket) = (root.display(), state.display(), socket.display());
+/// What no test has use for.
+const DISABLED: &[&str] = &[
+    "io.containerd.internal.v1.opt",
+    "io.containerd.snapshotter.v1.btrfs",
+    "io.containerd.snapshotter.v1.aufs",
+    "io.containerd.snapshotter.v1.zfs",
+    "io.containerd.snapshotter.v1.devmapper",
+    "io.containerd.internal.v1.tracing",
+    "io.containerd.tracing.processor.v1.otlp",
+    "io.containerd.nri.v1.nri",
+];
+
+/// Kubernetes' plugin, in all its names.
+const CRI: &[&str] = &[
+    "io.containerd.grpc.v1.cri",
+    "io.containerd.cri.v1.runtime",
+    "io.containerd.cri.v1.images",
+];
+
+/// A configuration without Sluice; with the CRI plugin if `pause` is the image of its pods.
+fn config_text(release: Release, root: &Root, pause: Option<&str>) -> Result<String> {
     let version = match release {
         Release::V1 => 2,
         Release::V2 => 3,
     };
-    format!(
+    let mut disabled = DISABLED.to_vec();
+    if pause.is_none() {
+        disabled.extend(CRI);
+    }
+    let (base, state) = (root.directory("containerd")?, root.directory("c")?);
+    let mut text = format!(
         r#"version = {version}
-root = "{root}"
-state = "{state}"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime", "io.containerd.cri.v1.images", "io.containerd.internal.v1.opt", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.internal.v1.tracing", "io.containerd.tracing.processor.v1.otlp", "io.containerd.nri.v1.nri"]
+root = "{}"
+state = "{}"
+disabled_plugins = {disabled:?}
 
 [grpc]
-  address = "{socket}"
+  address = "{}"
 
 [plugins."io.containerd.gc.v1.scheduler"]
   schedule_delay = "0ms"
   startup_delay = "100ms"
-
-[proxy_plugins.sluice]
-  type = "snapshot"
-  address = "{}"
 "#,
-        snapshots.display()
-    )
+        base.display(),
+        state.display(),
+        state.join("c.sock").display(),
+    );
+    if let Some(pause) = pause {
+        // Pods are in the host's network, so nothing is wanted of CNI; the cgroups here have no systemd.
+        text += &match release {
+            Release::V1 => format!(
+                r#"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{pause}"
+  disable_apparmor = true
+  restrict_oom_score_adj = true
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "/nonexistent"
+    conf_dir = "/nonexistent"
+"#
+            ),
+            Release::V2 => format!(
+                r#"
+[plugins."io.containerd.cri.v1.images".pinned_images]
+  sandbox = "{pause}"
+
+[plugins."io.containerd.cri.v1.runtime"]
+  disable_apparmor = true
+  restrict_oom_score_adj = true
+  [plugins."io.containerd.cri.v1.runtime".cni]
+    bin_dirs = ["/nonexistent"]
+    conf_dir = "/nonexistent"
+"#
+            ),
+        };
+    }
+    Ok(text)
 }

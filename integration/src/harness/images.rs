@@ -20,11 +20,16 @@ pub fn python_layout() -> Result<PathBuf> {
     Ok(layout)
 }
 
-/// Pushes `layout:latest` to `reference` (`host:port/name:tag`) with skopeo.
+/// Pushes `layout:latest` to `reference` (`host:port/name:tag`) with skopeo, byte by byte as it is.
 pub fn push_layout(layout: &std::path::Path, reference: &str) -> Result<()> {
     command::run_ok(
         Command::new(tools::on_path("skopeo")?)
-            .args(["--insecure-policy", "copy", "--dest-tls-verify=false"])
+            .args([
+                "--insecure-policy",
+                "copy",
+                "--preserve-digests",
+                "--dest-tls-verify=false",
+            ])
             .arg(format!("oci:{}:latest", layout.display()))
             .arg(format!("docker://{reference}")),
         Duration::from_secs(600),

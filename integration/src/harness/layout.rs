@@ -126,7 +126,8 @@ impl Layer {
         Ok(self)
     }
 
-    fn finish(&mut self) -> Result<Vec<u8>> {
+    /// Its tar.
+    pub fn finish(&mut self) -> Result<Vec<u8>> {
         Ok(self
             .builder
             .take()
@@ -135,24 +136,93 @@ impl Layer {
     }
 }
 
+/// How a layer's tar stands in its blob.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Coding {
+    /// One gzip member.
+    Gzip,
+    /// Several members, the first of nothing, with all header fields that gzip knows.
+    GzipMembers,
+    /// One zstd frame that says how long it is.
+    Zstd,
+    /// zstd frames of some 64 KiB, with skippable ones between.
+    ZstdFrames,
+    /// As it is.
+    Plain,
+}
+
+impl Coding {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::Gzip,
+        Self::GzipMembers,
+        Self::Zstd,
+        Self::ZstdFrames,
+        Self::Plain,
+    ];
+
+    fn media_type(self) -> &'static str {
+        match self {
+            Self::Gzip | Self::GzipMembers => "application/vnd.oci.image.layer.v1.tar+gzip",
+            Self::Zstd | Self::ZstdFrames => "application/vnd.oci.image.layer.v1.tar+zstd",
+            Self::Plain => "application/vnd.oci.image.layer.v1.tar",
+        }
+    }
+
+    fn encode(self, tar: &[u8]) -> Result<Vec<u8>> {
+        const PART: usize = 64 * 1024;
+        let gzip = |builder: GzBuilder, bytes: &[u8]| -> Result<Vec<u8>> {
+            let mut gzip = builder.mtime(0).write(Vec::new(), Compression::new(6));
+            gzip.write_all(bytes)?;
+            Ok(gzip.finish()?)
+        };
+        Ok(match self {
+            Self::Gzip => gzip(GzBuilder::new(), tar)?,
+            Self::GzipMembers => {
+                let mut out = gzip(GzBuilder::new(), b"")?;
+                for part in tar.chunks(PART) {
+                    let fields = GzBuilder::new().filename("layer.tar").comment("of a test");
+                    out.extend(gzip(fields.extra(b"SL\x02\0xy".to_vec()), part)?);
+                }
+                out
+            }
+            Self::Zstd => zstd::bulk::compress(tar, 3)?,
+            Self::ZstdFrames => {
+                let mut out = Vec::new();
+                for part in tar.chunks(PART) {
+                    out.extend(zstd::bulk::compress(part, 3)?);
+                    out.extend([0x50, 0x2a, 0x4d, 0x18, 3, 0, 0, 0, b'a', b'b', b'c']);
+                }
+                if out.is_empty() {
+                    out = zstd::bulk::compress(b"", 3)?;
+                }
+                out
+            }
+            Self::Plain => tar.to_owned(),
+        })
+    }
+}
+
 /// Writes `layers` as an image tagged `latest` below `directory`, gzip-compressed, with `command`.
 pub fn write(directory: &Path, layers: &mut [Layer], command: &[&str]) -> Result<PathBuf> {
+    let tars: Result<Vec<_>> = layers.iter_mut().map(Layer::finish).collect();
+    write_tars(directory, &tars?, Coding::Gzip, command)
+}
+
+/// Writes an image of these tars, the lowest first, tagged `latest` below `directory`, with `command`.
+pub fn write_tars(
+    directory: &Path,
+    tars: &[Vec<u8>],
+    coding: Coding,
+    command: &[&str],
+) -> Result<PathBuf> {
     let blobs = directory.join("blobs/sha256");
     std::fs::create_dir_all(&blobs)?;
     let mut descriptors = Vec::new();
     let mut diff_ids = Vec::new();
-    for layer in layers {
-        let tar = layer.finish()?;
-        diff_ids.push(format!("sha256:{}", hex::encode(Sha256::digest(&tar))));
-        let mut gzip = GzBuilder::new()
-            .mtime(0)
-            .write(Vec::new(), Compression::new(6));
-        gzip.write_all(&tar)?;
-        descriptors.push(blob(
-            &blobs,
-            &gzip.finish()?,
-            "application/vnd.oci.image.layer.v1.tar+gzip",
-        )?);
+    for tar in tars {
+        diff_ids.push(format!("sha256:{}", hex::encode(Sha256::digest(tar))));
+        descriptors.push(blob(&blobs, &coding.encode(tar)?, coding.media_type())?);
     }
     let config = json!({
         "architecture": "amd64", "os": "linux", "config": {"Cmd": command, "Env": ["PATH=/bin:/usr/bin"]},

@@ -10,11 +10,15 @@ use super::containerd::{Containerd, Release};
 use super::containers::Containers;
 use super::daemon::{Daemon, Surroundings};
 use super::images;
+use super::kubernetes::{self, Kubernetes};
 use super::nerdctl::Nerdctl;
 use super::proxy::Line;
 use super::registry::Registry;
 use super::root::Root;
 use super::service_manager::ServiceManager;
+
+/// Stands for the registry's `host:port` in what a set-up appends to sluiced's config.
+pub const REGISTRY: &str = "@REGISTRY@";
 
 /// Fields drop in order: containers first, then containerd, the daemon with its shim, the registry,
 /// and last the root with what is still mounted.
@@ -48,6 +52,17 @@ impl Site {
         Self::start_within(root, surroundings, release, line, extra)
     }
 
+    /// As [`Self::start`]; containerd serves Kubernetes too, as `sluice setup containerd --cri` sets it up.
+    pub fn start_for_kubernetes(
+        name: &str,
+        release: Release,
+        line: Line,
+        extra: &str,
+    ) -> Result<Self> {
+        let (root, around) = (Root::new(name)?, Surroundings::default());
+        Self::assemble(root, around, release, line, extra, true)
+    }
+
     /// As [`Self::start`], below `root`, with the daemon in these surroundings.
     pub fn start_within(
         root: Root,
@@ -56,11 +71,28 @@ impl Site {
         line: Line,
         extra: &str,
     ) -> Result<Self> {
+        Self::assemble(root, surroundings, release, line, extra, false)
+    }
+
+    fn assemble(
+        root: Root,
+        surroundings: Surroundings,
+        release: Release,
+        line: Line,
+        extra: &str,
+        kubernetes: bool,
+    ) -> Result<Self> {
         let registry = Registry::start(&root, line)?;
         let socket = root.directory("c")?.join("c.sock");
-        let daemon = Daemon::start_within(surroundings, &root, &socket, extra)?;
+        let extra = extra.replace(REGISTRY, &registry.host());
+        let daemon = Daemon::start_within(surroundings, &root, &socket, &extra)?;
         let containers = Containers::of(&root);
-        let containerd = Containerd::start(&root, release, &daemon.snapshots_socket())?;
+        let containerd = if kubernetes {
+            let pause = kubernetes::push_pause(&root, &registry)?;
+            Containerd::start_for_kubernetes(&root, release, &daemon, &pause)?
+        } else {
+            Containerd::start(&root, release, &daemon.snapshots_socket())?
+        };
         Ok(Self {
             containers,
             containerd,
@@ -103,6 +135,12 @@ impl Site {
     #[must_use]
     pub fn nerdctl(&self, namespace: &str) -> Nerdctl<'_> {
         Nerdctl::new(&self.root, &self.containerd, namespace, "sluice")
+    }
+
+    /// Kubernetes' view of a site of [`Self::start_for_kubernetes`].
+    #[must_use]
+    pub fn kubernetes(&self) -> Kubernetes<'_> {
+        Kubernetes::new(&self.root, &self.containerd)
     }
 
     /// nerdctl with another snapshotter.
