@@ -33,6 +33,7 @@ const PLUGIN: &str = "sluice";
 const OUR_KEYS: &[&str] = &[
     "type",
     "address",
+    "capabilities",
     "root",
     "enable_remote_snapshot_annotations",
     "snapshotter",
@@ -83,6 +84,12 @@ pub fn apply(text: &str, wanted: &Wanted) -> Result<String, SetupError> {
     let plugin = table_at(root, &["proxy_plugins", PLUGIN])?;
     set(plugin, "type", "snapshot".into());
     set(plugin, "address", wanted.address.as_str().into());
+    let modern = version >= 3 || wanted.containerd_major.is_some_and(|major| major >= 2);
+    if modern {
+        // So that containers with user namespaces get idmapped mounts and not a copy of each file.
+        let capabilities: Array = ["remap-ids"].into_iter().collect();
+        set(plugin, "capabilities", Value::Array(capabilities));
+    }
     let exports = table_at(root, &["proxy_plugins", PLUGIN, "exports"])?;
     set(exports, "root", wanted.root.as_str().into());
     // Read by the transfer service of containerd 2; other versions ignore it.
@@ -98,7 +105,7 @@ pub fn apply(text: &str, wanted: &Wanted) -> Result<String, SetupError> {
         set(cri, "snapshotter", PLUGIN.into());
         set(cri, "disable_snapshot_annotations", false.into());
     }
-    if version >= 3 || wanted.containerd_major.is_some_and(|major| major >= 2) {
+    if modern {
         add_unpack_config(root)?;
     }
     Ok(doc.to_string())
@@ -269,6 +276,13 @@ fn same(left: &Value, right: &Value) -> bool {
     match (left, right) {
         (Value::String(left), Value::String(right)) => left.value() == right.value(),
         (Value::Boolean(left), Value::Boolean(right)) => left.value() == right.value(),
+        (Value::Array(left), Value::Array(right)) => {
+            left.len() == right.len()
+                && left
+                    .iter()
+                    .zip(right)
+                    .all(|(left, right)| same(left, right))
+        }
         _ => false,
     }
 }

@@ -10,6 +10,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
 fn exchange(host: &str, head: &str, body: &[u8]) -> Result<(u16, Vec<u8>)> {
     let mut stream = TcpStream::connect(host)?;
@@ -61,13 +62,43 @@ pub fn blob(
     exchange(host, &head, b"")
 }
 
+/// What a registry says of a manifest.
+#[derive(Debug, Clone)]
+pub struct Descriptor {
+    /// Its media type.
+    pub media_type: String,
+    /// Its digest, `sha256:…`.
+    pub digest: String,
+    /// Its size.
+    pub bytes: usize,
+}
+
+/// The descriptor of the manifest `repository:tag`.
+pub fn descriptor(host: &str, repository: &str, tag: &str) -> Result<Descriptor> {
+    let head = format!("GET /v2/{repository}/manifests/{tag} HTTP/1.0\r\nAccept: {MANIFEST}");
+    let (status, body) = exchange(host, &head, b"")?;
+    ensure!(status == 200, "manifest {repository}:{tag}: {status}");
+    Ok(Descriptor {
+        media_type: MANIFEST.to_owned(),
+        digest: format!("sha256:{}", hex::encode(Sha256::digest(&body))),
+        bytes: body.len(),
+    })
+}
+
 /// Puts `manifest` as `repository:tag`.
 pub fn put_manifest(host: &str, repository: &str, tag: &str, manifest: &Value) -> Result<()> {
-    let (status, body) = exchange(
-        host,
-        &format!("PUT /v2/{repository}/manifests/{tag} HTTP/1.0\r\nContent-Type: {MANIFEST}"),
-        manifest.to_string().as_bytes(),
-    )?;
+    put(host, repository, tag, MANIFEST, manifest)
+}
+
+/// Puts an image index as `repository:tag`.
+pub fn put_index(host: &str, repository: &str, tag: &str, index: &Value) -> Result<()> {
+    put(host, repository, tag, INDEX, index)
+}
+
+fn put(host: &str, repository: &str, tag: &str, media_type: &str, document: &Value) -> Result<()> {
+    let head =
+        format!("PUT /v2/{repository}/manifests/{tag} HTTP/1.0\r\nContent-Type: {media_type}");
+    let (status, body) = exchange(host, &head, document.to_string().as_bytes())?;
     ensure!(
         status == 201,
         "put {repository}:{tag}: {status} {}",

@@ -61,6 +61,16 @@ impl<'a> Kubernetes<'a> {
     /// Runs an image's own command to its end in a pod of its own, in the host's network; gives what it wrote to
     /// its output. The image is there already.
     pub fn run(&self, name: &str, reference: &str) -> Result<String> {
+        self.run_with(name, reference, &json!([]))
+    }
+
+    /// The same, with these mounts in CRI's form.
+    pub fn run_with(
+        &self,
+        name: &str,
+        reference: &str,
+        mounts: &serde_json::Value,
+    ) -> Result<String> {
         let logs = self.root.directory(&format!("pods/{name}"))?;
         let write = |what: &str, text: &serde_json::Value| -> Result<String> {
             let path = self.root.join(&format!("pods/{name}.{what}.json"))?;
@@ -80,7 +90,7 @@ impl<'a> Kubernetes<'a> {
             "container",
             &json!({
                 "metadata": {"name": "main"}, "image": {"image": reference},
-                "log_path": "main.log", "linux": {},
+                "log_path": "main.log", "linux": {}, "mounts": mounts,
             }),
         )?;
         let sandbox = self.ok(&["runp", &pod])?.stdout.trim().to_owned();
