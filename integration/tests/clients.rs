@@ -18,9 +18,9 @@ use sluice_integration::oddities::entry::Entry;
 
 const NAMESPACE: &str = "clients";
 
-fn site(name: &str, release: Release, extra: &str) -> Result<Site> {
+fn site(name: &str, release: Release) -> Result<Site> {
     let config = quick_reaper_with("auto");
-    let config = format!("{config}\n[registry.hosts.\"{REGISTRY}\"]\n{extra}");
+    let config = format!("{config}\n[registry.hosts.\"{REGISTRY}\"]\n");
     Site::start_for_kubernetes(name, release, Line::OPEN, &config)
 }
 
@@ -63,7 +63,7 @@ fn is_lazy(site: &Site, namespace: &str, reference: &str) -> Result<()> {
 
 #[test]
 fn an_image_of_127_layers_is_one_mount() -> Result<()> {
-    let site = site("layers127", Release::V2, "")?;
+    let site = site("layers127", Release::V2)?;
     let mut layers = vec![base("of 127 layers")?];
     for at in 1..127 {
         layers.push(file(&format!("layer-{at:03}"), &format!("{at}\n")));
@@ -88,7 +88,7 @@ fn an_image_of_127_layers_is_one_mount() -> Result<()> {
 
 #[test]
 fn pulls_at_once_of_images_that_share_layers() -> Result<()> {
-    let site = site("parallel", Release::V2, "")?;
+    let site = site("parallel", Release::V2)?;
     let mut shared = vec![base("shared")?];
     for at in 0..4 {
         shared.push(file(&format!("shared-{at}"), &"s".repeat(100_000)));
@@ -143,7 +143,7 @@ fn pulls_at_once_of_images_that_share_layers() -> Result<()> {
 
 #[test]
 fn of_an_index_each_machine_gets_its_own_image() -> Result<()> {
-    let site = site("platforms", Release::V2, "")?;
+    let site = site("platforms", Release::V2)?;
     let (host, direct) = (site.registry.host(), site.registry.direct());
     let mut manifests = Vec::new();
     for (architecture, said) in [("arm64", "wrong"), ("amd64", "right")] {
@@ -176,7 +176,7 @@ fn of_an_index_each_machine_gets_its_own_image() -> Result<()> {
 
 #[test]
 fn images_are_volumes_of_pods_and_mounts_of_ctr() -> Result<()> {
-    let site = site("volumes", Release::V2, "")?;
+    let site = site("volumes", Release::V2)?;
     let program = push(
         &site,
         "program",
@@ -229,7 +229,7 @@ fn images_are_volumes_of_pods_and_mounts_of_ctr() -> Result<()> {
 
 #[test]
 fn a_lazy_image_is_committed_and_pushed_once_its_content_is_complete() -> Result<()> {
-    let site = site("commit", Release::V2, "")?;
+    let site = site("commit", Release::V2)?;
     let image = push(
         &site,
         "parent",
@@ -264,11 +264,7 @@ fn a_lazy_image_is_committed_and_pushed_once_its_content_is_complete() -> Result
 
 #[test]
 fn containers_with_users_of_their_own_share_the_mount() -> Result<()> {
-    let site = site(
-        "users",
-        Release::V2,
-        "\n[snapshots]\nidmapped_mounts = true\n",
-    )?;
+    let site = site("users", Release::V2)?;
     let layers = [base("users")?];
     let reference = push(
         &site,

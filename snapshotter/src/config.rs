@@ -103,8 +103,8 @@ pub struct Config {
     pub run_dir: PathBuf,
     /// containerd's gRPC socket.
     pub containerd_address: PathBuf,
-    /// Answer idmapped mounts for snapshots with mapping labels.
-    pub idmapped_mounts: bool,
+    /// Answer idmapped mounts for snapshots with mapping labels; `None`: where containerd makes them.
+    pub idmapped_mounts: Option<bool>,
     /// Further options of overlay mounts.
     pub overlay_options: Vec<String>,
     /// How long a Prepare may wait for the network.
@@ -248,7 +248,7 @@ impl Written {
             root: check.mountable("paths.root", paths.root)?,
             run_dir,
             containerd_address: check.absolute("containerd.address", &containerd.address)?,
-            idmapped_mounts: snapshots.idmapped_mounts,
+            idmapped_mounts: snapshots.idmapped_mounts.fixed(),
             overlay_options: snapshots.mount_options,
             prepare_budget,
             read_deadline: (!read_deadline.is_zero()).then_some(read_deadline),

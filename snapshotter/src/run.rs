@@ -12,6 +12,7 @@ mod lazy;
 mod lock;
 mod mirror;
 mod peers;
+mod remaps;
 mod remembered;
 mod sockets;
 
@@ -210,7 +211,7 @@ pub async fn run_until(config: Config, stop: CancellationToken) -> Result<(), Ru
         mount_deadline: config.rpc_deadline,
         overlay: OverlayOptions {
             extra: config.overlay_options.clone(),
-            idmapped: config.idmapped_mounts,
+            idmapped: remaps::follow(&config, &stop),
         }
         .detect(),
     };

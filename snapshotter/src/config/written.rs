@@ -50,6 +50,36 @@ macro_rules! section {
     };
 }
 
+/// A switch that may be left to the daemon: `true`, `false` or `"auto"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged, expecting = "expected true, false or \"auto\"")]
+pub enum Choice {
+    /// As it says.
+    Fixed(bool),
+    /// `"auto"`.
+    Word(AutoWord),
+}
+
+/// The one word of [`Choice`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AutoWord {
+    /// As it turns out.
+    Auto,
+}
+
+impl Choice {
+    const AUTO: Self = Self::Word(AutoWord::Auto);
+
+    /// What is fixed, if anything is.
+    pub fn fixed(self) -> Option<bool> {
+        match self {
+            Self::Fixed(fixed) => Some(fixed),
+            Self::Word(AutoWord::Auto) => None,
+        }
+    }
+}
+
 section! {
     /// `[paths]`
     Paths {
@@ -64,7 +94,7 @@ section! {
 section! {
     /// `[snapshots]`
     Snapshots {
-        idmapped_mounts: bool = false,
+        idmapped_mounts: Choice = Choice::AUTO,
         mount_options: Vec<String> = Vec::new(),
     }
 }

@@ -2,6 +2,8 @@
 //! Mounts as containerd gets them, in the form that the overlayfs snapshotter gives.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::id_map::{LABEL_GID_MAPPING, LABEL_UID_MAPPING};
 use super::{SnapshotDirectories, SnapshotKind, SnapshotRecord};
@@ -24,8 +26,8 @@ pub struct OverlayOptions {
     pub extra: Vec<String>,
     /// Answer `uidmap=` and `gidmap=` for snapshots with mapping labels. containerd 1.6 and 1.7
     /// know no idmapped rootfs mounts and would hand the options to the kernel, which refuses
-    /// them; so it is off unless configured.
-    pub idmapped: bool,
+    /// them; so it changes with what containerd is found to be.
+    pub idmapped: Arc<AtomicBool>,
 }
 
 impl OverlayOptions {
@@ -57,7 +59,7 @@ impl OverlayOptions {
         directories: &SnapshotDirectories,
     ) -> Vec<Mount> {
         let mut options = Vec::new();
-        if self.idmapped {
+        if self.idmapped.load(Ordering::Relaxed) {
             for (name, label) in [("uidmap", LABEL_UID_MAPPING), ("gidmap", LABEL_GID_MAPPING)] {
                 options.extend(
                     record

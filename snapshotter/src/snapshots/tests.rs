@@ -263,7 +263,7 @@ fn open(root: &Path, script: Script) -> (Arc<Scripted>, Snapshots) {
         mount_deadline: Duration::from_secs(5),
         overlay: OverlayOptions {
             extra: vec!["index=off".into()],
-            idmapped: false,
+            idmapped: Arc::default(),
         },
     };
     (
