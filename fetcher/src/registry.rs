@@ -139,6 +139,23 @@ impl RegistryClient {
         })
     }
 
+    /// The registries (`host[:port]`) that the administrator named somewhere: in the options, by a directory with a
+    /// `hosts.toml`, or with credentials. A registry whose port is not known may be among them.
+    ///
+    /// Reads files off the runtime. **Cancel** safe.
+    pub async fn named_hosts(&self) -> Vec<String> {
+        let options = &self.inner.options;
+        let mut hosts: Vec<String> = options.hosts.keys().cloned().collect();
+        let directories = options.mirrors.directories.clone();
+        let (named, known) = tokio::join!(
+            tokio::task::spawn_blocking(move || hosts::named(&directories)),
+            self.inner.authorizer.hosts(),
+        );
+        hosts.extend(named.unwrap_or_default());
+        hosts.extend(known);
+        hosts
+    }
+
     /// The options it was made with.
     pub fn options(&self) -> &RegistryOptions {
         &self.inner.options

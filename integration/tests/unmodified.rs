@@ -44,10 +44,14 @@ fn name_registry(site: &mut Site, host: &str) -> Result<()> {
     site.daemon_again()
 }
 
-/// A set-up whose daemon knows its registry.
 fn site(name: &str, extra: &str) -> Result<Site> {
     let config = format!("{}{extra}", quick_reaper_with("auto"));
-    let mut site = Site::start(name, Release::V1, Line::OPEN, &config)?;
+    Site::start(name, Release::V1, Line::OPEN, &config)
+}
+
+/// A set-up whose daemon knows its registry before anything was pulled.
+fn site_that_knows(name: &str, extra: &str) -> Result<Site> {
+    let mut site = site(name, extra)?;
     let host = site.registry.host();
     name_registry(&mut site, &host)?;
     Ok(site)
@@ -96,6 +100,16 @@ fn pull_and_index(site: &Site, reference: &str, image_bytes: u64) -> Result<f64>
     });
     indexed.with_context(|| site.daemon.log_tail())?;
     Ok(layers)
+}
+
+/// Where each layer is asked for first, as `sluice why` says.
+fn places(site: &Site, reference: &str) -> Result<Vec<String>> {
+    let why = ["why", "--namespace", NAMESPACE, reference, "--json"];
+    let output = site.daemon.sluice_ok(&why)?;
+    let why: serde_json::Value = serde_json::from_str(&output.stdout)?;
+    let layers = why["layers"].as_array().into_iter().flatten();
+    let place = |layer: &serde_json::Value| layer["place"].as_str().unwrap_or_default().to_owned();
+    Ok(layers.map(place).collect())
 }
 
 /// What `sluice why` says of each layer.
@@ -150,7 +164,11 @@ fn a_second_pull_is_lazy_without_any_conversion() -> Result<()> {
 
     let pulled = pull(&site, &site.registry, &reference)?;
     let why = reasons(&site, &reference)?;
-    println!("the second pull moved {pulled} of {image_bytes} bytes; {why:?}");
+    // Nobody told the daemon the registry's port, and the name was removed with the image.
+    let places = places(&site, &reference)?;
+    println!("the second pull moved {pulled} of {image_bytes} bytes; {why:?}; {places:?}");
+    let place = format!("{}/{REPOSITORY}", site.registry.host());
+    ensure!(!places.is_empty() && places.iter().all(|it| *it == place));
     ensure!(
         pulled * 20 < image_bytes,
         "{pulled} of {image_bytes}\n{}",
@@ -172,7 +190,7 @@ fn a_second_pull_is_lazy_without_any_conversion() -> Result<()> {
 
 #[test]
 fn an_artifact_makes_the_first_pull_lazy_and_changes_nothing_of_the_image() -> Result<()> {
-    let site = site("referrer", "\n[index]\nnode = \"off\"\n")?;
+    let site = site_that_knows("referrer", "\n[index]\nnode = \"off\"\n")?;
     let (reference, image_bytes) = push(&site.registry)?;
     let direct = site.registry.direct();
     let before = http::manifest(&direct, REPOSITORY, "original")?;

@@ -162,6 +162,19 @@ impl Layers {
         ))
     }
 
+    /// A source of the blob at this place alone, which is asked once.
+    #[must_use]
+    pub fn source_once(
+        &self,
+        blob: BlobDigest,
+        blob_bytes: u64,
+        place: &BlobOrigin,
+    ) -> Arc<dyn BlobSource> {
+        let set = OriginSet::new(places(std::slice::from_ref(place)));
+        let client = self.client.clone();
+        Arc::new(RegistryBlobSource::once(client, blob, blob_bytes, set))
+    }
+
     /// Adds what is new of these places to the layer's, and lets an open layer try them at once; says
     /// whether there were any before.
     fn origin_set(&self, key: DeviceKey, origins: &[BlobOrigin]) -> (OriginSet, bool) {

@@ -20,6 +20,7 @@ mod index_job;
 mod lowers;
 mod metrics;
 mod pins;
+mod places;
 mod prepare;
 mod sweep;
 mod unmodified;
@@ -27,6 +28,7 @@ mod unpack_job;
 mod usage;
 mod zone_ask;
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -80,8 +82,6 @@ pub struct LazyOptions {
     pub trust: Trust,
     /// Which indexes of blobs as they are may be used.
     pub index_use: IndexPolicy,
-    /// Registries of the configuration, `host[:port]`.
-    pub registry_hosts: Vec<String>,
     /// How long a read of missing data may wait; `None`: for ever.
     pub read_deadline: Option<Duration>,
     /// How long a mount that nobody uses stays: a container that restarts finds it.
@@ -136,6 +136,7 @@ struct Inner {
     budget: evict::BudgetWatch,
     payers: usage::Remembered,
     index_jobs: IndexJobs,
+    lookers: places::Lookers,
 }
 
 impl Lazy {
@@ -153,6 +154,7 @@ impl Lazy {
             budget: evict::BudgetWatch::default(),
             payers: usage::Remembered::default(),
             index_jobs: IndexJobs::default(),
+            lookers: places::Lookers::default(),
         });
         let sweeper = Arc::clone(&inner);
         inner.spawn(async move { sweeper.sweep_until_stopped().await });
@@ -184,10 +186,15 @@ impl Lazy {
         &self.0.options.root
     }
 
-    /// The registries of the configuration, `host[:port]`.
-    #[must_use]
-    pub fn registry_hosts(&self) -> &[String] {
-        &self.0.options.registry_hosts
+    /// The origins with every port that is known of their hosts, the likeliest first; `hints` are those that the image
+    /// names.
+    pub async fn candidates(
+        &self,
+        namespace: &str,
+        origins: &[BlobOrigin],
+        hints: BTreeSet<u16>,
+    ) -> Vec<BlobOrigin> {
+        self.0.candidates(namespace, origins, hints).await
     }
 
     /// What becomes of a layer that no Prepare asks for yet: its index is on disk then.
@@ -198,14 +205,15 @@ impl Lazy {
         artifact: Option<&FoundArtifact>,
         deadline: Instant,
     ) -> Outcome {
-        self.0.outcome(layer, origins, artifact, deadline).await
+        let places = origins.into();
+        self.0.outcome(layer, &places, artifact, deadline).await
     }
 
     /// Brings the indexes that other nodes made of an image that no Prepare asks for yet; then the artifact with
     /// indexes of it, if one is needed.
     pub async fn artifact_of(&self, layout: &Layout, deadline: Instant) -> Option<FoundArtifact> {
         self.0.bring_indexes(layout, deadline).await;
-        self.0.artifact_of(layout, deadline).await
+        self.0.artifact_of(layout, &layout.origins, deadline).await
     }
 
     /// Whether layers of this repository may be lazy.

@@ -147,6 +147,8 @@ pub struct Layout {
     pub layers: Vec<LayoutLayer>,
     /// All known.
     pub origins: Vec<BlobOrigin>,
+    /// Whether the client itself says what the first of them is.
+    pub is_named: bool,
     /// The image's manifest that has them, if it is known.
     pub manifest: Option<ManifestDigest>,
 }
@@ -176,6 +178,7 @@ impl Layout {
         Some(Self {
             layers,
             origins: image.repositories.clone(),
+            is_named: false,
             manifest: Some(chosen.digest),
         })
     }
@@ -196,6 +199,7 @@ impl Layout {
         Self {
             layers: vec![layer],
             origins,
+            is_named: false,
             manifest: None,
         }
     }
@@ -461,6 +465,16 @@ impl Plans {
             let of_blob = |layer: &LayoutLayer| layer.blob().is_some_and(|(its, _)| its == blob);
             !layout.layers.iter().any(|it| of_blob(it) && refused(it))
         });
+    }
+
+    /// Forgets plans in which a layer is not lazy because nobody knew where its registry is.
+    pub fn forget_unresolved(&self) {
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let unresolved = |outcome: &Outcome| {
+            let refusal = outcome.as_ref().err();
+            refusal.is_some_and(|refusal| refusal.kind == RefusalKind::Unresolved)
+        };
+        table.retain(|_, plan| !plan.state.borrow().outcomes.values().any(unresolved));
     }
 
     /// Forgets plans that are older than `grace` and whose layers no snapshot needs, so that their

@@ -27,7 +27,7 @@ pub use containerd::{Containerd, ContainerdContent};
 pub use manifest::{Config, Descriptor, Manifest, ManifestError, ManifestList};
 #[cfg(test)]
 pub use memory::MemoryContent;
-pub use ports::with_ports;
+pub use ports::{KnownPorts, with_ports};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -180,6 +180,8 @@ pub trait ContentReader: Send + Sync + fmt::Debug {
         offset: u64,
         bytes: usize,
     ) -> Result<Option<Bytes>, ContentError>;
+    /// What images are called whose registry is this host (without a port), at any port.
+    async fn image_names(&self, namespace: &str, host: &str) -> Result<Vec<String>, ContentError>;
 }
 
 impl fmt::Display for BlobOrigin {

@@ -377,6 +377,7 @@ pub(super) async fn why(arguments: Why) -> anyhow::Result<()> {
         "DIFF ID",
         "SNAPSHOT",
         "LAZY",
+        "PLACE",
         "REASON",
     ]);
     for layer in &answer.layers {
@@ -386,6 +387,7 @@ pub(super) async fn why(arguments: Why) -> anyhow::Result<()> {
             short(&layer.diff_id).to_owned(),
             layer.snapshot.clone(),
             if layer.lazy { "yes" } else { "no" }.to_owned(),
+            layer.place.clone(),
             layer.reason.clone(),
         ]);
     }
@@ -409,6 +411,7 @@ fn why_json(answer: &WhyResponse) -> Value {
             "diff_id": layer.diff_id,
             "snapshot": layer.snapshot,
             "lazy": layer.lazy,
+            "place": layer.place,
             "reason": layer.reason,
         })).collect::<Vec<_>>(),
     })

@@ -228,6 +228,11 @@ impl Authorizer {
         }
     }
 
+    /// The registries that there are credentials for.
+    pub(super) async fn hosts(&self) -> Vec<String> {
+        self.provider.hosts().await
+    }
+
     /// The header for the first try: `None` while the host has not asked for one.
     pub(super) async fn first(
         &self,

@@ -57,6 +57,12 @@ pub trait CredentialProvider: Send + Sync + fmt::Debug {
     ///
     /// Bounded in time by the implementation; failures are logged there and give fewer credentials.
     async fn credentials(&self, host: &str, refresh: bool) -> Vec<Credential>;
+
+    /// The registries (`host[:port]`) that it has credentials for by name, where it can tell: whoever
+    /// looks for the port of a registry finds it here. Bounded as [`Self::credentials`].
+    async fn hosts(&self) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 /// Always anonymous.
@@ -92,5 +98,9 @@ impl StaticCredentials {
 impl CredentialProvider for StaticCredentials {
     async fn credentials(&self, host: &str, _refresh: bool) -> Vec<Credential> {
         self.hosts.get(host).cloned().unwrap_or_default()
+    }
+
+    async fn hosts(&self) -> Vec<String> {
+        self.hosts.keys().cloned().collect()
     }
 }

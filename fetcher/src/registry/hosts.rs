@@ -16,7 +16,7 @@ use url::Url;
 
 mod directory;
 
-pub(super) use directory::{Found, Stamp, find};
+pub(super) use directory::{Found, Stamp, find, named};
 
 /// Name of the file in a registry's directory.
 const FILE: &str = "hosts.toml";

@@ -9,7 +9,6 @@ use sluice_fetcher::registry::ImageReference;
 use super::{ControlError, ControlService};
 use crate::resolve::{
     ContentError, DOCUMENT_CAP_BYTES, Manifest, ManifestList, port_hints, repositories_of,
-    with_ports,
 };
 use crate::snapshots::BlobOrigin;
 
@@ -109,14 +108,11 @@ impl ControlService {
                 .await?;
             let Some(bytes) = read else { continue };
             if let Ok(manifest) = Manifest::parse(&bytes) {
-                let (namespace, origins) = (
-                    namespace.to_owned(),
-                    origins.iter().cloned().collect::<Vec<_>>(),
-                );
-                let hosts = self.lazy.registry_hosts();
-                let origins = with_ports(&origins, hosts, &port_hints(&manifest));
+                let origins: Vec<BlobOrigin> = origins.iter().cloned().collect();
+                let hints = port_hints(&manifest);
+                let origins = self.lazy.candidates(namespace, &origins, hints).await;
                 found.push(FoundManifest {
-                    namespace,
+                    namespace: namespace.to_owned(),
                     digest,
                     manifest,
                     origins,

@@ -44,6 +44,12 @@ fn explain(record: Option<&SnapshotRecord>, decision: Option<&Decision>) -> (boo
     }
 }
 
+/// Where the registry's part of a lazy layer is asked for first.
+fn place_of(record: &SnapshotRecord) -> Option<String> {
+    let place = record.layer.as_ref()?.sources.first()?;
+    Some(place.to_string())
+}
+
 impl ControlService {
     pub(super) async fn why(
         &self,
@@ -128,6 +134,7 @@ impl ControlService {
                     snapshot: record.map(|record| record.name.clone()).unwrap_or_default(),
                     lazy,
                     reason,
+                    place: record.and_then(place_of).unwrap_or_default(),
                 }
             })
             .collect();

@@ -178,7 +178,7 @@ impl Inner {
     }
 
     /// Runs a short transaction after the answer.
-    fn write<E: std::fmt::Display>(
+    pub(super) fn write<E: std::fmt::Display>(
         self: &Arc<Self>,
         work: impl FnOnce(&Self) -> Result<(), E> + Send + 'static,
     ) {

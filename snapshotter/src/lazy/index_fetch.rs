@@ -32,7 +32,7 @@ use crate::snapshots::BlobOrigin;
 
 /// How long a place is alone before the next one is asked too. Shorter: slow registries are asked
 /// twice; longer: several dead places use up the budget of Prepare (5 s by default).
-const HEAD_START: Duration = Duration::from_millis(800);
+pub(super) const HEAD_START: Duration = Duration::from_millis(800);
 
 impl Inner {
     /// The index of a layer. The place that gave it becomes the first of `sources`.
@@ -67,9 +67,15 @@ impl Inner {
                 .iter()
                 .map(|place| layers.source(blob, blob_bytes, std::slice::from_ref(place))),
         );
-        let (place, payload) = first_of(places, annotations, deadline, HEAD_START).await?;
+        let ask = |place| fetch(place, annotations, deadline);
+        let answered = first_of(places, ask, HEAD_START).await;
+        let (place, payload) = answered.map_err(|mut failed| {
+            let last = failed.pop();
+            last.map_or_else(late, |(_, refusal)| refusal)
+        })?;
         if let Some(place) = place.checked_sub(before) {
             sources[..=place].rotate_right(1);
+            self.found_at(&sources[0]);
         }
         shelf.keep(annotations.index_digest, &payload);
         self.parts.metrics.index_fetched(payload.len() as u64);
@@ -135,22 +141,27 @@ impl BlobSource for ZoneIndex {
     }
 }
 
-/// The payload from the place that answers first, and which it was.
-async fn first_of(
-    places: Vec<Arc<dyn BlobSource>>,
-    annotations: &LayerAnnotations,
-    deadline: Instant,
+/// What the place that answers first says, and which it was.
+///
+/// **Errors** what each place that was asked came to, the last to fail last.
+pub(super) async fn first_of<P, T, F>(
+    places: Vec<P>,
+    ask: impl Fn(P) -> F,
     head_start: Duration,
-) -> Result<(usize, Bytes), Refusal> {
+) -> Result<(usize, T), Vec<(usize, Refusal)>>
+where
+    F: Future<Output = Result<T, Refusal>>,
+{
     let mut coming = places.into_iter().enumerate();
     let mut asked = FuturesUnordered::new();
-    let mut refusal = late();
+    let mut failures = Vec::new();
     let mut next_at = Instant::now();
     loop {
         let more = coming.len() > 0;
         if more && (asked.is_empty() || Instant::now() >= next_at) {
             if let Some((number, place)) = coming.next() {
-                asked.push(async move { (number, fetch(&*place, annotations, deadline).await) });
+                let answer = ask(place);
+                asked.push(async move { (number, answer.await) });
                 next_at = Instant::now() + head_start;
             }
             continue;
@@ -158,12 +169,12 @@ async fn first_of(
         tokio::select! {
             biased;
             answer = asked.next() => match answer {
-                Some((number, Ok(payload))) => return Ok((number, payload)),
-                Some((_, Err(failed))) => {
-                    refusal = failed;
+                Some((number, Ok(answer))) => return Ok((number, answer)),
+                Some((number, Err(failed))) => {
+                    failures.push((number, failed));
                     next_at = Instant::now();
                 }
-                None => return Err(refusal),
+                None => return Err(failures),
             },
             () = sleep_until(next_at), if more => {}
         }
@@ -171,7 +182,7 @@ async fn first_of(
 }
 
 async fn fetch(
-    place: &dyn BlobSource,
+    place: Arc<dyn BlobSource>,
     annotations: &LayerAnnotations,
     deadline: Instant,
 ) -> Result<Bytes, Refusal> {
@@ -180,11 +191,11 @@ async fn fetch(
     let extent = annotations.index_extent;
     // What answers at a guessed port may be anything: only the right bytes win.
     let check = |payload: &[u8]| check_digest(payload, annotations.index_digest);
-    let payload = read_checked(place, &context, extent, check).await;
+    let payload = read_checked(&*place, &context, extent, check).await;
     payload.map_err(|error| refused(&error))?.map_err(invalid)
 }
 
-fn refused(error: &SourceError) -> Refusal {
+pub(super) fn refused(error: &SourceError) -> Refusal {
     match error.class() {
         Class::Cancelled => late(),
         // The place was silent for its share of the time.
@@ -259,13 +270,16 @@ mod tests {
             let head_start = Duration::from_millis(20);
             let begun = Instant::now();
             let deadline = begun + Duration::from_secs(60);
-            let answer = first_of(places, &annotations, deadline, head_start).await;
+            let ask = |place| fetch(place, &annotations, deadline);
+            let answer = first_of(places, ask, head_start).await;
             let took = begun.elapsed();
             match (answer, expected) {
                 (Ok((place, bytes)), Ok(winner)) => {
                     assert_eq!((place, &bytes[..]), (winner, &payload[..]), "case {number}");
                 }
-                (Err(refusal), Err(kind)) => assert_eq!(refusal.kind, kind, "case {number}"),
+                (Err(failed), Err(kind)) => {
+                    assert_eq!(failed.last().unwrap().1.kind, kind, "case {number}");
+                }
                 (answer, _) => panic!("case {number}: {answer:?}"),
             }
             assert!(took >= head_start * waits, "case {number}: {took:?}");

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::Inner;
+use super::places::Places;
 use super::unpack_job::UnpackJob;
 use crate::config::{IndexPolicy, IndexUse};
 use crate::labels::{LayerLabels, port_hint};
@@ -26,9 +27,7 @@ use crate::plan::{
     Layout, LayoutLayer, Outcome, Plan, PlanKey, PlanState, PlannedLayer, Refusal, RefusalKind,
     check_layer,
 };
-use crate::resolve::{
-    ResolveError, ResolvedImage, port_hints, resolve_by_chain, resolve_image, with_ports,
-};
+use crate::resolve::{ResolveError, ResolvedImage, port_hints, resolve_by_chain, resolve_image};
 use crate::snapshots::{
     BlobOrigin, IndexSource, LazyDecision, LazyLayerRecord, PrepareRequest, SnapshotRecord,
 };
@@ -248,10 +247,8 @@ impl Inner {
         deadline: Instant,
         state: watch::Sender<PlanState>,
     ) {
-        let hint = seed.labels.port;
         let layout = tokio::time::timeout_at(deadline, self.layout(&key, seed)).await;
-        let layout = layout.unwrap_or_else(|_| Err(late()));
-        let layout = layout.map(|layout| Arc::new(self.located(layout, hint)));
+        let layout = layout.unwrap_or_else(|_| Err(late())).map(Arc::new);
         state.send_modify(|state| state.layout = Some(layout.clone()));
         let Ok(layout) = layout else { return };
         // A layer that is known by its labels alone may have others below and above it.
@@ -259,24 +256,28 @@ impl Inner {
         if whole {
             self.seek_boot_lists(&layout);
         }
+        let mut places = Places::from(layout.origins.as_slice());
         let mut artifact = None;
         if whole {
             // One after the other: what the zone has the registry is not asked for.
             self.bring_indexes(&layout, deadline).await;
-            artifact = self.artifact_of(&layout, deadline).await;
+            places = self.located(key.namespace(), &layout, deadline).await;
+            if places.unreachable.is_none() {
+                let origins = &places.origins;
+                artifact = self.artifact_of(&layout, origins, deadline).await;
+            }
         }
         let slots = Arc::new(tokio::sync::Semaphore::new(PARALLEL_INDEXES));
         let mut work: FuturesUnordered<_> = layout
             .layers
             .iter()
             .map(|layer| {
-                let (inner, slots, layout) = (&self, Arc::clone(&slots), &layout);
+                let (inner, slots, places) = (&self, Arc::clone(&slots), &places);
                 let artifact = artifact.as_ref();
                 async move {
                     let outcome = async {
                         let _slot = slots.acquire().await;
-                        let origins = &layout.origins;
-                        inner.outcome(layer, origins, artifact, deadline).await
+                        inner.outcome(layer, places, artifact, deadline).await
                     };
                     let outcome = tokio::time::timeout_at(deadline, outcome).await;
                     (layer.chain_id, outcome.unwrap_or_else(|_| Err(late())))
@@ -349,8 +350,8 @@ impl Inner {
     }
 
     async fn layout(self: &Arc<Self>, key: &PlanKey, seed: Seed) -> Result<Layout> {
-        let mut extra = origin_of(seed.labels.image_reference.as_deref());
-        add_origins(&mut extra, seed.origins.clone());
+        let named = origin_of(seed.labels.image_reference.as_deref());
+        let mut extra = seed.origins.clone();
         let resolved = match (key, seed.image.clone()) {
             (_, Some(image)) => Ok(image),
             (PlanKey::Image(namespace, config), None) => {
@@ -372,7 +373,8 @@ impl Inner {
                 let blob = seed.annotations().map(|annotations| annotations.blob);
                 if let Some(mut layout) = Layout::of_image(&image, blob) {
                     add_origins(&mut layout.origins, extra);
-                    return Ok(layout);
+                    let hint = seed.labels.port;
+                    return Ok(self.placed(key.namespace(), layout, named, hint).await);
                 }
                 ResolveError::NoManifest(image.config)
             }
@@ -384,20 +386,32 @@ impl Inner {
         };
         let blob = annotations.blob;
         add_origins(&mut extra, self.known_origins(blob).await);
-        if extra.is_empty() {
+        if extra.is_empty() && named.is_empty() {
             return Err(Refusal::new(RefusalKind::Unresolved, error.to_string()));
         }
-        Ok(Layout::of_layer(seed.chain_id, annotations, extra))
+        let layout = Layout::of_layer(seed.chain_id, annotations, extra);
+        let hint = seed.labels.port;
+        Ok(self.placed(key.namespace(), layout, named, hint).await)
     }
 
-    /// The layout with the ports that its registries are known to have.
-    fn located(&self, mut layout: Layout, hint: Option<u16>) -> Layout {
+    /// The layout with the ports that its registries are known to have; what the client `named` comes first as it is.
+    async fn placed(
+        self: &Arc<Self>,
+        namespace: &str,
+        mut layout: Layout,
+        named: Vec<BlobOrigin>,
+        hint: Option<u16>,
+    ) -> Layout {
         let descriptors = layout.layers.iter().filter_map(|l| l.descriptor.as_ref());
         let hints = descriptors
             .filter_map(|descriptor| port_hint(&descriptor.annotations))
             .chain(hint)
             .collect();
-        layout.origins = with_ports(&layout.origins, &self.options.registry_hosts, &hints);
+        let said = [named.clone(), std::mem::take(&mut layout.origins)].concat();
+        let candidates = self.candidates(namespace, &said, hints).await;
+        layout.is_named = !named.is_empty();
+        layout.origins = named;
+        add_origins(&mut layout.origins, candidates);
         layout
     }
 
@@ -417,19 +431,21 @@ impl Inner {
     pub(super) async fn outcome(
         self: &Arc<Self>,
         layer: &LayoutLayer,
-        origins: &[BlobOrigin],
+        places: &Places,
         artifact: Option<&FoundArtifact>,
         deadline: Instant,
     ) -> Outcome {
         let annotations = match check_layer(layer) {
             Err(refusal) if refusal.kind == RefusalKind::NotConverted => {
                 return self
-                    .unmodified_outcome(layer, origins, artifact, deadline, refusal)
+                    .unmodified_outcome(layer, places, artifact, deadline, refusal)
                     .await;
             }
             checked => checked?,
         };
-        let mut sources = self.trusted_sources(annotations.blob, origins).await?;
+        let mut sources = self
+            .trusted_sources(annotations.blob, &places.origins)
+            .await?;
         let index = self.index(&annotations, &mut sources, deadline).await?;
         let record = LazyLayerRecord {
             chain_id: layer.chain_id,
@@ -546,10 +562,11 @@ impl Inner {
             match resolve_image(&*inner.parts.content, &namespace, config).await {
                 Ok(image) => {
                     inner.remember_image(&namespace, &image);
-                    let hosts = &inner.options.registry_hosts;
                     let manifests = image.manifests.iter();
                     let hints = manifests.flat_map(|it| port_hints(&it.manifest)).collect();
-                    add_origins(&mut origins, with_ports(&image.repositories, hosts, &hints));
+                    let said = &image.repositories;
+                    let candidates = inner.candidates(&namespace, said, hints).await;
+                    add_origins(&mut origins, candidates);
                 }
                 Err(error) => tracing::debug!(%config, "resolve a reused layer: {error}"),
             }

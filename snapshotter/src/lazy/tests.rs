@@ -10,6 +10,7 @@ use std::time::SystemTime;
 use sluice_blockindex::annotations::LayerAnnotations;
 use sluice_blockindex::digest::{BlobDigest, ChainId, DiffId, IndexDigest};
 use sluice_fetcher::metrics::Metrics;
+use sluice_fetcher::registry::fake::{FakeRegistry, Misbehaviour};
 use sluice_fetcher::registry::{NoCredentials, RegistryClient, RegistryOptions};
 use sluice_fetcher::scheduler::{Fetcher, FetcherOptions};
 use sluice_fetcher::source::RetryPolicy;
@@ -125,7 +126,6 @@ fn lazy_with(
             node: IndexUse::On,
             ..IndexPolicy::NONE
         },
-        registry_hosts: Vec::new(),
         read_deadline: None,
         mount_grace: Duration::from_secs(60),
         file_grace,
@@ -261,6 +261,9 @@ async fn a_layer_gets_an_index_as_it_is_unpacked_and_is_lazy_from_then_on() {
     let diff_id = DiffId::of(&tar);
     image_as_it_is(&site, &tar, diff_id);
     let blob = BlobDigest::of(&tar);
+    // containerd names it without its port.
+    let registry = FakeRegistry::start().await;
+    registry.add_blob("team/app", tar.clone());
     let decision = decide_unmarked(&site, diff_id).await;
     assert!(
         matches!(decision, LazyDecision::Ordinary { .. }),
@@ -277,20 +280,87 @@ async fn a_layer_gets_an_index_as_it_is_unpacked_and_is_lazy_from_then_on() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     assert!(indexes.has(blob));
-    // What was remembered of the refusal is forgotten when the job is done.
-    let mut decision = decide_unmarked(&site, diff_id).await;
-    for _ in 0..100 {
-        if matches!(decision, LazyDecision::Lazy(_)) {
-            break;
+    // What was remembered of the refusal is forgotten when the job is done. Nobody could read it, though.
+    let nowhere = |decision: &LazyDecision| match decision {
+        LazyDecision::Ordinary { reason } => {
+            reason.contains("no registry is known to have it; 127.0.0.1/team/app: ")
         }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-        decision = decide_unmarked(&site, diff_id).await;
-    }
+        _ => false,
+    };
+    decided(&site, diff_id, nowhere).await;
+    assert_eq!(registry.take_lines(), [""; 0]);
+    // The client has written down what it pulled: that is seen without anybody's pulling again.
+    let host = registry.host();
+    site.content
+        .name_image("default", "127.0.0.1:1/team/other:v1");
+    site.content
+        .name_image("default", &format!("{host}/team/app:v1"));
+    let lazy = |decision: &LazyDecision| matches!(decision, LazyDecision::Lazy(_));
+    let decision = decided(&site, diff_id, lazy).await;
     let LazyDecision::Lazy(record) = decision else {
         panic!("{decision:?}");
     };
     assert_eq!(record.index_source, crate::snapshots::IndexSource::Node);
     assert_eq!((record.blob_digest, record.diff_id), (blob, diff_id));
+    let places: Vec<String> = record.sources.iter().map(ToString::to_string).collect();
+    assert_eq!(places.first(), Some(&format!("{host}/team/app")));
+    // The name is gone; where it was is known.
+    let known = site.lazy.0.proven();
+    assert_eq!(known["127.0.0.1/team/app"], record.sources[0]);
+}
+
+/// The first decision that is as wanted.
+async fn decided(
+    site: &Site,
+    diff_id: DiffId,
+    wanted: impl Fn(&LazyDecision) -> bool,
+) -> LazyDecision {
+    let mut decision = decide_unmarked(site, diff_id).await;
+    for _ in 0..1000 {
+        if wanted(&decision) {
+            return decision;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        decision = decide_unmarked(site, diff_id).await;
+    }
+    panic!("{decision:?}");
+}
+
+/// An image at hosts that swallow packets is not looked for longer than half of what its Prepare has.
+#[tokio::test(flavor = "multi_thread")]
+async fn places_that_do_not_answer_cost_half_of_the_time() {
+    let site = site();
+    let tar = sample::tar();
+    image_as_it_is(&site, &tar, DiffId::of(&tar));
+    let registry = FakeRegistry::start().await;
+    registry.misbehave("GET", "/blobs/", 0, u32::MAX, Misbehaviour::NoAnswer);
+    let name = format!("{}/team/app:v1", registry.host());
+    site.content.name_image("default", &name);
+    let origin = BlobOrigin {
+        host: registry.host(),
+        repository: "team/app".into(),
+    };
+    let inner = &site.lazy.0;
+    let blob = (BlobDigest::of(&tar), tar.len() as u64);
+    let (begun, most) = (Instant::now(), Duration::from_millis(700));
+    let places = vec![origin.clone(), origin.clone()];
+    let refusal = inner.answering(places, blob, begun + most).await;
+    let took = begun.elapsed();
+    let refusal = refusal.unwrap_err();
+    assert_eq!(refusal.kind, RefusalKind::Unresolved, "{refusal}");
+    assert!(took >= most && took < most * 4, "{took:?}");
+    // One that answers with something else is no better.
+    registry.behave();
+    registry.misbehave(
+        "GET",
+        "/blobs/",
+        0,
+        u32::MAX,
+        Misbehaviour::Status(403, None),
+    );
+    let refused = inner.answering(vec![origin], blob, Instant::now() + most);
+    let refusal = refused.await.unwrap_err();
+    assert!(refusal.reason.contains("403"), "{refusal}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

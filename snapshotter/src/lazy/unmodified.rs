@@ -23,6 +23,7 @@ use sluice_fetcher::source::{Priority, ReadContext, read_checked};
 use tokio::time::Instant;
 
 use super::Inner;
+use super::places::Places;
 use crate::config::IndexUse;
 use crate::indexes::{IndexPin, LayerIndex, LayerIndexError, PinnedBlob, check_digest};
 use crate::plan::{Layout, LayoutLayer, Outcome, PlannedLayer, Refusal, RefusalKind};
@@ -55,11 +56,12 @@ impl Inner {
     pub(super) async fn unmodified_outcome(
         self: &Arc<Self>,
         layer: &LayoutLayer,
-        origins: &[BlobOrigin],
+        places: &Places,
         artifact: Option<&FoundArtifact>,
         deadline: Instant,
         refusal: Refusal,
     ) -> Outcome {
+        let origins = places.origins.as_slice();
         let Some((blob, blob_bytes)) = layer.blob() else {
             return Err(refusal);
         };
@@ -109,6 +111,9 @@ impl Inner {
             };
             return Err(refusal);
         };
+        if let Some(refusal) = &places.unreachable {
+            return Err(refusal.clone());
+        }
         let Found { pin, index, source } = found;
         let sources = self.trusted_sources(blob, &sources).await?;
         let record = LazyLayerRecord {
@@ -133,6 +138,7 @@ impl Inner {
     pub(super) async fn artifact_of(
         self: &Arc<Self>,
         layout: &Layout,
+        origins: &[BlobOrigin],
         deadline: Instant,
     ) -> Option<FoundArtifact> {
         let (policy, manifest) = (self.options.index_use, layout.manifest?);
@@ -152,7 +158,7 @@ impl Inner {
         if !wanted {
             return None;
         }
-        let places = layout.origins.iter();
+        let places = origins.iter();
         let places = places.filter(|place| self.options.trust.allows(place));
         let half = deadline.saturating_duration_since(Instant::now()) / 2;
         let context = ReadContext::new(Priority::Foreground).with_timeout(half);

@@ -138,6 +138,7 @@ async fn layout(
             manifest: Some(fetched.digest),
             layers: layers.collect(),
             origins: vec![origin],
+            is_named: true,
         },
     })
 }

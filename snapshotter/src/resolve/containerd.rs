@@ -307,6 +307,25 @@ impl ContentReader for ContainerdContent {
         let read = self.read_range(namespace, digest, range, bytes).await?;
         Ok(read.map(|(bytes, _)| bytes))
     }
+
+    async fn image_names(&self, namespace: &str, host: &str) -> Result<Vec<String>, ContentError> {
+        let filters = vec![filter_of_host(host)];
+        let images = self.containerd.images(namespace, filters).await?;
+        Ok(images.into_iter().map(|(name, ..)| name).collect())
+    }
+}
+
+/// The images of a host, with a port or without. In a regular expression of containerd's filters.
+fn filter_of_host(host: &str) -> String {
+    let mut pattern = String::from("^");
+    for c in host.chars() {
+        if !c.is_ascii_alphanumeric() && c != '-' {
+            pattern.push('\\');
+        }
+        pattern.push(c);
+    }
+    pattern.push_str("(:[0-9]+)?/");
+    format!("name~={}", quoted(&pattern))
 }
 
 impl ContainerdContent {
@@ -376,6 +395,18 @@ mod tests {
         assert_eq!(
             filter_of(ContentQuery::HasLabel("x\"y")),
             r#"labels."x\"y""#
+        );
+    }
+
+    #[test]
+    fn a_host_is_no_pattern() {
+        assert_eq!(
+            filter_of_host("r-1.example"),
+            r#"name~="^r-1\\.example(:[0-9]+)?/""#
+        );
+        assert_eq!(
+            filter_of_host("[::1]"),
+            r#"name~="^\\[\\:\\:1\\](:[0-9]+)?/""#
         );
     }
 

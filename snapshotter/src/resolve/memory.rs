@@ -17,6 +17,7 @@ type Contents = BTreeMap<(String, String), (ContentInfo, Bytes)>;
 #[derive(Debug, Default)]
 pub struct MemoryContent {
     contents: Mutex<Contents>,
+    images: Mutex<Vec<(String, String)>>,
     dead: AtomicBool,
     calls: AtomicUsize,
 }
@@ -42,6 +43,12 @@ impl MemoryContent {
             .expect("not poisoned")
             .insert(key, (info, bytes));
         digest
+    }
+
+    /// Calls an image so.
+    pub fn name_image(&self, namespace: &str, name: &str) {
+        let named = (namespace.to_owned(), name.to_owned());
+        self.images.lock().expect("not poisoned").push(named);
     }
 
     /// Changes the bytes behind a digest.
@@ -144,5 +151,18 @@ impl ContentReader for MemoryContent {
                 .min(whole.len());
             whole.slice(start..start.saturating_add(bytes).min(whole.len()))
         }))
+    }
+
+    async fn image_names(&self, namespace: &str, host: &str) -> Result<Vec<String>, ContentError> {
+        self.enter("list images")?;
+        let images = self.images.lock().expect("not poisoned");
+        let of_host = |name: &str| {
+            let rest = name.strip_prefix(host).unwrap_or_default();
+            rest.starts_with([':', '/'])
+        };
+        let fits = images
+            .iter()
+            .filter(|(its, name)| its == namespace && of_host(name));
+        Ok(fits.map(|(_, name)| name.clone()).collect())
     }
 }

@@ -219,7 +219,6 @@ impl LazySide {
                 root: config.root.clone(),
                 trust: trust.clone(),
                 index_use: config.index_use,
-                registry_hosts: config.registry.hosts.keys().cloned().collect(),
                 read_deadline: config.read_deadline,
                 mount_grace: config.mount_grace,
                 file_grace: config.store_grace,

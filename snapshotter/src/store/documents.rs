@@ -20,14 +20,17 @@ pub enum DocumentTable {
     BootLists,
     /// Images whose layers are kept from eviction.
     Pins,
+    /// Where repositories were found.
+    Places,
 }
 
 impl DocumentTable {
-    pub(super) const ALL: [DocumentTable; 4] = [
+    pub(super) const ALL: [DocumentTable; 5] = [
         DocumentTable::Images,
         DocumentTable::Decisions,
         DocumentTable::BootLists,
         DocumentTable::Pins,
+        DocumentTable::Places,
     ];
 
     pub(super) const fn definition(self) -> TableDefinition<'static, &'static str, &'static [u8]> {
@@ -36,6 +39,7 @@ impl DocumentTable {
             DocumentTable::Decisions => "decisions",
             DocumentTable::BootLists => "boot_lists",
             DocumentTable::Pins => "pins",
+            DocumentTable::Places => "places",
         })
     }
 }

@@ -48,6 +48,9 @@ const CONFIG_BYTES: u64 = 1024 * 1024;
 /// Longest wait for the file; it may lie on a network file system.
 const FILE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Registries of one file that are told of.
+const MOST_HOSTS: usize = 1024;
+
 /// Helper and server.
 type HelperKey = (String, String);
 
@@ -243,6 +246,24 @@ impl CredentialProvider for DockerConfig {
         known.dedup();
         known
     }
+
+    async fn hosts(&self) -> Vec<String> {
+        let bytes = self.read().await.unwrap_or_default();
+        let config: serde_json::Value = serde_json::from_slice(&bytes).unwrap_or_default();
+        let named = ["auths", "credHelpers"].into_iter();
+        let named = named.filter_map(|key| config[key].as_object());
+        named
+            .flat_map(|entries| entries.keys())
+            .take(MOST_HOSTS)
+            .map(|key| host_of_key(key).to_owned())
+            .collect()
+    }
+}
+
+/// The `host[:port]` of a key of `auths`, which may be a URL.
+fn host_of_key(key: &str) -> &str {
+    let key = key.split_once("://").map_or(key, |(_, rest)| rest);
+    key.split('/').next().unwrap_or_default()
 }
 
 /// The entry for `server` in `auths`.

@@ -6,12 +6,15 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use super::super::reference::Repository;
 use super::{Access, FILE, Hosts, HostsError, parse};
 
 /// The directory whose file counts for registries without one of their own.
 const DEFAULT: &str = "_default";
 /// Largest file that is read.
 const MOST_BYTES: u64 = 1 << 20;
+/// Directories of one root that are looked at for names.
+const MOST_DIRECTORIES: usize = 1024;
 /// Certificates of one directory that are used.
 const MOST_CERTIFICATES: usize = 32;
 
@@ -61,6 +64,26 @@ fn names(host: &str) -> Vec<String> {
     names.push(host.to_owned());
     names.push(DEFAULT.to_owned());
     names
+}
+
+/// The registries (`host:port`) that directories below these roots are named after. **Blocks.**
+pub(in super::super) fn named(roots: &[PathBuf]) -> Vec<String> {
+    let entries = roots.iter().filter_map(|root| fs::read_dir(root).ok());
+    let names = entries.flat_map(|entries| entries.flatten().take(MOST_DIRECTORIES));
+    names
+        .filter(|entry| entry.path().is_dir())
+        .filter_map(|entry| host_of(entry.file_name().to_str()?))
+        .collect()
+}
+
+/// The registry with the port that a directory's name names.
+fn host_of(name: &str) -> Option<String> {
+    let (host, port) = match name.strip_suffix('_') {
+        Some(rest) => rest.rsplit_once('_')?,
+        None => name.rsplit_once(':')?,
+    };
+    let host = format!("{host}:{port}");
+    Repository::new(&host, "any").is_ok().then_some(host)
 }
 
 /// Looks up `host` in these directories. The first directory of the registry that exists counts.
@@ -181,6 +204,21 @@ mod tests {
             ["[::1]_5000_", "[::1]:5000", "_default"]
         );
         assert_eq!(names("[::1]"), ["[::1]", "_default"]);
+    }
+
+    #[test]
+    fn directories_name_ports() {
+        let root = tempfile::tempdir().unwrap();
+        let roots = [root.path().join("none"), root.path().to_owned()];
+        let directories = ["a.example:5000", "b.example_80_", "[::1]_7_", "c.example"];
+        let others = ["_default", "d.example:x", "e_example", "f:1_", "__", "_1_"];
+        for name in directories.iter().chain(&others) {
+            fs::create_dir(root.path().join(name)).unwrap();
+        }
+        fs::write(root.path().join("file:1"), "").unwrap();
+        let mut named = named(&roots);
+        named.sort();
+        assert_eq!(named, ["[::1]:7", "a.example:5000", "b.example:80"]);
     }
 
     #[test]
