@@ -43,6 +43,7 @@ mod media;
 mod mirrors;
 mod options;
 mod passing;
+mod proxies;
 mod reference;
 mod referrers;
 mod remembered;
@@ -56,13 +57,15 @@ use remembered::{RangeMemory, Redirects};
 use transport::{Answer, Call, Transport};
 
 pub use credentials::{
-    Credential, CredentialProvider, DockerConfig, NoCredentials, Secret, StaticCredentials,
+    Credential, CredentialChain, CredentialFiles, CredentialProvider, CredentialTarget,
+    DockerConfig, KubeletPlugins, NoCredentials, Secret, StaticCredentials,
 };
 pub use error::RegistryError;
 pub use manifests::{FetchedManifest, ManifestBody, Resolved};
 pub use media::{MANIFEST_TYPES, is_image_index, is_image_manifest};
 pub use options::{DragonflyOptions, HostOptions, MirrorOptions, RegistryOptions};
 pub use passing::{Passed, PassedAnswer, PassedBlob, Shown};
+pub use proxies::ProxyRules;
 pub use reference::{
     DOCKER_HUB, ImageReference, ReferenceError, Repository, api_host, host_name,
     is_plain_http_default, port_of,
@@ -217,8 +220,16 @@ impl Inner {
                 .send(context, call, home, header.as_ref())
                 .await?;
             let status = answer.status().as_u16();
+            if answer.redirected.is_none() && status == 404 {
+                // Registries hide from one user what they show to another.
+                if let Some(other) = self.authorizer.another(context, &mut entry).await? {
+                    drop(answer);
+                    header = Some(other);
+                    continue;
+                }
+            }
             if answer.redirected.is_some() || !matches!(status, 401 | 403) {
-                self.authorizer.accepted(&entry);
+                self.authorizer.accepted(&entry, status == 404);
                 return Ok(answer);
             }
             let endpoint = answer.endpoint.clone();

@@ -41,7 +41,7 @@ use url::Url;
 
 use super::RegistryError;
 use super::challenge::{Challenge, parse_challenges};
-use super::credentials::{Credential, CredentialProvider, Secret};
+use super::credentials::{Credential, CredentialProvider, CredentialTarget, Secret};
 use super::endpoint::Endpoint;
 use super::options::RegistryOptions;
 use super::reference::is_plain_http_default;
@@ -281,12 +281,52 @@ impl Authorizer {
         self.next(context, entry, &scheme).await
     }
 
-    /// Notes that the last header was accepted.
-    pub(super) fn accepted(&self, entry: &Entry) {
+    /// Notes that the last header was accepted. Where what was asked for is `missing`, that says nothing of others
+    /// that are accepted, too, and may see more: then one that worked before stays the first.
+    pub(super) fn accepted(&self, entry: &Entry, missing: bool) {
         if let Some(used) = &entry.used {
             let key = (entry.host.clone(), entry.scope.clone());
-            lock(&self.working).put(key, used.candidate.clone());
+            let mut working = lock(&self.working);
+            if !missing || working.peek(&key).is_none() {
+                working.put(key, used.candidate.clone());
+            }
         }
+    }
+
+    /// The header of another user, after what was asked for is not there for the one who asked; `None` = nobody is
+    /// left. Who is not known to the host sees no more than who is, so anonymous is left out.
+    pub(super) async fn another(
+        &self,
+        context: &ReadContext,
+        entry: &mut Entry,
+    ) -> Result<Option<HeaderValue>, RegistryError> {
+        let scheme = lock(&self.schemes).get(&entry.host).cloned();
+        let (Some(scheme), Some(used)) = (scheme, &entry.used) else {
+            return Ok(None);
+        };
+        if used.candidate.credential.is_none() {
+            return Ok(None);
+        }
+        entry.tried.insert(used.candidate.fingerprint);
+        if !entry.loaded {
+            self.load(context, entry, false).await?;
+        }
+        entry.queue.retain(|it| it.credential.is_some());
+        if entry
+            .queue
+            .iter()
+            .all(|it| entry.tried.contains(&it.fingerprint))
+        {
+            return Ok(None);
+        }
+        // Nothing is wrong with those that were tried: nothing is to be looked up anew.
+        entry.refreshed = true;
+        let before = entry.used.take();
+        let header = self.next(context, entry, &scheme).await?;
+        if header.is_none() {
+            entry.used = before;
+        }
+        Ok(header)
     }
 
     async fn next(
@@ -382,8 +422,9 @@ impl Authorizer {
         entry: &mut Entry,
         refresh: bool,
     ) -> Result<(), RegistryError> {
+        let target = CredentialTarget::new(&entry.host, repository_of(&entry.scope));
         let known = context
-            .bound(self.provider.credentials(&entry.host, refresh))
+            .bound(self.provider.credentials(&target, refresh))
             .await?;
         let mut queue: VecDeque<Candidate> = known
             .into_iter()
@@ -493,6 +534,13 @@ impl Authorizer {
             tokens.pop(&key);
         }
     }
+}
+
+/// The repository of a scope: the first, which is that of the request.
+fn repository_of(scope: &Scope) -> &str {
+    let first = scope.split(' ').next().unwrap_or_default();
+    let rest = first.strip_prefix("repository:").unwrap_or_default();
+    rest.rsplit_once(':').map_or("", |(name, _)| name)
 }
 
 /// The scheme that an answer asks for; Bearer where both are offered.

@@ -6,9 +6,18 @@ use std::fmt;
 
 use async_trait::async_trait;
 
+mod chain;
 mod docker;
+mod files;
+mod kubelet;
+mod program;
+mod target;
 
+pub use chain::CredentialChain;
 pub use docker::DockerConfig;
+pub use files::CredentialFiles;
+pub use kubelet::KubeletPlugins;
+pub use target::CredentialTarget;
 
 /// A secret text. Never shown.
 #[derive(Clone, PartialEq, Eq, Hash)]
@@ -48,15 +57,15 @@ pub enum Credential {
     IdentityToken(Secret),
 }
 
-/// Gives the credentials for a host.
+/// Gives the credentials for a registry and a repository.
 #[async_trait]
 pub trait CredentialProvider: Send + Sync + fmt::Debug {
-    /// All credentials known for `host` (as references write it), best first; anonymous access is
+    /// All credentials known for `target`, best first, and none that is for another host or port; anonymous access is
     /// always tried after them. `refresh` asks to look again rather than to answer from a cache,
     /// because a registry refused what was given before.
     ///
     /// Bounded in time by the implementation; failures are logged there and give fewer credentials.
-    async fn credentials(&self, host: &str, refresh: bool) -> Vec<Credential>;
+    async fn credentials(&self, target: &CredentialTarget, refresh: bool) -> Vec<Credential>;
 
     /// The registries (`host[:port]`) that it has credentials for by name, where it can tell: whoever
     /// looks for the port of a registry finds it here. Bounded as [`Self::credentials`].
@@ -71,7 +80,7 @@ pub struct NoCredentials;
 
 #[async_trait]
 impl CredentialProvider for NoCredentials {
-    async fn credentials(&self, _host: &str, _refresh: bool) -> Vec<Credential> {
+    async fn credentials(&self, _target: &CredentialTarget, _refresh: bool) -> Vec<Credential> {
         Vec::new()
     }
 }
@@ -96,8 +105,8 @@ impl StaticCredentials {
 
 #[async_trait]
 impl CredentialProvider for StaticCredentials {
-    async fn credentials(&self, host: &str, _refresh: bool) -> Vec<Credential> {
-        self.hosts.get(host).cloned().unwrap_or_default()
+    async fn credentials(&self, target: &CredentialTarget, _refresh: bool) -> Vec<Credential> {
+        self.hosts.get(target.host()).cloned().unwrap_or_default()
     }
 
     async fn hosts(&self) -> Vec<String> {

@@ -356,8 +356,8 @@ impl Section<'_> {
     }
 }
 
-/// A duration as Go writes it: `1m30s`, `1.5s`, `500ms`; not negative, and a day at most.
-fn go_duration(text: &str) -> Option<Duration> {
+/// A duration as Go writes it: `1m30s`, `1.5s`, `500ms`; not negative, and a year at most.
+pub(super) fn go_duration(text: &str) -> Option<Duration> {
     let mut rest = text.strip_prefix('+').unwrap_or(text);
     if rest == "0" {
         return Some(Duration::ZERO);
@@ -382,7 +382,7 @@ fn go_duration(text: &str) -> Option<Duration> {
             };
         rest = &rest[end..];
     }
-    (!text.is_empty() && seconds <= 86_400.0).then(|| Duration::from_secs_f64(seconds))
+    (!text.is_empty() && seconds <= 366.0 * 86_400.0).then(|| Duration::from_secs_f64(seconds))
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use url::Url;
 
+use super::proxies::ProxyRules;
 use super::reference::{api_host, is_plain_http_default};
 use crate::source::RetryPolicy;
 
@@ -131,10 +132,16 @@ pub struct RegistryOptions {
     pub upload_piece_bytes: usize,
     /// Where else content may be read.
     pub mirrors: MirrorOptions,
+    /// Which requests go through a proxy; by default what the environment says.
+    pub proxies: ProxyRules,
 }
 
 impl Default for RegistryOptions {
     fn default() -> Self {
+        let (proxies, problems) = ProxyRules::from_environment();
+        for problem in problems {
+            tracing::warn!(problem, "a variable that names a proxy is not used");
+        }
         RegistryOptions {
             hosts: BTreeMap::new(),
             user_agent: concat!("sluice/", env!("CARGO_PKG_VERSION")).to_owned(),
@@ -155,6 +162,7 @@ impl Default for RegistryOptions {
             manifest_cap_bytes: 4 * 1024 * 1024,
             upload_piece_bytes: 8 * 1024 * 1024,
             mirrors: MirrorOptions::default(),
+            proxies,
         }
     }
 }

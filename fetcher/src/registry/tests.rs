@@ -2,8 +2,10 @@
 //! The client against the fake registry, with exact requests, and against the real one.
 
 mod access;
+mod proxied;
 mod reads;
 mod real;
+mod secrets;
 mod writes;
 
 use std::time::Duration;

@@ -542,7 +542,13 @@ impl Transport {
 
 /// What all clients have in common.
 pub(super) fn base(options: &RegistryOptions) -> reqwest::ClientBuilder {
+    let rules = options.proxies.clone();
     reqwest::Client::builder()
+        // Ours instead of the library's reading of the environment.
+        .no_proxy()
+        .proxy(reqwest::Proxy::custom(move |url| {
+            rules.proxy_for(url).cloned()
+        }))
         // A body that is not read (background, while a reader receives) keeps its window of an HTTP/2
         // connection full, and with it the readers' bodies that share the connection. Over HTTP/1.1
         // each body has a connection of its own.

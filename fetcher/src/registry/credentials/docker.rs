@@ -14,21 +14,18 @@
 
 use std::collections::HashMap;
 use std::io::Read;
-use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use docker_credential::{CredentialRetrievalError, DockerCredential};
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
 use serde::Deserialize;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::Instant;
 
-use super::{Credential, CredentialProvider, Secret};
+use super::program;
+use super::{Credential, CredentialProvider, CredentialTarget, Secret};
 use crate::registry::reference::DOCKER_HUB;
 
 /// Under which name Docker keeps the credentials of Docker Hub.
@@ -208,7 +205,8 @@ impl DockerConfig {
 
 #[async_trait]
 impl CredentialProvider for DockerConfig {
-    async fn credentials(&self, host: &str, refresh: bool) -> Vec<Credential> {
+    async fn credentials(&self, target: &CredentialTarget, refresh: bool) -> Vec<Credential> {
+        let host = target.host();
         let Some(bytes) = self.read().await else {
             return Vec::new();
         };
@@ -296,81 +294,20 @@ struct HelperAnswer {
     secret: String,
 }
 
-/// Kills a helper and all that it started, when dropped.
-struct Group(Option<Pid>);
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        if let Some(group) = self.0 {
-            // It may have ended already; then there is nobody to kill.
-            let _ = killpg(group, Signal::SIGKILL);
-        }
-    }
-}
-
 /// Asks a helper for the credentials of `server`; `None` when it knows nothing of it.
 async fn ask(
     mut command: Command,
     server: &str,
     timeout: Duration,
 ) -> Result<Option<Credential>, String> {
-    command
-        .arg("get")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null());
-    command.process_group(0);
-    // Starting a process blocks for a moment, more when this one is large.
-    let spawned = tokio::task::spawn_blocking({
-        let handle = tokio::runtime::Handle::current();
-        move || {
-            let _entered = handle.enter();
-            tokio::process::Command::from(command)
-                .kill_on_drop(true)
-                .spawn()
-        }
-    });
-    let talk = async {
-        let mut child = match spawned.await {
-            Ok(Ok(child)) => child,
-            Ok(Err(error)) => return Err(format!("start: {error}")),
-            Err(_) => return Err("shutting down".to_owned()),
-        };
-        let group = Group(
-            child
-                .id()
-                .and_then(|id| i32::try_from(id).ok())
-                .map(Pid::from_raw),
-        );
-        let mut answer = Vec::new();
-        if let Some(mut stdin) = child.stdin.take() {
-            // A helper may answer without reading; its answer tells.
-            let _ = stdin.write_all(server.as_bytes()).await;
-            let _ = stdin.shutdown().await;
-        }
-        if let Some(stdout) = child.stdout.take() {
-            let read = stdout
-                .take(HELPER_ANSWER_BYTES)
-                .read_to_end(&mut answer)
-                .await;
-            read.map_err(|error| format!("read its answer: {error}"))?;
-        }
-        let status = child
-            .wait()
-            .await
-            .map_err(|error| format!("wait for it: {error}"))?;
-        drop(group);
-        Ok((status.success(), answer))
-    };
-    let (success, answer) = tokio::time::timeout(timeout, talk)
-        .await
-        .map_err(|_| format!("no answer within {timeout:?}"))??;
-    if !success {
+    command.arg("get");
+    let said = program::run(command, server.as_bytes(), HELPER_ANSWER_BYTES, timeout).await?;
+    if !said.status.success() {
         // Helpers say "credentials not found in native keychain" and fail; so do those that are broken.
         return Ok(None);
     }
     let answer: HelperAnswer =
-        serde_json::from_slice(&answer).map_err(|_| "malformed answer".to_owned())?;
+        serde_json::from_slice(&said.output).map_err(|_| "malformed answer".to_owned())?;
     if answer.secret.is_empty() {
         return Ok(None);
     }

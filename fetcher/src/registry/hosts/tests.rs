@@ -179,7 +179,7 @@ fn durations_are_those_of_go() {
         ("", None),
         ("s", None),
         ("-1s", None),
-        ("25h", None),
+        ("9000h", None),
         ("1d", None),
         ("1..5s", None),
     ];

@@ -114,7 +114,8 @@ impl Mirrors {
         if let Some(proxy) = &access.proxy {
             let proxy = reqwest::Proxy::all(proxy.clone())
                 .map_err(|error| format!("proxy: {}", describe(&error)))?;
-            builder = builder.proxy(proxy);
+            // It is for this host whatever the environment says.
+            builder = builder.no_proxy().proxy(proxy);
         } else if is_plain_http_default(&host_of(url)) {
             builder = builder.no_proxy();
         }

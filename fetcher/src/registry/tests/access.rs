@@ -269,7 +269,7 @@ struct Rotating(Mutex<Vec<bool>>);
 
 #[async_trait]
 impl CredentialProvider for Rotating {
-    async fn credentials(&self, _host: &str, refresh: bool) -> Vec<Credential> {
+    async fn credentials(&self, _target: &CredentialTarget, refresh: bool) -> Vec<Credential> {
         self.0.lock().unwrap().push(refresh);
         vec![password("u", if refresh { "new" } else { "old" })]
     }
@@ -411,7 +411,7 @@ struct Forgetful {
 
 #[async_trait]
 impl CredentialProvider for Forgetful {
-    async fn credentials(&self, _host: &str, _refresh: bool) -> Vec<Credential> {
+    async fn credentials(&self, _target: &CredentialTarget, _refresh: bool) -> Vec<Credential> {
         let mut lookups = self.lookups.lock().unwrap();
         *lookups += 1;
         if *lookups > self.good {

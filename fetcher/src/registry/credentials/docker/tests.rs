@@ -12,6 +12,10 @@ fn password(username: &str, password: &str) -> Credential {
     }
 }
 
+fn target(host: &str) -> CredentialTarget {
+    CredentialTarget::new(host, "team/app")
+}
+
 fn write(folder: &Path, config: &str) -> DockerConfig {
     let path = folder.join("config.json");
     std::fs::write(&path, config).unwrap();
@@ -63,7 +67,11 @@ async fn entries_of_auths_are_found_by_host() {
         ("localhost:5001", vec![]),
     ];
     for (host, expected) in cases {
-        assert_eq!(config.credentials(host, false).await, expected, "{host}");
+        assert_eq!(
+            config.credentials(&target(host), false).await,
+            expected,
+            "{host}"
+        );
     }
 }
 
@@ -75,7 +83,7 @@ async fn a_changed_file_counts_at_once() {
         r#"{"auths":{"r.example":{"username":"a","password":"1"}}}"#,
     );
     assert_eq!(
-        config.credentials("r.example", false).await,
+        config.credentials(&target("r.example"), false).await,
         [password("a", "1")]
     );
     write(
@@ -83,13 +91,13 @@ async fn a_changed_file_counts_at_once() {
         r#"{"auths":{"r.example":{"username":"a","password":"2"}}}"#,
     );
     assert_eq!(
-        config.credentials("r.example", false).await,
+        config.credentials(&target("r.example"), false).await,
         [password("a", "2")]
     );
     write(folder.path(), "not json");
-    assert_eq!(config.credentials("r.example", false).await, []);
+    assert_eq!(config.credentials(&target("r.example"), false).await, []);
     std::fs::remove_file(folder.path().join("config.json")).unwrap();
-    assert_eq!(config.credentials("r.example", false).await, []);
+    assert_eq!(config.credentials(&target("r.example"), false).await, []);
 }
 
 #[tokio::test]
@@ -116,7 +124,8 @@ async fn helpers_answer_fail_or_are_stopped() {
         Err("malformed answer".into())
     );
     let flood = helper(path, "yes");
-    assert_eq!(run(path, &flood, long).await, Ok(None));
+    let flooded = run(path, &flood, long).await;
+    assert!(flooded.unwrap_err().contains("more than 65536 bytes"));
     assert!(
         run(path, "missing", long)
             .await
@@ -188,7 +197,11 @@ async fn helpers_come_before_and_after_entries() {
     ];
     for (host, users) in cases {
         let expected: Vec<_> = users.into_iter().map(|user| password(user, "s")).collect();
-        assert_eq!(config.credentials(host, false).await, expected, "{host}");
+        assert_eq!(
+            config.credentials(&target(host), false).await,
+            expected,
+            "{host}"
+        );
     }
 }
 
@@ -204,25 +217,25 @@ async fn a_refresh_runs_the_helper_again_but_not_in_a_burst() {
     let config = write(folder.path(), &format!(r#"{{"credsStore":"{name}"}}"#))
         .with_helper_folder(folder.path().to_owned());
     assert_eq!(
-        config.credentials("r.example", false).await,
+        config.credentials(&target("r.example"), false).await,
         [password("1", "s")]
     );
     assert_eq!(
-        config.credentials("r.example", false).await,
+        config.credentials(&target("r.example"), false).await,
         [password("1", "s")]
     );
     assert_eq!(
-        config.credentials("r.example", true).await,
+        config.credentials(&target("r.example"), true).await,
         [password("1", "s")],
         "too young"
     );
     tokio::time::sleep(HELPER_MIN_AGE).await;
     assert_eq!(
-        config.credentials("r.example", false).await,
+        config.credentials(&target("r.example"), false).await,
         [password("1", "s")]
     );
     assert_eq!(
-        config.credentials("r.example", true).await,
+        config.credentials(&target("r.example"), true).await,
         [password("2", "s")]
     );
 }
@@ -238,7 +251,8 @@ async fn one_run_of_a_helper_answers_all_who_wait() {
     let name = helper(folder.path(), &script);
     let config = format!(r#"{{"credHelpers":{{"r.example":"{name}"}}}}"#);
     let config = write(folder.path(), &config).with_helper_folder(folder.path().to_owned());
-    let asks = (0..8).map(|_| config.credentials("r.example", false));
+    let r = target("r.example");
+    let asks = (0..8).map(|_| config.credentials(&r, false));
     for answer in futures::future::join_all(asks).await {
         assert_eq!(answer, [password("u", "s")]);
     }
@@ -257,9 +271,9 @@ async fn a_helper_that_fails_later_takes_nothing_back() {
     let config = format!(r#"{{"credHelpers":{{"r.example":"{name}"}}}}"#);
     let config = write(folder.path(), &config).with_helper_folder(folder.path().to_owned());
     let known = [password("u", "s")];
-    assert_eq!(config.credentials("r.example", false).await, known);
+    assert_eq!(config.credentials(&target("r.example"), false).await, known);
     std::fs::write(broken, "").unwrap();
     tokio::time::sleep(HELPER_MIN_AGE + Duration::from_millis(100)).await;
-    assert_eq!(config.credentials("r.example", true).await, known);
-    assert_eq!(config.credentials("r.example", false).await, known);
+    assert_eq!(config.credentials(&target("r.example"), true).await, known);
+    assert_eq!(config.credentials(&target("r.example"), false).await, known);
 }
