@@ -22,7 +22,7 @@ use std::time::Duration;
 pub use cluster::{ClusterConfig, ClusterTlsConfig};
 pub use index::{IndexPolicy, IndexUse};
 pub use mirror::MirrorConfig;
-pub use registry::{DragonflyConfig, RegistryConfig, RegistryHost};
+pub use registry::{CredentialProviders, DragonflyConfig, RegistryConfig, RegistryHost};
 pub use written::Written;
 
 use crate::boot::BootOptions;

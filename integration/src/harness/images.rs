@@ -22,6 +22,20 @@ pub fn python_layout() -> Result<PathBuf> {
 
 /// Pushes `layout:latest` to `reference` (`host:port/name:tag`) with skopeo, byte by byte as it is.
 pub fn push_layout(layout: &std::path::Path, reference: &str) -> Result<()> {
+    push_with(layout, reference, &[])
+}
+
+/// The same to a registry that wants to know who pushes.
+pub fn push_layout_as(
+    layout: &std::path::Path,
+    reference: &str,
+    user: &str,
+    password: &str,
+) -> Result<()> {
+    push_with(layout, reference, &[&format!("--dest-creds={user}:{password}")])
+}
+
+fn push_with(layout: &std::path::Path, reference: &str, options: &[&str]) -> Result<()> {
     command::run_ok(
         Command::new(tools::on_path("skopeo")?)
             .args([
@@ -30,6 +44,7 @@ pub fn push_layout(layout: &std::path::Path, reference: &str) -> Result<()> {
                 "--preserve-digests",
                 "--dest-tls-verify=false",
             ])
+            .args(options)
             .arg(format!("oci:{}:latest", layout.display()))
             .arg(format!("docker://{reference}")),
         Duration::from_secs(600),

@@ -40,6 +40,18 @@ impl Registry {
         Self::start_configured(root, free_address()?, LOOPBACK, line, &proxy)
     }
 
+    /// One that knows the user `dev` with the password `pa55:word`, and nobody else.
+    pub fn start_private(root: &Root, line: Line) -> Result<Self> {
+        let users = root.join("htpasswd")?;
+        let known = "dev:$2y$05$abcdefghijklmnopqrstuuyJFE65A46/2eXN/SomAkqtHDi1XDOkC\n";
+        std::fs::write(&users, known)?;
+        let auth = format!(
+            "auth:\n  htpasswd:\n    realm: private\n    path: {}\n",
+            users.display()
+        );
+        Self::start_configured(root, free_address()?, LOOPBACK, line, &auth)
+    }
+
     /// Starts it at `direct`, with the line listening at `listen`; both in the network of the calling thread.
     pub fn start_at(
         root: &Root,

@@ -2,7 +2,7 @@
 //! `[registry]` as meant: credentials, hosts, and where else content may be read.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use sluice_fetcher::registry::is_plain_http_default;
@@ -35,11 +35,24 @@ pub struct DragonflyConfig {
     pub timeout: Duration,
 }
 
+/// kubelet's credential provider plugins.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CredentialProviders {
+    /// kubelet's `--image-credential-provider-config`.
+    pub config: PathBuf,
+    /// kubelet's `--image-credential-provider-bin-dir`.
+    pub bin_dir: PathBuf,
+}
+
 /// Where images are read from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RegistryConfig {
     /// Docker's `config.json` with credentials; `None`: where docker itself looks.
     pub docker_config: Option<PathBuf>,
+    /// Further files like it, and directories of such.
+    pub credential_files: Vec<PathBuf>,
+    /// kubelet's plugins, if they are used.
+    pub credential_providers: Option<CredentialProviders>,
     /// Directories with a `hosts.toml` for each registry.
     pub hosts_dirs: Vec<PathBuf>,
     /// The Dragonfly daemon, if parts of blobs are read through it.
@@ -53,6 +66,9 @@ impl Registry {
     pub(super) fn validate(self, check: &Check<'_>) -> Result<RegistryConfig, ConfigError> {
         let Registry {
             docker_config,
+            credential_files,
+            credential_provider_config,
+            credential_provider_bin_dir,
             hosts_dirs,
             engine,
             dragonfly,
@@ -76,6 +92,14 @@ impl Registry {
         if let Some(file) = &docker_config {
             check.absolute("registry.docker_config", file)?;
         }
+        for file in &credential_files {
+            check.absolute("registry.credential_files", file)?;
+        }
+        let credential_providers = providers(
+            check,
+            &credential_provider_config,
+            &credential_provider_bin_dir,
+        )?;
         for directory in &hosts_dirs {
             check.absolute("registry.hosts_dirs", directory)?;
         }
@@ -87,11 +111,39 @@ impl Registry {
         })?;
         Ok(RegistryConfig {
             docker_config,
+            credential_files,
+            credential_providers,
             hosts_dirs,
             dragonfly: on.then_some(dragonfly),
             hosts,
         })
     }
+}
+
+/// Both keys, or neither.
+fn providers(
+    check: &Check<'_>,
+    config: &str,
+    bin_dir: &str,
+) -> Result<Option<CredentialProviders>, ConfigError> {
+    let keys = [
+        ("registry.credential_provider_config", config),
+        ("registry.credential_provider_bin_dir", bin_dir),
+    ];
+    if keys.iter().all(|(_, value)| value.is_empty()) {
+        return Ok(None);
+    }
+    for (key, value) in keys {
+        check.value(key, value, |value| match value.is_empty() {
+            true => Err("want both credential_provider_config and _bin_dir, or neither".to_owned()),
+            false => Ok(()),
+        })?;
+        check.absolute(key, Path::new(value))?;
+    }
+    Ok(Some(CredentialProviders {
+        config: config.into(),
+        bin_dir: bin_dir.into(),
+    }))
 }
 
 impl Dragonfly {

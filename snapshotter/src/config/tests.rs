@@ -132,6 +132,22 @@ fn errors_name_the_file_and_the_key() {
             &["registry.docker_config"],
         ),
         (
+            "[registry]\ncredential_files = [\"/a\", \"b\"]",
+            &["registry.credential_files", "absolute"],
+        ),
+        (
+            "[registry]\ncredential_provider_config = \"/etc/plugins.yaml\"",
+            &["registry.credential_provider_bin_dir", "both"],
+        ),
+        (
+            "[registry]\ncredential_provider_bin_dir = \"/opt/bin\"",
+            &["registry.credential_provider_config", "both"],
+        ),
+        (
+            "[registry]\ncredential_provider_config = \"/a\"\ncredential_provider_bin_dir = \"bin\"",
+            &["registry.credential_provider_bin_dir", "absolute"],
+        ),
+        (
             "[registry]\nhosts_dirs = [\"certs.d\"]",
             &["registry.hosts_dirs"],
         ),

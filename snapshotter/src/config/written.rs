@@ -151,6 +151,9 @@ section! {
     /// `[registry]`
     Registry {
         docker_config: String = String::new(),
+        credential_files: Vec<PathBuf> = Vec::new(),
+        credential_provider_config: String = String::new(),
+        credential_provider_bin_dir: String = String::new(),
         hosts_dirs: Vec<PathBuf> = vec!["/etc/containerd/certs.d".into()],
         engine: String = String::new(),
         dragonfly: Dragonfly = Dragonfly::default(),

@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use sluice_fetcher::metrics::Metrics;
 use sluice_fetcher::registry::{
-    CredentialProvider, DockerConfig, DragonflyOptions, HostOptions, MirrorOptions, RegistryClient,
-    RegistryOptions,
+    CredentialChain, CredentialFiles, CredentialProvider, DockerConfig, DragonflyOptions,
+    HostOptions, KubeletPlugins, MirrorOptions, RegistryClient, RegistryOptions,
 };
 use sluice_fetcher::scheduler::{Fetcher, FetcherOptions};
 use sluice_fetcher::store::{Reclaim, Store, StoreOptions};
@@ -124,9 +124,7 @@ impl LazySide {
         let mut options = registry_options(config);
         options.mirrors = mirror_options(config);
         let retry = options.retry.clone();
-        let credentials: Arc<dyn CredentialProvider> =
-            Arc::new(DockerConfig::new(config.registry.docker_config.clone()));
-        let client = RegistryClient::counted(options, credentials, metrics)?;
+        let client = RegistryClient::counted(options, credentials(config), metrics)?;
         let layers = Arc::new(Layers::new(
             fetcher.clone(),
             client.clone(),
@@ -372,6 +370,20 @@ async fn watch_shim(attached: &AttachedMount) {
     if let Ok(client) = attached.attach().await {
         Arc::clone(client).watch_steps().await;
     }
+}
+
+/// Who knows credentials, whose count first at the beginning.
+fn credentials(config: &Config) -> Arc<dyn CredentialProvider> {
+    let registry = &config.registry;
+    let mut all: Vec<Arc<dyn CredentialProvider>> = vec![
+        Arc::new(DockerConfig::new(registry.docker_config.clone())),
+        Arc::new(CredentialFiles::new(registry.credential_files.clone())),
+    ];
+    if let Some(plugins) = &registry.credential_providers {
+        let (config, programs) = (plugins.config.clone(), plugins.bin_dir.clone());
+        all.push(Arc::new(KubeletPlugins::new(config, programs)));
+    }
+    Arc::new(CredentialChain::new(all))
 }
 
 struct Files {
