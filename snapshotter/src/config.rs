@@ -109,6 +109,8 @@ pub struct Config {
     pub overlay_options: Vec<String>,
     /// How long a Prepare may wait for the network.
     pub prepare_budget: Duration,
+    /// Blobs up to this size that have no usable index are pulled whole on purpose.
+    pub whole_below_bytes: u64,
     /// How long a reader waits for missing data; `None`: for ever.
     pub read_deadline: Option<Duration>,
     /// How long an operation waits for mounts and for containerd.
@@ -251,6 +253,11 @@ impl Written {
             idmapped_mounts: snapshots.idmapped_mounts.fixed(),
             overlay_options: snapshots.mount_options,
             prepare_budget,
+            whole_below_bytes: check.value(
+                "prepare.whole_below",
+                &prepare.whole_below,
+                units::parse_bytes,
+            )?,
             read_deadline: (!read_deadline.is_zero()).then_some(read_deadline),
             rpc_deadline: check.nonzero("fetch.rpc_deadline", &fetch.rpc_deadline)?,
             store_budget_bytes: (store_budget != 0).then_some(store_budget),

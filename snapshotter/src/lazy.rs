@@ -82,6 +82,8 @@ pub struct LazyOptions {
     pub trust: Trust,
     /// Which indexes of blobs as they are may be used.
     pub index_use: IndexPolicy,
+    /// Blobs up to this size that have no usable index are pulled whole on purpose.
+    pub whole_below_bytes: u64,
     /// How long a read of missing data may wait; `None`: for ever.
     pub read_deadline: Option<Duration>,
     /// How long a mount that nobody uses stays: a container that restarts finds it.

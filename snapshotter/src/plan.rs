@@ -61,6 +61,8 @@ pub enum RefusalKind {
     Index,
     /// This node's disk or store failed.
     Local,
+    /// The layer has no index, and is so small that it is pulled whole on purpose.
+    Whole,
 }
 
 impl RefusalKind {
@@ -77,6 +79,7 @@ impl RefusalKind {
             Self::Fetch => "fetch",
             Self::Index => "index",
             Self::Local => "local",
+            Self::Whole => "whole",
         }
     }
 }

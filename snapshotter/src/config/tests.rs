@@ -117,6 +117,7 @@ fn errors_name_the_file_and_the_key() {
         ("[containerd]\naddress = \"x\"", &["containerd.address"]),
         ("[prepare]\nbudget = \"5\"", &["prepare.budget", "duration"]),
         ("[prepare]\nbudget = \"0\"", &["prepare.budget", "zero"]),
+        ("[prepare]\nwhole_below = \"few\"", &["prepare.whole_below"]),
         (
             "[fetch]\nread_deadline = \"soon\"",
             &["fetch.read_deadline", "soon"],

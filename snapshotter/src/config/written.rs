@@ -100,7 +100,10 @@ section! {
 }
 section! {
     /// `[prepare]`
-    Prepare { budget: String = "5s".into() }
+    Prepare {
+        budget: String = "5s".into(),
+        whole_below: String = "256KiB".into(),
+    }
 }
 section! {
     /// `[fetch]`

@@ -7,6 +7,7 @@
 //! | `index_fetches` | | indexes fetched from a registry |
 //! | `index_bytes` | | compressed bytes of these |
 //! | `node_indexes` | result | layers that this node looked at to index them |
+//! | `whole_layers`, `whole_bytes` | | layers pulled whole on purpose, and their bytes |
 //! | `lazy_layers` | index | layers made lazy, by where their index came from |
 
 use prometheus_client::encoding::EncodeLabelSet;
@@ -40,6 +41,8 @@ pub struct LazyMetrics {
     index_bytes: Counter,
     indexed: Family<Outcome, Counter>,
     lazy: Family<Source, Counter>,
+    whole_layers: Counter,
+    whole_bytes: Counter,
 }
 
 impl LazyMetrics {
@@ -61,6 +64,10 @@ impl LazyMetrics {
             self.indexed.clone(),
         );
         registry.register("lazy_layers", "Layers made lazy", self.lazy.clone());
+        let help = "Layers pulled whole on purpose";
+        registry.register("whole_layers", help, self.whole_layers.clone());
+        let help = "Compressed bytes of layers pulled whole on purpose";
+        registry.register_with_unit("whole", help, Unit::Bytes, self.whole_bytes.clone());
         let help = "Compressed bytes of fetched indexes";
         registry.register_with_unit("index", help, Unit::Bytes, self.index_bytes.clone());
     }
@@ -71,6 +78,12 @@ impl LazyMetrics {
                 reason: kind.as_str(),
             })
             .inc();
+    }
+
+    /// A layer of so many compressed bytes is pulled whole on purpose.
+    pub(super) fn whole(&self, blob_bytes: u64) {
+        self.whole_layers.inc();
+        self.whole_bytes.inc_by(blob_bytes);
     }
 
     pub(super) fn indexed(&self, result: &'static str) {

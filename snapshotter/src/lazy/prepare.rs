@@ -488,6 +488,28 @@ impl Inner {
         Ok(sources)
     }
 
+    /// What a layer's refusal comes to when it is so small that laziness would save nothing: one request brings all of
+    /// it, as many as its index and its chunks take. Where its index cannot be had, that is no reason to give up
+    /// the layers above it.
+    fn whole_on_purpose(&self, layer: &LayoutLayer, refusal: Refusal) -> Refusal {
+        let (
+            Some((_, blob_bytes)),
+            RefusalKind::NotLazy
+            | RefusalKind::NotConverted
+            | RefusalKind::Fetch
+            | RefusalKind::Index,
+        ) = (layer.blob(), refusal.kind)
+        else {
+            return refusal;
+        };
+        if blob_bytes > self.options.whole_below_bytes {
+            return refusal;
+        }
+        self.parts.metrics.whole(blob_bytes);
+        let reason = format!("pulled whole: {blob_bytes} bytes; {}", refusal.reason);
+        Refusal::new(RefusalKind::Whole, reason)
+    }
+
     /// A layer that cannot be lazy is unpacked here if one above it in the image can be.
     async fn unpack_or_refuse(
         self: &Arc<Self>,
@@ -496,12 +518,6 @@ impl Inner {
         refusal: Refusal,
         deadline: Instant,
     ) -> Result<Decided> {
-        if !matches!(
-            refusal.kind,
-            RefusalKind::NotLazy | RefusalKind::NotConverted
-        ) {
-            return Err(refusal);
-        }
         let Ok(layout) = plan.layout(deadline).await else {
             return Err(refusal);
         };
@@ -509,6 +525,13 @@ impl Inner {
             return Err(refusal);
         };
         let layer = &layout.layers[position];
+        let refusal = self.whole_on_purpose(layer, refusal);
+        if !matches!(
+            refusal.kind,
+            RefusalKind::NotLazy | RefusalKind::NotConverted | RefusalKind::Whole
+        ) {
+            return Err(refusal);
+        }
         check_chain(request, layer.diff_id)?;
         let outcomes = plan.now().outcomes;
         let lazy_above =

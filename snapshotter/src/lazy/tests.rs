@@ -126,6 +126,7 @@ fn lazy_with(
             node: IndexUse::On,
             ..IndexPolicy::NONE
         },
+        whole_below_bytes: 256 << 10,
         read_deadline: None,
         mount_grace: Duration::from_secs(60),
         file_grace,

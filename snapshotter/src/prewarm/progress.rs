@@ -145,9 +145,10 @@ impl LayerProgress {
                 LayerPhase::Refused,
                 "it has no index: the image is not converted".to_owned(),
             ),
-            RefusalKind::NotLazy | RefusalKind::Mismatch | RefusalKind::Untrusted => {
-                (LayerPhase::Refused, refusal.reason.clone())
-            }
+            RefusalKind::NotLazy
+            | RefusalKind::Whole
+            | RefusalKind::Mismatch
+            | RefusalKind::Untrusted => (LayerPhase::Refused, refusal.reason.clone()),
             RefusalKind::Budget => (
                 LayerPhase::Failed,
                 "its index did not come in time".to_owned(),

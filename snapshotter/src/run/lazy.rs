@@ -217,6 +217,7 @@ impl LazySide {
                 root: config.root.clone(),
                 trust: trust.clone(),
                 index_use: config.index_use,
+                whole_below_bytes: config.whole_below_bytes,
                 read_deadline: config.read_deadline,
                 mount_grace: config.mount_grace,
                 file_grace: config.store_grace,
