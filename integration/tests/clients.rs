@@ -12,7 +12,7 @@ use sluice_integration::harness::daemon::quick_reaper_with;
 use sluice_integration::harness::layout::{self, Coding};
 use sluice_integration::harness::mounts;
 use sluice_integration::harness::proxy::Line;
-use sluice_integration::harness::site::{REGISTRY, Site};
+use sluice_integration::harness::site::Site;
 use sluice_integration::harness::{command, http, images};
 use sluice_integration::oddities::entry::Entry;
 
@@ -20,7 +20,6 @@ const NAMESPACE: &str = "clients";
 
 fn site(name: &str, release: Release) -> Result<Site> {
     let config = quick_reaper_with("auto");
-    let config = format!("{config}\n[registry.hosts.\"{REGISTRY}\"]\n");
     Site::start_for_kubernetes(name, release, Line::OPEN, &config)
 }
 

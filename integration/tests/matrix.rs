@@ -15,7 +15,7 @@ use sluice_integration::harness::kubernetes;
 use sluice_integration::harness::layout::{self, Coding};
 use sluice_integration::harness::proxy::Line;
 use sluice_integration::harness::rootfs::Rootfs;
-use sluice_integration::harness::site::{REGISTRY, Site};
+use sluice_integration::harness::site::Site;
 use sluice_integration::harness::wait::eventually;
 use sluice_integration::harness::{command, http, images, tools};
 use sluice_integration::oddities::entry::Entry;
@@ -287,9 +287,7 @@ fn check(site: &Site, cell: Cell) -> Result<()> {
 }
 
 fn matrix(name: &str, release: Release) -> Result<()> {
-    // containerd leaves the port out of what it says of an image's origin.
     let config = quick_reaper_with("auto");
-    let config = format!("{config}\n[registry.hosts.\"{REGISTRY}\"]\n");
     let site = Site::start_for_kubernetes(name, release, Line::OPEN, &config)?;
     let mut failed = Vec::new();
     for cell in cells(release) {

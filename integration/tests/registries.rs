@@ -35,7 +35,9 @@ fn push(site: &Site, registry: &Registry, mark: &str) -> Result<String> {
     images::push_layout_as(&layout, &original, USER, PASSWORD)?;
     let reference = format!("{}/private/{mark}:lazy", registry.host());
     let auth = site.root.join("auth.json")?;
-    let host = |host: String| format!("\"{host}\":{{\"username\":\"{USER}\",\"password\":\"{PASSWORD}\"}}");
+    let host = |host: String| {
+        format!("\"{host}\":{{\"username\":\"{USER}\",\"password\":\"{PASSWORD}\"}}")
+    };
     let hosts = [host(registry.host()), host(registry.direct())].join(",");
     std::fs::write(&auth, format!("{{\"auths\":{{{hosts}}}}}"))?;
     site.daemon.sluice_ok(&[
@@ -113,7 +115,11 @@ fn every_way_to_be_known_makes_an_image_lazy() -> Result<()> {
         ))
     };
     let ways = [
-        ("docker", format!("docker_config = \"{}\"", docker.display()), true),
+        (
+            "docker",
+            format!("docker_config = \"{}\"", docker.display()),
+            true,
+        ),
         (
             "secret",
             format!(
@@ -135,7 +141,11 @@ fn every_way_to_be_known_makes_an_image_lazy() -> Result<()> {
         configure(&mut site, &base, &section)?;
         let (is_lazy, reason) = pull(&site, "private", &reference)?;
         println!("{way}: {reason}");
-        ensure!(is_lazy == lazy, "{way}: {reason}\n{}", site.daemon.log_tail());
+        ensure!(
+            is_lazy == lazy,
+            "{way}: {reason}\n{}",
+            site.daemon.log_tail()
+        );
         let run = ["run", "--rm", "--net", "none", &reference];
         let ran = command::run_ok(
             site.nerdctl("private").command()?.args(run),

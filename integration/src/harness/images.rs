@@ -32,7 +32,11 @@ pub fn push_layout_as(
     user: &str,
     password: &str,
 ) -> Result<()> {
-    push_with(layout, reference, &[&format!("--dest-creds={user}:{password}")])
+    push_with(
+        layout,
+        reference,
+        &[&format!("--dest-creds={user}:{password}")],
+    )
 }
 
 fn push_with(layout: &std::path::Path, reference: &str, options: &[&str]) -> Result<()> {
