@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Images where they are kept: one reader and one writer trait, and what stands behind them.
 //!
-//! The traits are the seam to the world: a registry ([`registry`]), an OCI layout directory
-//! ([`oci_layout`]), and an in-memory store for tests. What they return is NOT trusted, except that a
+//! The traits are the seam to the world: a registry ([`registry`]), an OCI layout as a directory
+//! ([`oci_layout`]) or in a tar ([`oci_archive`]), what `docker save` wrote ([`docker_archive`], read
+//! only), and an in-memory store for tests. What they return is NOT trusted, except that a
 //! document is checked against its descriptor before it is handed out ([`Document::verified`]); a
 //! blob's bytes are checked by whoever streams them, because only the reader of the whole can.
 //! A writer makes blobs visible by digest first and names them last, so that a failure at any point
@@ -20,13 +21,18 @@ use sluice_blockindex::digest::BlobDigest;
 use sluice_blockindex::extent::{BlobSpace, Extent};
 pub use sluice_fetcher::registry::Repository;
 
+mod archive;
+pub mod docker_archive;
 pub mod document;
+mod file_body;
+mod layout_index;
 pub mod location;
+pub mod oci_archive;
 pub mod oci_layout;
 pub mod registry;
 
 #[cfg(test)]
-mod contract;
+pub(crate) mod contract;
 #[cfg(test)]
 #[allow(
     dead_code,

@@ -3,7 +3,7 @@
 //! however it ends. A finished one is given a name at once, whole.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -44,6 +44,31 @@ pub fn link(file: &File, path: &Path) -> io::Result<()> {
     .map_err(io::Error::from)
 }
 
+/// Gives the unnamed file the name `path`, in place of what has it: all of it durable, or nothing
+/// changed. Blocks.
+pub fn replace(file: &File, path: &Path) -> io::Result<()> {
+    let directory = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    file.sync_all()?;
+    // A link cannot take the place of another, but a rename can.
+    let linked = tempfile::Builder::new().make_in(directory, |path| link(file, path));
+    match linked {
+        Ok(linked) => linked.persist(path).map_err(|e| e.error)?,
+        Err(_) => {
+            let mut copy = tempfile::NamedTempFile::new_in(directory)?;
+            (&*file).seek(SeekFrom::Start(0))?;
+            io::copy(&mut &*file, &mut copy)?;
+            copy.as_file().sync_all()?;
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+            copy.as_file().set_permissions(mode)?;
+            copy.persist(path).map_err(|e| e.error)?;
+        }
+    }
+    File::open(directory)?.sync_all()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -59,5 +84,18 @@ mod tests {
         link(&file, &path).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"bytes");
         assert!(link(&file, &path).is_err());
+    }
+
+    #[test]
+    fn a_spool_takes_the_place_of_a_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("named");
+        for bytes in [b"first", b"later"] {
+            let mut file = create(directory.path()).unwrap();
+            file.write_all(bytes).unwrap();
+            replace(&file, &path).unwrap();
+            assert_eq!(std::fs::read(&path).unwrap(), bytes);
+            assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+        }
     }
 }

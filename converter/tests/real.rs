@@ -356,6 +356,115 @@ fn an_image_goes_through_a_registry_and_everybody_reads_it() {
 }
 
 #[test]
+fn archives_of_other_tools_are_converted_into_archives_that_they_read() {
+    let directory = tempfile::tempdir().unwrap();
+    let source = directory.path().join("source");
+    layout(&source);
+    let source = format!("oci:{}:v1", source.display());
+    let name =
+        |scheme: &str, file: &str| format!("{scheme}:{}", directory.path().join(file).display());
+    // skopeo's archive and the layout that it was made from become the same image.
+    let made = name("oci-archive", "made.tar:v1");
+    ok("skopeo", &["copy", "--quiet", "--all", &source, &made]);
+    let layout = name("oci", "layout:v1");
+    let expected = convert(&[&source, &layout])["digest"].clone();
+    let archive = name("oci-archive", "converted.tar:v1");
+    let summary = convert(&[&made, &archive]);
+    assert_eq!(summary["digest"], expected);
+    assert_eq!(summary["layers_converted"], 5);
+    let path = directory.path().join("converted.tar");
+    let bytes = std::fs::read(&path).unwrap();
+
+    // Again: nothing is written. Elsewhere, by one thread: the same bytes.
+    let again = convert(&[&made, &archive]);
+    assert_eq!(
+        (&again["uploads"], &again["digest"]),
+        (&0.into(), &expected)
+    );
+    let other = name("oci-archive", "other.tar:v1");
+    convert(&[&source, &other, "--threads", "1"]);
+    assert!(std::fs::read(directory.path().join("other.tar")).unwrap() == bytes);
+
+    // skopeo reads it.
+    let copy = name("oci", "copy:v1");
+    ok("skopeo", &["copy", "--quiet", "--all", &archive, &copy]);
+    let raw = ok("skopeo", &["inspect", "--raw", &copy]);
+    assert_eq!(digest(raw.as_bytes()), expected.as_str().unwrap());
+    let shown = sluice(&["inspect", &archive]);
+    assert!(shown.status.success());
+
+    // A refused conversion changes nothing, and leaves nothing.
+    let files = || std::fs::read_dir(directory.path()).unwrap().count();
+    let before = files();
+    let refused = sluice(&["convert", &made, &archive, "--platform", "linux/s390x"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert_eq!(files(), before);
+    assert!(std::fs::read(&path).unwrap() == bytes);
+}
+
+#[test]
+fn what_docker_save_and_others_write_is_converted() {
+    let directory = tempfile::tempdir().unwrap();
+    let source = directory.path().join("source");
+    let tars = layout(&source);
+    let name =
+        |scheme: &str, file: &str| format!("{scheme}:{}", directory.path().join(file).display());
+    // skopeo's docker-archive is of one platform, with uncompressed layers, equal ones as links.
+    let source = format!("oci:{}:v1", source.display());
+    let saved = name("docker-archive", "saved.tar");
+    let tagged = format!("{saved}:team/app:v1");
+    let amd64 = ["copy", "--quiet", "--override-arch", "amd64"];
+    ok("skopeo", &[&amd64[..], &[&source, &tagged]].concat());
+    let from_layout = name("oci", "from-layout:v1");
+    let wanted = ["--platform", "linux/amd64"];
+    convert(&[&[source.as_str(), &from_layout], &wanted[..]].concat());
+    let from_saved = name("oci", "from-saved:v1");
+    for image in [&saved, &tagged] {
+        let summary = convert(&[&[image.as_str(), &from_saved, "--force"], &wanted[..]].concat());
+        assert_eq!(
+            (&summary["images"], &summary["layers_not_lazy"]),
+            (&1.into(), &0.into())
+        );
+    }
+    // The config and the layers are the same as without the detour.
+    let parts = |reference: &str| -> (Value, Vec<Value>) {
+        let mut raw = ok("skopeo", &["inspect", "--raw", reference]);
+        if raw.contains("\"manifests\"") {
+            let index: Value = serde_json::from_str(&raw).unwrap();
+            let digest = index["manifests"][0]["digest"].as_str().unwrap();
+            let path = reference.trim_start_matches("oci:").trim_end_matches(":v1");
+            let path = Path::new(path).join("blobs/sha256").join(&digest[7..]);
+            raw = std::fs::read_to_string(path).unwrap();
+        }
+        let manifest: Value = serde_json::from_str(&raw).unwrap();
+        let layers = manifest["layers"].as_array().unwrap();
+        let digests = layers.iter().map(|layer| layer["digest"].clone()).collect();
+        (manifest["config"]["digest"].clone(), digests)
+    };
+    let expected = parts(&from_layout);
+    assert_eq!(expected.1.len(), tars.len());
+    assert_eq!(parts(&from_saved), expected);
+
+    // Not as a destination; compressed ones with what to do.
+    let refused = sluice(&["convert", &source, &name("docker-archive", "out.tar")]);
+    let stderr = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(2), "{stderr}");
+    assert!(stderr.contains("would not be lazy any more"), "{stderr}");
+    let plain = std::fs::read(directory.path().join("saved.tar")).unwrap();
+    std::fs::write(directory.path().join("saved.tar.gz"), gzip(&plain)).unwrap();
+    let refused = sluice(&["inspect", &format!("{saved}.gz")]);
+    let stderr = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("decompress it first"), "{stderr}");
+    let refused = sluice(&["inspect", &format!("{saved}:team/other:v1")]);
+    let stderr = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        stderr.contains("team/app:v1"),
+        "names what is there: {stderr}"
+    );
+}
+
+#[test]
 fn a_damaged_source_leaves_the_tag_as_it_was() {
     let directory = tempfile::tempdir().unwrap();
     let source = directory.path().join("source");

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::open::{CapsArguments, RegistryArguments, location};
+use super::open::{CapsArguments, RegistryArguments, destination, location};
 use super::show::ShowArguments;
 use crate::convert::{Options, convert};
 use crate::image::{Location, Platform};
@@ -13,11 +13,12 @@ use crate::image::{Location, Platform};
 /// Arguments of `convert`.
 #[derive(Debug, Args)]
 pub(super) struct Convert {
-    /// Image to read: docker://HOST/REPOSITORY:TAG, a bare reference, or oci:PATH[:TAG].
+    /// Image to read: docker://HOST/REPOSITORY:TAG, a bare reference, oci:PATH[:TAG],
+    /// oci-archive:PATH[:TAG], or docker-archive:PATH[:NAME].
     #[arg(value_parser = location)]
     source: Location,
-    /// Image to write, named in the same ways.
-    #[arg(value_parser = location)]
+    /// Image to write, named in the same ways; a docker-archive: can only be read.
+    #[arg(value_parser = destination)]
     destination: Location,
     /// Only this platform of an index (os/architecture[/variant]); repeatable. Default: all.
     #[arg(long, value_parser = Platform::parse)]

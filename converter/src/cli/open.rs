@@ -5,10 +5,12 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
 use sluice_fetcher::registry::{DockerConfig, ImageReference, RegistryClient, RegistryOptions};
 
+use crate::image::docker_archive::DockerArchiveImage;
+use crate::image::oci_archive::OciArchiveImage;
 use crate::image::oci_layout::LayoutImage;
 use crate::image::registry::RegistryImage;
 use crate::image::{ImageReader, ImageWriter, Location};
@@ -73,6 +75,12 @@ impl RegistryArguments {
         Ok(match location {
             Location::Registry(reference) => Arc::new(self.registry(reference)?),
             Location::Layout { path, tag } => Arc::new(LayoutImage::open(path, tag.as_deref())?),
+            Location::OciArchive { path, tag } => {
+                Arc::new(OciArchiveImage::open(path, tag.as_deref())?)
+            }
+            Location::DockerArchive { path, tag } => {
+                Arc::new(DockerArchiveImage::open(path, tag.as_deref())?)
+            }
         })
     }
 
@@ -81,6 +89,12 @@ impl RegistryArguments {
         Ok(match location {
             Location::Registry(reference) => Arc::new(self.registry(reference)?),
             Location::Layout { path, tag } => Arc::new(LayoutImage::create(path, tag.as_deref())?),
+            Location::OciArchive { path, tag } => {
+                Arc::new(OciArchiveImage::create(path, tag.as_deref())?)
+            }
+            Location::DockerArchive { .. } => {
+                bail!("{location} can only be read")
+            }
         })
     }
 
@@ -94,7 +108,7 @@ impl RegistryArguments {
 pub(super) fn reference(text: &str) -> Result<ImageReference, String> {
     match Location::parse(text)? {
         Location::Registry(reference) => Ok(reference),
-        Location::Layout { .. } => Err(format!("{text:?}: want an image in a registry")),
+        _ => Err(format!("{text:?}: want an image in a registry")),
     }
 }
 
@@ -106,6 +120,11 @@ fn ca_file(text: &str) -> Result<(String, PathBuf), String> {
         }
         _ => Err("want HOST=FILE".to_owned()),
     }
+}
+
+/// For clap: a location to write to.
+pub(super) fn destination(text: &str) -> Result<Location, String> {
+    Location::parse_destination(text)
 }
 
 /// For clap: a location, with its own messages.

@@ -97,6 +97,11 @@ fn tagged(image: &Location, tag: &str) -> anyhow::Result<Location> {
             path: path.clone(),
             tag: Some(tag.to_owned()),
         },
+        Location::OciArchive { path, .. } => Location::OciArchive {
+            path: path.clone(),
+            tag: Some(tag.to_owned()),
+        },
+        Location::DockerArchive { .. } => bail!("{image} can only be read"),
     })
 }
 

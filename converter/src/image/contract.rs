@@ -12,8 +12,9 @@ use sluice_blockindex::extent::Extent;
 
 use super::document::{OCI_CONFIG, OCI_LAYER_TAR, OCI_MANIFEST};
 use super::memory::MemoryImage;
+use super::oci_archive::OciArchiveImage;
 use super::oci_layout::LayoutImage;
-use super::{Descriptor, Document, ImageWriter, read_small};
+use super::{Descriptor, Document, ImageReader, ImageWriter, read_small};
 use crate::spool;
 
 fn spooled(bytes: &[u8]) -> Arc<File> {
@@ -59,45 +60,9 @@ pub(crate) async fn check(image: &dyn ImageWriter) {
         .unwrap();
     assert!(image.has_blob(layer_digest, 300_000).await.unwrap());
 
-    let mut body = image.blob(layer_digest, 300_000).await.unwrap();
-    let mut read = Vec::new();
-    while let Some(part) = body.next().await {
-        read.extend_from_slice(&part.unwrap());
-    }
-    assert_eq!(BlobDigest::of(&read), layer_digest);
-    let range = image
-        .range(layer_digest, 300_000, Extent::new(10, 20).unwrap())
-        .await
-        .unwrap();
-    assert_eq!(range.as_ref(), [7; 10]);
-    assert!(
-        image
-            .range(
-                layer_digest,
-                300_000,
-                Extent::new(299_999, 300_001).unwrap()
-            )
-            .await
-            .is_err()
-    );
+    check_blobs(image, config, &layer).await;
 
     let config_descriptor = Descriptor::new(OCI_CONFIG, config_digest, config.len() as u64);
-    assert_eq!(
-        read_small(image, &config_descriptor)
-            .await
-            .unwrap()
-            .as_ref(),
-        config
-    );
-    let lie = Descriptor {
-        size: 3,
-        ..config_descriptor.clone()
-    };
-    assert!(
-        read_small(image, &lie).await.is_err(),
-        "a wrong size is refused"
-    );
-
     let document = Document::of_value(
         OCI_MANIFEST,
         json!({
@@ -120,6 +85,51 @@ pub(crate) async fn check(image: &dyn ImageWriter) {
     image.name(&document).await.unwrap();
     image.name(&document).await.expect("twice is fine");
     assert_eq!(image.root().await.unwrap().digest, document.digest);
+    check_reader(image, config, &layer).await;
+}
+
+/// What every reader promises of an image with this config and one layer.
+pub(crate) async fn check_reader(image: &dyn ImageReader, config: &[u8], layer: &[u8]) {
+    let root = image.root().await.unwrap();
+    let described = root.single("config").unwrap().unwrap();
+    assert_eq!(described.digest, BlobDigest::of(config));
+    let layers = root.list("layers").unwrap();
+    assert_eq!(layers.len(), 1);
+    assert_eq!(
+        (layers[0].digest, layers[0].size),
+        (BlobDigest::of(layer), layer.len() as u64)
+    );
+    let again = image.document(&root.descriptor()).await.unwrap();
+    assert_eq!(again.bytes, root.bytes);
+    let absent = Descriptor::new(OCI_MANIFEST, BlobDigest::of(b"absent"), 6);
+    assert!(image.document(&absent).await.unwrap_err().is_not_found());
+    check_blobs(image, config, layer).await;
+}
+
+async fn check_blobs(image: &dyn ImageReader, config: &[u8], layer: &[u8]) {
+    let (digest, bytes) = (BlobDigest::of(layer), layer.len() as u64);
+    let mut body = image.blob(digest, bytes).await.unwrap();
+    let mut read = Vec::new();
+    while let Some(part) = body.next().await {
+        read.extend_from_slice(&part.unwrap());
+    }
+    assert!(read == layer);
+    let range = |start, end| image.range(digest, bytes, Extent::new(start, end).unwrap());
+    assert_eq!(range(10, 20).await.unwrap().as_ref(), &layer[10..20]);
+    assert!(range(bytes - 1, bytes + 1).await.is_err());
+    let absent = BlobDigest::of(b"absent");
+    assert!(image.blob(absent, 6).await.err().unwrap().is_not_found());
+
+    let descriptor = Descriptor::new(OCI_CONFIG, BlobDigest::of(config), config.len() as u64);
+    assert_eq!(read_small(image, &descriptor).await.unwrap(), config);
+    let lie = Descriptor {
+        size: 3,
+        ..descriptor
+    };
+    assert!(
+        read_small(image, &lie).await.is_err(),
+        "a wrong size is refused"
+    );
 }
 
 #[tokio::test]
@@ -143,6 +153,22 @@ async fn oci_layout() {
 }
 
 #[tokio::test]
+async fn oci_archive() {
+    let directory = tempfile::tempdir().unwrap();
+    for tag in [None, Some("v1"), Some("registry.test:5000/app:v2")] {
+        let path = directory.path().join("image.tar");
+        let open = || OciArchiveImage::open(&path, tag);
+        check(&OciArchiveImage::create(&path, tag).unwrap()).await;
+        let names = std::fs::read_dir(directory.path()).unwrap().count();
+        assert_eq!(names, 1, "no leftovers");
+        let config = br#"{"rootfs":{"diff_ids":[]}}"#.as_slice();
+        check_reader(&open().unwrap(), config, &[7; 300_000]).await;
+        std::fs::remove_file(&path).unwrap();
+        assert!(open().unwrap_err().is_not_found());
+    }
+}
+
+#[tokio::test]
 async fn a_layout_keeps_its_other_images() {
     let directory = tempfile::tempdir().unwrap();
     let manifest = |n: u32| {
@@ -155,7 +181,6 @@ async fn a_layout_keeps_its_other_images() {
         let image = LayoutImage::create(directory.path(), tag).unwrap();
         image.name(&manifest(n)).await.unwrap();
     }
-    use super::ImageReader;
     for (tag, n) in [(Some("a"), 4), (Some("b"), 2), (None, 3)] {
         let image = LayoutImage::open(directory.path(), tag).unwrap();
         assert_eq!(
@@ -245,7 +270,6 @@ async fn registry() {
         .unwrap();
     let other = super::registry::RegistryImage::new(client, reference);
     let layer = BlobDigest::of(&vec![7_u8; 300_000]);
-    use super::ImageReader;
     assert!(!other.has_blob(layer, 300_000).await.unwrap());
     assert!(
         other

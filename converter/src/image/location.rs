@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! How users name images on the command line: `docker://host/repo:tag`, `oci:PATH[:TAG]`, or a bare
-//! reference, which means `docker://`.
+//! How users name images on the command line: `docker://host/repo:tag`, `oci:PATH[:TAG]`,
+//! `oci-archive:PATH[:TAG]`, `docker-archive:PATH[:NAME]`, or a bare reference, which means `docker://`.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -19,6 +19,38 @@ pub enum Location {
         /// `org.opencontainers.image.ref.name` in its index, if given.
         tag: Option<String>,
     },
+    /// A tar of an OCI layout and the name within it.
+    OciArchive {
+        /// The tar.
+        path: PathBuf,
+        /// As in a layout; may be a whole reference.
+        tag: Option<String>,
+    },
+    /// What `docker save` wrote. Only read.
+    DockerArchive {
+        /// The tar.
+        path: PathBuf,
+        /// The image's name within it.
+        tag: Option<String>,
+    },
+}
+
+/// For messages.
+const KNOWN: &str = "docker://, oci:, oci-archive: and docker-archive:";
+
+/// What follows the scheme of an archive: as other tools read it, the first colon ends the path, because
+/// the name may have colons of its own.
+fn archive(text: &str, scheme: &str, rest: &str) -> Result<(PathBuf, Option<String>), String> {
+    let (path, tag) = match rest.split_once(':') {
+        Some((path, tag)) => (path, Some(tag)),
+        None => (rest, None),
+    };
+    if path.is_empty() || tag == Some("") {
+        return Err(format!(
+            "{text:?}: write {scheme}:PATH or {scheme}:PATH:TAG"
+        ));
+    }
+    Ok((path.into(), tag.map(str::to_owned)))
 }
 
 impl Location {
@@ -38,23 +70,23 @@ impl Location {
                 tag: tag.map(str::to_owned),
             });
         }
+        if let Some(rest) = text.strip_prefix("oci-archive:") {
+            let (path, tag) = archive(text, "oci-archive", rest)?;
+            return Ok(Self::OciArchive { path, tag });
+        }
+        if let Some(rest) = text.strip_prefix("docker-archive:") {
+            let (path, tag) = archive(text, "docker-archive", rest)?;
+            return Ok(Self::DockerArchive { path, tag });
+        }
         let rest = text.strip_prefix("docker://").unwrap_or(text);
         if let Some((scheme, _)) = rest.split_once("://") {
             return Err(format!(
-                "{text:?}: unknown scheme {scheme}; docker:// and oci: are known"
+                "{text:?}: unknown scheme {scheme}; {KNOWN} are known"
             ));
         }
-        for known in [
-            "docker-archive:",
-            "oci-archive:",
-            "dir:",
-            "docker-daemon:",
-            "containers-storage:",
-        ] {
-            if rest.starts_with(known) {
-                return Err(format!(
-                    "{text:?}: {known} is not supported; docker:// and oci: are"
-                ));
+        for other in ["dir:", "docker-daemon:", "containers-storage:"] {
+            if rest.starts_with(other) {
+                return Err(format!("{text:?}: {other} is not supported; {KNOWN} are"));
             }
         }
         if rest.is_empty() {
@@ -65,26 +97,37 @@ impl Location {
             .map_err(|e| format!("{text:?}: {e}"))
     }
 
+    /// Reads where to write. **Errors**: also for what can only be read.
+    pub fn parse_destination(text: &str) -> Result<Self, String> {
+        match Self::parse(text)? {
+            Self::DockerArchive { .. } => Err(format!(
+                "{text:?}: layers of a docker archive are not compressed, so a converted image would \
+                 not be lazy any more; write an oci-archive:"
+            )),
+            location => Ok(location),
+        }
+    }
+
     /// The port that a registry reference names, if it names one.
     #[must_use]
     pub fn port(&self) -> Option<u16> {
         match self {
             Self::Registry(reference) => port_of(reference.host()),
-            Self::Layout { .. } => None,
+            Self::Layout { .. } | Self::OciArchive { .. } | Self::DockerArchive { .. } => None,
         }
     }
 }
 
 impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Registry(reference) => write!(f, "docker://{reference}"),
-            Self::Layout { path, tag: None } => write!(f, "oci:{}", path.display()),
-            Self::Layout {
-                path,
-                tag: Some(tag),
-            } => write!(f, "oci:{}:{tag}", path.display()),
-        }
+        let (scheme, path, tag) = match self {
+            Self::Registry(reference) => return write!(f, "docker://{reference}"),
+            Self::Layout { path, tag } => ("oci", path, tag),
+            Self::OciArchive { path, tag } => ("oci-archive", path, tag),
+            Self::DockerArchive { path, tag } => ("docker-archive", path, tag),
+        };
+        write!(f, "{scheme}:{}", path.display())?;
+        tag.iter().try_for_each(|tag| write!(f, ":{tag}"))
     }
 }
 
@@ -95,6 +138,10 @@ mod tests {
     #[test]
     fn locations_read_as_users_write_them() {
         let layout = |path: &str, tag: Option<&str>| Location::Layout {
+            path: path.into(),
+            tag: tag.map(str::to_owned),
+        };
+        let archive = |path: &str, tag: Option<&str>| Location::OciArchive {
             path: path.into(),
             tag: tag.map(str::to_owned),
         };
@@ -110,6 +157,11 @@ mod tests {
             ("oci:/tmp/x:v1", layout("/tmp/x", Some("v1"))),
             ("oci:a:b/c", layout("a:b/c", None)),
             ("oci:rel:latest", layout("rel", Some("latest"))),
+            ("oci-archive:x.tar", archive("x.tar", None)),
+            (
+                "oci-archive:/a/x.tar:localhost:5000/a/b:1",
+                archive("/a/x.tar", Some("localhost:5000/a/b:1")),
+            ),
         ];
         for (text, expected) in cases {
             assert_eq!(Location::parse(text), Ok(expected), "{text}");
@@ -119,8 +171,12 @@ mod tests {
             "oci:",
             "oci::x",
             "oci:a:",
+            "oci-archive:",
+            "oci-archive::x",
+            "oci-archive:x:",
             "http://x/y",
-            "docker-archive:/x",
+            "docker-archive:",
+            "dir:/x",
             "docker://",
             "docker://localhost:5000/Upper/case",
             "a b",

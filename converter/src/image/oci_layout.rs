@@ -15,19 +15,17 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use serde_json::{Value, json};
 use sluice_blockindex::digest::BlobDigest;
 use sluice_blockindex::extent::{BlobSpace, Extent};
 
-use super::document::OCI_INDEX;
+use super::file_body::blocking;
+use super::layout_index::LayoutIndex;
 use super::{
     BlobBody, DOCUMENT_MAX_BYTES, Descriptor, Document, ImageError, ImageReader, ImageWriter,
     Repository,
 };
 use crate::spool;
 
-/// The annotation that names an entry of `index.json`.
-const REF_NAME: &str = "org.opencontainers.image.ref.name";
 /// Bytes read from a blob file at a time: as large as a network read, small against any layer.
 const READ_BYTES: usize = 256 * 1024;
 
@@ -116,100 +114,22 @@ impl LayoutImage {
     }
 
     /// `index.json`, or an empty index where there is none yet.
-    fn index(&self) -> Result<Value, ImageError> {
+    fn index(&self) -> Result<LayoutIndex, ImageError> {
         let path = self.directory.join("index.json");
-        let bytes = match fs::read(&path) {
-            Ok(bytes) => bytes,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                return Ok(json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}));
-            }
-            Err(e) => return Err(ImageError::failed("read", path.display(), e)),
-        };
-        let value: Value = serde_json::from_slice(&bytes)
-            .map_err(|e| ImageError::failed("parse", path.display(), e))?;
-        match value.get("manifests").is_some_and(Value::is_array) {
-            true => Ok(value),
-            false => Err(ImageError::failed(
-                "parse",
-                path.display(),
-                "no list of manifests",
-            )),
-        }
-    }
-
-    /// The entry that the tag names, or the only one.
-    fn entry(&self) -> Result<Descriptor, ImageError> {
-        let invalid = |reason: String| ImageError::Invalid {
-            what: self.label.clone(),
-            reason,
-        };
-        let index = self.index()?;
-        let entries: Vec<Descriptor> = serde_json::from_value(index["manifests"].clone())
-            .map_err(|e| invalid(format!("index.json: {e}")))?;
-        let name = |entry: &Descriptor| entry.annotations.get(REF_NAME).cloned();
-        let names = || {
-            let names: Vec<String> = entries.iter().filter_map(name).collect();
-            if names.is_empty() {
-                "none".to_owned()
-            } else {
-                names.join(", ")
-            }
-        };
-        let found: Vec<&Descriptor> = match &self.tag {
-            Some(tag) => entries
-                .iter()
-                .filter(|entry| name(entry).as_ref() == Some(tag))
-                .collect(),
-            None => entries.iter().collect(),
-        };
-        match (found.as_slice(), &self.tag) {
-            ([entry], _) => Ok((*entry).clone()),
-            ([], Some(_)) => Err(ImageError::NotFound {
-                what: format!("{} (tags there: {})", self.label, names()),
-            }),
-            ([], None) => Err(ImageError::NotFound {
-                what: format!("any image in {}", self.label),
-            }),
-            (_, Some(_)) => Err(invalid("several images have this tag".to_owned())),
-            (_, None) => {
-                // With no tag asked for, the one entry without a name is meant, as when we wrote it.
-                let unnamed: Vec<&&Descriptor> =
-                    found.iter().filter(|entry| name(entry).is_none()).collect();
-                match unnamed.as_slice() {
-                    [entry] => Ok((**entry).clone()),
-                    _ => Err(invalid(format!(
-                        "several images: add one of the tags {}",
-                        names()
-                    ))),
-                }
-            }
+        match fs::read(&path) {
+            Ok(bytes) => LayoutIndex::parse(&path.display().to_string(), &bytes),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(LayoutIndex::empty()),
+            Err(e) => Err(ImageError::failed("read", path.display(), e)),
         }
     }
 
     /// Puts `descriptor` into `index.json` in place of what had this name.
-    fn name_blocking(&self, mut descriptor: Descriptor) -> io::Result<()> {
+    fn name_blocking(&self, descriptor: Descriptor) -> io::Result<()> {
         let lock = File::open(&self.directory)?;
         lock.lock()?;
         let mut index = self.index().map_err(io::Error::other)?;
-        if let Some(tag) = &self.tag {
-            descriptor
-                .annotations
-                .insert(REF_NAME.to_owned(), tag.clone());
-        }
-        let list = index["manifests"]
-            .as_array_mut()
-            .ok_or_else(|| io::Error::other("no list"))?;
-        list.retain(|entry| {
-            let name = entry
-                .pointer(&format!("/annotations/{REF_NAME}"))
-                .and_then(Value::as_str);
-            name != self.tag.as_deref()
-        });
-        list.push(serde_json::to_value(&descriptor)?);
-        replace(
-            &self.directory.join("index.json"),
-            index.to_string().as_bytes(),
-        )
+        index.put(descriptor, self.tag.as_deref());
+        replace(&self.directory.join("index.json"), &index.to_bytes())
     }
 }
 
@@ -225,14 +145,6 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     File::open(directory)?.sync_all()
 }
 
-/// Runs blocking file work off the async threads.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, ImageError> + Send + 'static,
-) -> Result<T, ImageError> {
-    let joined = tokio::task::spawn_blocking(work).await;
-    joined.map_err(|e| ImageError::failed("run", "file task", e))?
-}
-
 #[async_trait]
 impl ImageReader for LayoutImage {
     fn label(&self) -> &str {
@@ -240,7 +152,8 @@ impl ImageReader for LayoutImage {
     }
 
     async fn root(&self) -> Result<Document, ImageError> {
-        self.document(&self.entry()?).await
+        let entry = self.index()?.entry(&self.label, self.tag.as_deref())?;
+        self.document(&entry).await
     }
 
     async fn document(&self, descriptor: &Descriptor) -> Result<Document, ImageError> {
