@@ -37,9 +37,10 @@ use crate::seektable::{self, SKIPPABLE_HEADER_BYTES, SeekEntry, SeekTableError};
 use crate::skeleton::SkeletonWriter;
 use crate::tar::{ScanError, Scanner, TarSink};
 use crate::tree::Tree;
-use crate::units::blocks_for;
+use crate::units::{CHUNK_TARGET_BYTES, blocks_for};
 
 use cut::Cutter;
+pub use cut::{TARGET_MAX_BYTES, TARGET_MIN_BYTES};
 
 /// Skippable magic of the frame that holds the skeleton.
 pub const SKELETON_FRAME_MAGIC: u32 = 0x184D_2A57;
@@ -54,6 +55,8 @@ pub const DEFAULT_ALGORITHM: StrongAlgorithm = StrongAlgorithm::Blake3;
 pub struct EncodeOptions {
     /// zstd level of the chunks.
     pub level: i32,
+    /// About how many device bytes a chunk has, in [`TARGET_MIN_BYTES`]`..=`[`TARGET_MAX_BYTES`].
+    pub chunk_bytes: u64,
     /// Algorithm of the strong digests.
     pub algorithm: StrongAlgorithm,
     /// Name of the program, for people who look into the index. Without a version, lest each release
@@ -65,6 +68,7 @@ impl Default for EncodeOptions {
     fn default() -> Self {
         Self {
             level: DEFAULT_LEVEL,
+            chunk_bytes: CHUNK_TARGET_BYTES,
             algorithm: DEFAULT_ALGORITHM,
             writer: "sluice".to_owned(),
         }
@@ -221,13 +225,14 @@ impl LayerEncoder {
             current: None,
             failed: None,
         };
+        let cutter = Cutter::new(options.chunk_bytes);
         Ok(Self {
             options,
             scanner: Ok(Scanner::new()),
             gather,
             diff: Sha256Hasher::new(),
             position: 0,
-            cutter: Cutter::default(),
+            cutter,
             open: Vec::new(),
             next_ordinal: 0,
         })

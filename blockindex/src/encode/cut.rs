@@ -6,7 +6,7 @@
 //! files are grouped up to about the target. What follows from the offsets and sizes of contents
 //! alone is the same however the tar arrives.
 //!
-//! Rules, with T the target of 128 KiB:
+//! Rules, with T the target, 128 KiB unless somebody chose another:
 //! - at a content of at least T/2: cut; it is split into `round(size / T)` equal pieces on multiples
 //!   of 4 KiB, so that no page of a file spans two chunks; its last piece stays open;
 //! - at a smaller content: cut when the open chunk is T or more, or would exceed 5/4 T with it;
@@ -15,22 +15,22 @@
 use crate::extent::{DeviceSpace, Extent};
 use crate::units::{CHUNK_MAX_BYTES, CHUNK_TARGET_BYTES as TARGET};
 
-/// Contents from here on begin a chunk of their own.
-const LARGE_BYTES: u64 = TARGET / 2;
-/// An open chunk that a small content would make longer than this is cut before it.
-const GROUP_MAX_BYTES: u64 = TARGET + TARGET / 4;
-/// An open chunk without contents is cut here.
-const STRUCTURE_MAX_BYTES: u64 = 2 * TARGET;
 /// Pieces of a content are multiples of a page.
 const PAGE_BYTES: u64 = 4096;
 
-const _: () = assert!(STRUCTURE_MAX_BYTES <= CHUNK_MAX_BYTES);
-// The longest piece, of a content just below 3/2 T, leaves room for what follows it.
-const _: () = assert!(TARGET * 3 / 2 + PAGE_BYTES < STRUCTURE_MAX_BYTES);
+/// The smallest target: the longest piece, of a content just below 3/2 T, must leave room for what
+/// follows it, and below this the index and the frames' own overhead outgrow what small reads save.
+pub const TARGET_MIN_BYTES: u64 = 16 * 1024;
+/// The largest: a chunk of structure has up to twice the target.
+pub const TARGET_MAX_BYTES: u64 = CHUNK_MAX_BYTES / 2;
+
+const _: () = assert!(TARGET_MIN_BYTES * 3 / 2 + PAGE_BYTES < TARGET_MIN_BYTES * 2);
+const _: () = assert!(TARGET_MIN_BYTES <= TARGET && TARGET <= TARGET_MAX_BYTES);
 
 /// State of the cutting: the open chunk and the content that is being split.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Cutter {
+    target_bytes: u64,
     chunk_start: u64,
     content: Option<Split>,
 }
@@ -44,15 +44,47 @@ struct Split {
     done: u64,
 }
 
+impl Default for Cutter {
+    fn default() -> Self {
+        Self::new(TARGET)
+    }
+}
+
 impl Cutter {
+    /// At the start of a device. `target_bytes` is in [`TARGET_MIN_BYTES`]`..=`[`TARGET_MAX_BYTES`].
+    pub(super) fn new(target_bytes: u64) -> Self {
+        Self {
+            target_bytes: target_bytes.clamp(TARGET_MIN_BYTES, TARGET_MAX_BYTES),
+            chunk_start: 0,
+            content: None,
+        }
+    }
+
+    /// Contents from here on begin a chunk of their own.
+    fn large_bytes(&self) -> u64 {
+        self.target_bytes / 2
+    }
+
+    /// An open chunk that a small content would make longer than this is cut before it.
+    fn group_max_bytes(&self) -> u64 {
+        self.target_bytes + self.target_bytes / 4
+    }
+
+    /// An open chunk without contents is cut here.
+    fn structure_max_bytes(&self) -> u64 {
+        2 * self.target_bytes
+    }
+
     /// A content begins; returns whether the open chunk ends right before it.
     pub(super) fn content(&mut self, run: Extent<DeviceSpace>) -> bool {
         let (start, bytes) = (run.start(), run.len());
         let open = start - self.chunk_start;
-        let large = bytes >= LARGE_BYTES;
-        let cut = open > 0 && (large || open >= TARGET || open + bytes > GROUP_MAX_BYTES);
+        let (target, large_bytes) = (self.target_bytes, self.large_bytes());
+        let large = bytes >= large_bytes;
+        let cut =
+            open > 0 && (large || open >= target || open + bytes > self.group_max_bytes());
         let pieces = if large {
-            (bytes.saturating_add(LARGE_BYTES) / TARGET).max(1)
+            (bytes.saturating_add(large_bytes) / target).max(1)
         } else {
             1
         };
@@ -90,7 +122,8 @@ impl Cutter {
             }
             self.content = None;
         }
-        (self.chunk_start.saturating_add(STRUCTURE_MAX_BYTES), true)
+        let end = self.chunk_start.saturating_add(self.structure_max_bytes());
+        (end, true)
     }
 
     /// Ends the open chunk at `position`.
@@ -111,7 +144,10 @@ mod tests {
     /// Chunk lengths of a device where contents of these sizes follow one another, each after a
     /// header, as the encoder cuts it.
     fn lengths(contents: &[u64], trailer: u64) -> Vec<u64> {
-        let mut cutter = Cutter::default();
+        lengths_by(Cutter::default(), contents, trailer)
+    }
+
+    fn lengths_by(mut cutter: Cutter, contents: &[u64], trailer: u64) -> Vec<u64> {
         let mut cuts = vec![0];
         let mut position = 0;
         let advance = |cutter: &mut Cutter, cuts: &mut Vec<u64>, position: &mut u64, to| {
@@ -179,14 +215,23 @@ mod tests {
 
     #[test]
     fn no_chunk_is_too_long_or_empty() {
-        for bytes in (0..400).map(|n| n * 1021 + 1) {
-            let lengths = lengths(&[bytes, 70_000, bytes, 10, bytes], 700_000);
-            assert!(
-                lengths
-                    .iter()
-                    .all(|n| (1..=STRUCTURE_MAX_BYTES).contains(n)),
-                "{lengths:?}"
-            );
+        for target in [TARGET_MIN_BYTES, 20_480, TARGET, TARGET_MAX_BYTES] {
+            for bytes in (0..400).map(|n| n * 1021 + 1) {
+                let contents = [bytes, 70_000, bytes, 10, bytes];
+                let lengths = lengths_by(Cutter::new(target), &contents, 700_000);
+                assert!(
+                    lengths.iter().all(|n| (1..=2 * target).contains(n)),
+                    "{target}: {lengths:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn chunks_are_about_as_long_as_chosen() {
+        for target in [TARGET_MIN_BYTES, 64 * KIB, TARGET_MAX_BYTES] {
+            let lengths = lengths_by(Cutter::new(target), &[64 * target], 0);
+            assert!(lengths[1..].iter().all(|n| *n == target), "{target}");
         }
     }
 }
