@@ -24,8 +24,8 @@ use crate::image::{
 };
 use crate::pack::{BodyParts, Caps, Input, PackError, Packed, feed, pack};
 use crate::plan::{
-    Action, INDEX_DEPTH_MAX, ImagePlan, Outcome, PlanError, PlannedLayer, Reusable, finish_image,
-    finish_index, is_image, plan_image, require_platform, select,
+    Action, Finish, INDEX_DEPTH_MAX, ImagePlan, Outcome, PlanError, PlannedLayer, Recipe, Reusable,
+    finish_image, finish_index, is_image, plan_image, require_platform, select,
 };
 use crate::pool::{ByteBudget, Pool};
 use crate::push::Pusher;
@@ -56,6 +56,10 @@ pub struct Options {
     pub force: bool,
     /// Port of the destination's registry, if its name has one: written into the annotations.
     pub port: Option<u16>,
+    /// How layers are made.
+    pub recipe: Recipe,
+    /// Whether layers that were converted by another recipe are converted again.
+    pub exact_recipe: bool,
 }
 
 impl Default for Options {
@@ -68,6 +72,18 @@ impl Default for Options {
             work_directory: None,
             force: false,
             port: None,
+            recipe: Recipe::default(),
+            exact_recipe: false,
+        }
+    }
+}
+
+impl Options {
+    fn finish(&self) -> Finish {
+        Finish {
+            port: self.port,
+            recipe: self.recipe,
+            exact_recipe: self.exact_recipe,
         }
     }
 }
@@ -132,12 +148,23 @@ pub async fn convert(
     options: Options,
     reporter: Arc<dyn Reporter>,
 ) -> Result<Summary, ConvertError> {
+    let done = convert_open(source, Arc::clone(&destination), options, reporter).await;
+    destination.close().await;
+    done
+}
+
+async fn convert_open(
+    source: Arc<dyn ImageReader>,
+    destination: Arc<dyn ImageWriter>,
+    options: Options,
+    reporter: Arc<dyn Reporter>,
+) -> Result<Summary, ConvertError> {
     let started = std::time::Instant::now();
     let root = source.root().await?;
     let root = read_tree(&*source, root, &options.platforms).await?;
     // What is there may be nothing, of another kind, or not readable for us: only a chance is lost.
     let existing = destination.root().await.ok();
-    let mut reusable = Reusable::default();
+    let mut reusable = Reusable::new(options.recipe);
     if let Some(existing) = existing.as_ref().filter(|_| !options.force) {
         remember(&*destination, existing, &mut reusable).await;
     }
@@ -317,7 +344,11 @@ impl Conversion {
             bytes,
         });
         let reporter = LayerReporter::new(&*self.reporter, &source);
-        let (outcome, transfer, converted) = match &layer.action {
+        let action = match &layer.action {
+            Action::Copy(_) if self.options.finish().remakes(layer) => &Action::Convert,
+            action => action,
+        };
+        let (outcome, transfer, converted) = match action {
             Action::Foreign => {
                 // With URLs the bytes are fetched from there; without, they can only be here.
                 let elsewhere = descriptor.other.contains_key("urls");
@@ -453,6 +484,7 @@ impl Conversion {
             blob_bytes: descriptor.size,
             diff_id: layer.diff_id,
             caps: self.options.caps,
+            encode: self.options.recipe.options(),
             keep: None,
         };
         let (reporter, source) = (Arc::clone(&self.reporter), descriptor.digest.to_string());
@@ -494,7 +526,7 @@ impl Conversion {
                         found.ok_or_else(|| ConvertError::Run("a layer was lost".into()))?;
                     ordered.push(with_config(found, plan.config_digest));
                 }
-                let document = finish_image(plan, &ordered, self.options.port);
+                let document = finish_image(plan, &ordered, self.options.finish());
                 summary.images += 1;
                 self.reporter.event(&Event::ManifestDone {
                     platform: plan.platform.to_string(),

@@ -3,7 +3,7 @@
 //!
 //! The traits are the seam to the world: a registry ([`registry`]), an OCI layout as a directory
 //! ([`oci_layout`]) or in a tar ([`oci_archive`]), what `docker save` wrote ([`docker_archive`], read
-//! only), and an in-memory store for tests. What they return is NOT trusted, except that a
+//! only), containerd's own store ([`mod@containerd`]), and an in-memory store for tests. What they return is NOT trusted, except that a
 //! document is checked against its descriptor before it is handed out ([`Document::verified`]); a
 //! blob's bytes are checked by whoever streams them, because only the reader of the whole can.
 //! A writer makes blobs visible by digest first and names them last, so that a failure at any point
@@ -22,6 +22,7 @@ use sluice_blockindex::extent::{BlobSpace, Extent};
 pub use sluice_fetcher::registry::Repository;
 
 mod archive;
+pub mod containerd;
 pub mod docker_archive;
 pub mod document;
 mod file_body;
@@ -160,6 +161,10 @@ pub trait ImageWriter: ImageReader {
 
     /// Stores a manifest or index and gives it the image's name. The last step of a conversion.
     async fn name(&self, document: &Document) -> Result<(), ImageError>;
+
+    /// Lets go of what was held for the writing only. Called once, after the last write, also after a
+    /// failure; whoever dies before leaves it to expire.
+    async fn close(&self) {}
 
     /// A directory on the file system where blobs end, if there is one: spool files made there can
     /// be renamed instead of copied.

@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cli;
+pub mod containerd;
 pub mod convert;
 pub mod doctor;
 #[cfg(test)]

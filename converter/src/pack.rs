@@ -25,6 +25,7 @@ use bytes::Bytes;
 use futures::StreamExt as _;
 use sluice_blockindex::annotations::LayerAnnotations;
 use sluice_blockindex::digest::{BlobDigest, ConfigDigest, DiffId, Sha256Hasher};
+use sluice_blockindex::encode::EncodeOptions;
 
 use crate::image::{BlobBody, ImageError};
 use crate::pool::{ByteBudget, Pool};
@@ -143,6 +144,8 @@ pub struct Input {
     pub diff_id: DiffId,
     /// What to refuse.
     pub caps: Caps,
+    /// How the new blob is made.
+    pub encode: EncodeOptions,
     /// Gets the bytes of the source blob as they come, for a caller that may want them unchanged. They
     /// are verified if packing succeeds.
     pub keep: Option<Arc<File>>,
@@ -247,7 +250,7 @@ pub fn pack(
         });
         let inflate = scope.spawn(|| inflate::inflate(blob_rx, cap, tar_tx, &drain));
         let write = scope.spawn(|| encode::write_frames(frames_rx, spool));
-        let plan = encode::encode(tar_rx, frames_tx, pool, budget);
+        let plan = encode::encode(tar_rx, frames_tx, pool, budget, input.encode.clone());
         (join(source), join(inflate), plan, join(write))
     });
     let (source, inflate, plan, written) = outcome;

@@ -3,18 +3,20 @@
 //!
 //! A root is a manifest or an index of them. [`select`] keeps the entries of an index that the user
 //! asked for; [`plan_image`] decides layer by layer; once the layers are done, [`finish_image`] and
-//! [`finish_index`] write the documents. The output depends on the input and on [`RECIPE`] alone, so
+//! [`finish_index`] write the documents. The output depends on the input and on the [`Recipe`] alone, so
 //! that converting twice gives the same digests, and so that a layer that the destination already
 //! has, annotated with its source and the recipe, need not be converted again ([`Reusable`]).
 //!
 //! Never changed: the config's bytes, and with them diff IDs, history and the config digest.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use serde::Deserialize;
 use serde_json::Value;
 use sluice_blockindex::annotations::{INDEX_DIGEST, LayerAnnotations, LayerMark, PORT};
 use sluice_blockindex::digest::{BlobDigest, ConfigDigest, DiffId};
+use sluice_blockindex::encode::EncodeOptions;
 
 use crate::image::document::{DOCKER_CONFIG, OCI_CONFIG, OCI_INDEX, OCI_LAYER_ZSTD, OCI_MANIFEST};
 use crate::image::{Descriptor, Document, DocumentKind, Platform};
@@ -24,11 +26,63 @@ mod tests;
 
 /// Annotation of a converted layer: digest of the blob that it was made from.
 pub const SOURCE: &str = "sluice.source";
-/// Annotation of a converted layer: the [`RECIPE`] by which it was made.
+/// Annotation of a converted layer: the [`Recipe`] by which it was made.
 pub const RECIPE_NAME: &str = "sluice.recipe";
-/// Names everything that decides the bytes of a converted layer besides its input. To be changed
-/// with any change of the encoder, the level or the chunk size: a stale value would keep old blobs.
-pub const RECIPE: &str = "2";
+/// Names everything about the encoder that decides the bytes of a converted layer. To be changed with any
+/// change of it, of the default level or of the default chunk size: a stale value would keep old blobs.
+const ENCODER: &str = "2";
+
+/// What decides the bytes of a converted layer besides its input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Recipe {
+    /// zstd level.
+    pub level: i32,
+    /// About how many bytes of the tar a chunk has.
+    pub chunk_bytes: u64,
+}
+
+impl Default for Recipe {
+    fn default() -> Self {
+        let defaults = EncodeOptions::default();
+        Self {
+            level: defaults.level,
+            chunk_bytes: defaults.chunk_bytes,
+        }
+    }
+}
+
+impl Recipe {
+    /// As the encoder takes it.
+    pub fn options(&self) -> EncodeOptions {
+        EncodeOptions {
+            level: self.level,
+            chunk_bytes: self.chunk_bytes,
+            ..EncodeOptions::default()
+        }
+    }
+
+    /// Whether an annotated layer was made by this recipe.
+    pub fn made(&self, layer: &Descriptor) -> bool {
+        let annotated = layer.annotations.get(RECIPE_NAME);
+        annotated.is_some_and(|annotated| *annotated == self.to_string())
+    }
+}
+
+/// The value of the annotation. What is as usual is not named, so that images that were converted before
+/// there was a choice need not be converted again.
+impl fmt::Display for Recipe {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let usual = Self::default();
+        f.write_str(ENCODER)?;
+        if self.level != usual.level {
+            write!(f, ";level={}", self.level)?;
+        }
+        if self.chunk_bytes != usual.chunk_bytes {
+            write!(f, ";chunk={}", self.chunk_bytes)?;
+        }
+        Ok(())
+    }
+}
 
 /// Indexes within indexes that are followed. Real ones have one level; a cycle cannot exist (digests),
 /// but a chain could be long.
@@ -328,15 +382,35 @@ pub fn is_converted(plan: &ImagePlan) -> bool {
         })
 }
 
-/// The manifest of a converted image. `outcomes` are those of `plan.layers`, in order; `port` is
-/// that of the registry it goes to, if its name has one.
-pub fn finish_image(plan: &ImagePlan, outcomes: &[Outcome], port: Option<u16>) -> Document {
+/// What descriptors of converted layers say besides what the layers became.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Finish {
+    /// Port of the registry that the image goes to, if its name has one.
+    pub port: Option<u16>,
+    /// How layers were made.
+    pub recipe: Recipe,
+    /// Whether layers by another recipe were made anew.
+    pub exact_recipe: bool,
+}
+
+impl Finish {
+    /// Whether a layer that was converted before was made anew. Its bytes may be the same nonetheless.
+    pub fn remakes(&self, layer: &PlannedLayer) -> bool {
+        self.exact_recipe
+            && matches!(layer.action, Action::Copy(Outcome::Lazy(_)))
+            && !self.recipe.made(&layer.descriptor)
+    }
+}
+
+/// The manifest of a converted image. `outcomes` are those of `plan.layers`, in order.
+pub fn finish_image(plan: &ImagePlan, outcomes: &[Outcome], finish: Finish) -> Document {
+    let port = finish.port;
     debug_assert_eq!(plan.layers.len(), outcomes.len());
     let as_annotated = plan.layers.iter().zip(outcomes).all(|(layer, outcome)| {
         let Action::Copy(annotated) = &layer.action else {
             return true;
         };
-        annotated == outcome
+        annotated == outcome && !finish.remakes(layer)
     });
     if as_annotated && is_converted(plan) && plan.layers.iter().all(|layer| has_port(layer, port)) {
         return plan.source.clone();
@@ -346,7 +420,7 @@ pub fn finish_image(plan: &ImagePlan, outcomes: &[Outcome], port: Option<u16>) -
         .iter()
         .zip(outcomes)
         .map(|(layer, outcome)| {
-            let mut descriptor = finish_layer(layer, outcome);
+            let mut descriptor = finish_layer(layer, outcome, finish);
             match (outcome, port) {
                 (Outcome::Lazy(_), Some(port)) => {
                     descriptor
@@ -376,7 +450,8 @@ fn has_port(layer: &PlannedLayer, port: Option<u16>) -> bool {
 }
 
 /// The descriptor of a layer in the output.
-pub fn finish_layer(layer: &PlannedLayer, outcome: &Outcome) -> Descriptor {
+pub fn finish_layer(layer: &PlannedLayer, outcome: &Outcome, finish: Finish) -> Descriptor {
+    let recipe = finish.recipe;
     let mut descriptor = layer.descriptor.clone();
     let (mark, media_type, blob, blob_bytes) = match outcome {
         Outcome::Foreign => {
@@ -409,9 +484,16 @@ pub fn finish_layer(layer: &PlannedLayer, outcome: &Outcome) -> Descriptor {
         descriptor
             .annotations
             .retain(|name, _| !name.starts_with(OURS));
+        if finish.remakes(layer) {
+            let recipe = (RECIPE_NAME.to_owned(), recipe.to_string());
+            descriptor.annotations.extend([recipe]);
+        }
         if matches!(mark, LayerMark::NotLazy(_)) {
             // Found out by reading all of it; the next conversion shall not have to.
-            let made = [(SOURCE, blob.to_string()), (RECIPE_NAME, RECIPE.to_owned())];
+            let made = [
+                (SOURCE, blob.to_string()),
+                (RECIPE_NAME, recipe.to_string()),
+            ];
             for (name, value) in made {
                 descriptor
                     .annotations
@@ -431,7 +513,7 @@ pub fn finish_layer(layer: &PlannedLayer, outcome: &Outcome) -> Descriptor {
         descriptor.annotations.insert(SOURCE.to_owned(), source);
         descriptor
             .annotations
-            .insert(RECIPE_NAME.to_owned(), RECIPE.to_owned());
+            .insert(RECIPE_NAME.to_owned(), recipe.to_string());
         // Inlined content would be that of the old blob.
         descriptor.other.remove("data");
     }
@@ -509,6 +591,8 @@ fn oci_layer_type(media_type: &str) -> String {
 /// more trust than its tag already needs. Whether the blobs still exist is checked by the caller.
 #[derive(Debug, Default)]
 pub struct Reusable {
+    /// By what recipe they must be made.
+    recipe: Recipe,
     lazy: BTreeMap<(BlobDigest, DiffId), LayerAnnotations>,
     /// What it says of its lazy blobs, whatever they were made from.
     annotated: BTreeMap<(BlobDigest, DiffId), LayerAnnotations>,
@@ -517,6 +601,14 @@ pub struct Reusable {
 }
 
 impl Reusable {
+    /// Knows nothing yet.
+    pub fn new(recipe: Recipe) -> Self {
+        Self {
+            recipe,
+            ..Self::default()
+        }
+    }
+
     /// Remembers the layers of one converted manifest.
     pub fn add(&mut self, manifest: &Document) {
         let Ok(Some(config)) = manifest.single("config") else {
@@ -532,7 +624,7 @@ impl Reusable {
             let Some(Ok(source)) = get(SOURCE).map(str::parse::<BlobDigest>) else {
                 continue;
             };
-            if get(RECIPE_NAME) != Some(RECIPE) {
+            if !self.recipe.made(&descriptor) {
                 continue;
             }
             match LayerMark::parse(get) {

@@ -21,27 +21,24 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use containerd_client::types::Descriptor as ContainerdDescriptor;
 use serde::Deserialize;
 use sluice_blockindex::digest::{ChainId, DiffId};
 
-use crate::image::document::{DOCKER_CONFIG, DOCKER_MANIFEST, OCI_CONFIG, OCI_MANIFEST};
+use crate::containerd::{Containerd, ContainerdError, child_labels, is_label, to_containerd};
 use crate::image::{
-    BlobBody, Descriptor, Document, DocumentKind, ImageError, ImageReader, Platform, read_small,
+    Descriptor, Document, DocumentKind, ImageError, ImageReader, Platform, read_small,
 };
 use crate::plan::{INDEX_DEPTH_MAX, PlanError, platform_of, require_platform, select};
 use crate::report::{Event, Pulled, Reporter};
 
-mod containerd;
+mod snapshots;
 
-use containerd::{Containerd, Prepared};
+use snapshots::{Prepared, Snapshots};
 
 /// The label by which a snapshotter learns which chain a Prepare is for.
 const SNAPSHOT_REF: &str = "containerd.io/snapshot.ref";
 /// Annotations with this prefix are handed to the snapshotter.
 const SNAPSHOT_PREFIX: &str = "containerd.io/snapshot/";
-/// containerd refuses labels whose key and value are longer together.
-const LABEL_MAX_BYTES: usize = 4096;
 
 /// Why a pull failed.
 #[derive(Debug, thiserror::Error)]
@@ -53,16 +50,9 @@ pub enum PullError {
     /// The platform is not there.
     #[error(transparent)]
     Plan(#[from] PlanError),
-    /// containerd refused.
-    #[error("{action} {what}: containerd: {reason}")]
-    Containerd {
-        /// What was asked.
-        action: &'static str,
-        /// Of what.
-        what: String,
-        /// containerd's words.
-        reason: String,
-    },
+    /// containerd refused, or a layer could not be read.
+    #[error(transparent)]
+    Containerd(#[from] ContainerdError),
     /// An unpacked layer is another than the config says.
     #[error("layer {blob} unpacks to diff ID {actual}, the config says {expected}")]
     DiffId {
@@ -122,9 +112,8 @@ pub async fn pull(
 ) -> Result<(), PullError> {
     let started = Instant::now();
     let selected = read_image(source, &target.platform).await?;
-    let mut containerd =
-        Containerd::connect(target.address, target.namespace, target.snapshotter).await?;
-    containerd.lease(&lease_id()).await?;
+    let containerd = Containerd::connect(target.address, target.namespace).await?;
+    let containerd = containerd.leased("sluice-pull").await?;
     let pulled = fill(&containerd, source, target, &selected, &*reporter).await;
     // The lease goes whatever happened; a failure is more interesting than that.
     let released = containerd.release().await;
@@ -139,13 +128,6 @@ pub async fn pull(
         seconds: started.elapsed().as_secs_f64(),
     });
     Ok(())
-}
-
-fn lease_id() -> String {
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    format!("sluice-pull-{}-{}", std::process::id(), now.as_nanos())
 }
 
 /// Reads down to the config of the platform's image.
@@ -223,31 +205,6 @@ async fn read_image(source: &dyn ImageReader, platform: &Platform) -> Result<Sel
     })
 }
 
-/// The labels by which containerd's garbage collection keeps what a document names.
-fn child_labels(children: &[Descriptor]) -> HashMap<String, String> {
-    let mut counts: HashMap<&str, usize> = HashMap::new();
-    let mut labels = HashMap::new();
-    for child in children {
-        let group = match child.media_type.as_str() {
-            OCI_CONFIG | DOCKER_CONFIG => "config",
-            OCI_MANIFEST | DOCKER_MANIFEST => "m.",
-            _ if child.is_layer() => "l.",
-            _ => "",
-        };
-        let count = counts.entry(group).or_default();
-        let name = match group {
-            "config" => group.to_owned(),
-            _ => format!("{group}{count}"),
-        };
-        *count += 1;
-        labels.insert(
-            format!("containerd.io/gc.ref.content.{name}"),
-            child.digest.to_string(),
-        );
-    }
-    labels
-}
-
 /// Does the work under the lease; returns the lazy layers and the bytes downloaded.
 async fn fill(
     containerd: &Containerd,
@@ -259,28 +216,25 @@ async fn fill(
     let mut origin = HashMap::new();
     let (host, repository) = target.repository;
     let name = format!("containerd.io/distribution.source.{host}");
-    if name.len() + repository.len() <= LABEL_MAX_BYTES {
+    if is_label(&name, repository) {
         origin.insert(name, repository.to_owned());
     }
     let config_digest = selected.config.0.digest.to_string();
-    write_small(
-        containerd,
-        &config_digest,
-        &selected.config.1,
-        origin.clone(),
-    )
-    .await?;
+    containerd
+        .write_small(&config_digest, &selected.config.1, origin.clone())
+        .await?;
     for (document, labels) in &selected.documents {
         let mut labels = labels.clone();
         labels.extend(origin.clone());
-        write_small(
-            containerd,
-            &document.digest.to_string(),
-            &document.bytes,
-            labels,
-        )
-        .await?;
+        let digest = document.digest.to_string();
+        containerd
+            .write_small(&digest, &document.bytes, labels)
+            .await?;
     }
+    let snapshots = Snapshots {
+        containerd,
+        snapshotter: target.snapshotter,
+    };
     let mut parent: Option<ChainId> = None;
     let (mut lazy, mut downloaded) = (0, 0);
     for (layer, diff_id) in &selected.layers {
@@ -291,7 +245,7 @@ async fn fill(
             parent,
             chain,
         };
-        let (how, bytes) = unpack.pull(containerd, source, &origin, reporter).await?;
+        let (how, bytes) = unpack.pull(snapshots, source, &origin, reporter).await?;
         reporter.event(&Event::LayerPulled {
             diff_id: diff_id.to_string(),
             blob: layer.digest.to_string(),
@@ -313,31 +267,6 @@ async fn fill(
     Ok((lazy, downloaded))
 }
 
-async fn write_small(
-    containerd: &Containerd,
-    digest: &str,
-    bytes: &Bytes,
-    labels: HashMap<String, String>,
-) -> Result<(), PullError> {
-    if containerd.label_content(digest, &labels).await? {
-        return Ok(());
-    }
-    let body: BlobBody = Box::pin(futures::stream::iter([Ok(bytes.clone())]));
-    let total = bytes.len() as u64;
-    containerd
-        .write_content(digest, total, labels, body, &|_| {})
-        .await
-}
-
-fn to_containerd(descriptor: &Descriptor) -> ContainerdDescriptor {
-    ContainerdDescriptor {
-        media_type: descriptor.media_type.clone(),
-        digest: descriptor.digest.to_string(),
-        size: i64::try_from(descriptor.size).unwrap_or(i64::MAX),
-        annotations: descriptor.annotations.clone().into_iter().collect(),
-    }
-}
-
 /// One layer on its way.
 struct Layer<'a> {
     descriptor: &'a Descriptor,
@@ -349,13 +278,13 @@ struct Layer<'a> {
 impl Layer<'_> {
     async fn pull(
         &self,
-        containerd: &Containerd,
+        snapshots: Snapshots<'_>,
         source: &dyn ImageReader,
         origin: &HashMap<String, String>,
         reporter: &dyn Reporter,
     ) -> Result<(Pulled, u64), PullError> {
         let chain = self.chain.to_string();
-        if containerd.has_snapshot(&chain).await? {
+        if snapshots.has_snapshot(&chain).await? {
             return Ok((Pulled::Present, 0));
         }
         let now = SystemTime::now()
@@ -369,32 +298,33 @@ impl Layer<'_> {
         let mut attempt = 0;
         let (key, mounts) = loop {
             let key = format!("extract-{now}-{attempt} {chain}");
-            match containerd.prepare(&key, &parent, self.labels()).await? {
+            match snapshots.prepare(&key, &parent, self.labels()).await? {
                 Prepared::Active(mounts) => break (key, mounts),
-                Prepared::Exists if containerd.has_snapshot(&chain).await? => {
+                Prepared::Exists if snapshots.has_snapshot(&chain).await? => {
                     return Ok((Pulled::Lazy, 0));
                 }
                 // Somebody removed it between the two calls: ask again, but not for ever.
                 Prepared::Exists if attempt < 3 => attempt += 1,
                 Prepared::Exists => {
-                    return Err(PullError::Containerd {
+                    return Err(ContainerdError::Refused {
                         action: "prepare snapshot",
                         what: chain,
                         reason: "it exists, and it does not".to_owned(),
-                    });
+                    }
+                    .into());
                 }
             }
         };
         let unpacked = self
-            .unpack(containerd, source, origin, mounts, reporter)
+            .unpack(snapshots, source, origin, mounts, reporter)
             .await;
         match unpacked {
             Ok(bytes) => {
-                containerd.commit(&chain, &key).await?;
+                snapshots.commit(&chain, &key).await?;
                 Ok((Pulled::Unpacked, bytes))
             }
             Err(e) => {
-                containerd.remove(&key).await;
+                snapshots.remove(&key).await;
                 Err(e)
             }
         }
@@ -406,9 +336,7 @@ impl Layer<'_> {
             .descriptor
             .annotations
             .iter()
-            .filter(|(name, value)| {
-                name.starts_with(SNAPSHOT_PREFIX) && name.len() + value.len() <= LABEL_MAX_BYTES
-            })
+            .filter(|(name, value)| name.starts_with(SNAPSHOT_PREFIX) && is_label(name, value))
             .map(|(name, value)| (name.clone(), value.clone()))
             .collect();
         labels.insert(SNAPSHOT_REF.to_owned(), self.chain.to_string());
@@ -417,12 +345,13 @@ impl Layer<'_> {
 
     async fn unpack(
         &self,
-        containerd: &Containerd,
+        snapshots: Snapshots<'_>,
         source: &dyn ImageReader,
         origin: &HashMap<String, String>,
         mounts: Vec<containerd_client::types::Mount>,
         reporter: &dyn Reporter,
     ) -> Result<u64, PullError> {
+        let containerd = snapshots.containerd;
         let (digest, total) = (self.descriptor.digest, self.descriptor.size);
         let name = digest.to_string();
         let mut labels = origin.clone();
@@ -443,7 +372,7 @@ impl Layer<'_> {
                 .await?;
             downloaded = total;
         }
-        let actual = containerd
+        let actual = snapshots
             .apply(to_containerd(self.descriptor), mounts)
             .await?;
         if actual != self.diff_id.to_string() {
@@ -461,33 +390,10 @@ impl Layer<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::document::OCI_INDEX;
+    use crate::image::document::{OCI_CONFIG, OCI_INDEX, OCI_MANIFEST};
     use crate::image::memory::MemoryImage;
     use serde_json::json;
     use sluice_blockindex::digest::BlobDigest;
-
-    #[test]
-    fn children_are_labelled_as_containerd_does() {
-        let descriptor = |media_type: &str, text: &str| {
-            Descriptor::new(media_type, BlobDigest::of(text.as_bytes()), 1)
-        };
-        let labels = child_labels(&[
-            descriptor(OCI_CONFIG, "c"),
-            descriptor("application/vnd.oci.image.layer.v1.tar+zstd", "l0"),
-            descriptor("application/vnd.docker.image.rootfs.diff.tar.gzip", "l1"),
-            descriptor(OCI_MANIFEST, "m0"),
-            descriptor("application/x", "x"),
-        ]);
-        let mut names: Vec<&str> = labels.keys().map(String::as_str).collect();
-        names.sort_unstable();
-        let prefix = "containerd.io/gc.ref.content.";
-        let expected = ["0", "config", "l.0", "l.1", "m.0"].map(|name| format!("{prefix}{name}"));
-        assert_eq!(names, expected);
-        assert_eq!(
-            labels[&format!("{prefix}l.1")],
-            BlobDigest::of(b"l1").to_string()
-        );
-    }
 
     /// A store with one image for `platform`, and that image's manifest.
     fn single(platform: &str) -> (MemoryImage, Document) {
@@ -566,7 +472,7 @@ mod tests {
         let mut descriptor = Descriptor::new("x", BlobDigest::of(b"l"), 1);
         for (name, value) in [
             ("containerd.io/snapshot/sluice.index.size", "7".to_owned()),
-            ("containerd.io/snapshot/long", "x".repeat(LABEL_MAX_BYTES)),
+            ("containerd.io/snapshot/long", "x".repeat(4096)),
             ("sluice.source", "s".to_owned()),
         ] {
             descriptor.annotations.insert(name.to_owned(), value);

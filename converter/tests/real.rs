@@ -177,6 +177,11 @@ fn tar_of(seed: u32, files: u32) -> Vec<u8> {
 
 /// An OCI layout with one image for two platforms; returns the tars of the first.
 fn layout(directory: &Path) -> Vec<Vec<u8>> {
+    layout_with(directory, true)
+}
+
+/// With a layer compressed by zstd, or all that are by gzip.
+fn layout_with(directory: &Path, zstd: bool) -> Vec<Vec<u8>> {
     let blobs = directory.join("blobs/sha256");
     std::fs::create_dir_all(&blobs).unwrap();
     let put = |bytes: &[u8], media_type: &str| {
@@ -193,10 +198,16 @@ fn layout(directory: &Path) -> Vec<Vec<u8>> {
                 &gzip(&tars[0]),
                 "application/vnd.oci.image.layer.v1.tar+gzip",
             ),
-            put(
-                &zstd::encode_all(tars[1].as_slice(), 3).unwrap(),
-                "application/vnd.oci.image.layer.v1.tar+zstd",
-            ),
+            match zstd {
+                true => put(
+                    &zstd::encode_all(tars[1].as_slice(), 3).unwrap(),
+                    "application/vnd.oci.image.layer.v1.tar+zstd",
+                ),
+                false => put(
+                    &gzip(&tars[1]),
+                    "application/vnd.oci.image.layer.v1.tar+gzip",
+                ),
+            },
             put(&tars[2], "application/vnd.oci.image.layer.v1.tar"),
         ];
         let diff_ids: Vec<String> = tars.iter().map(|tar| digest(tar)).collect();
@@ -363,11 +374,16 @@ fn archives_of_other_tools_are_converted_into_archives_that_they_read() {
     let source = format!("oci:{}:v1", source.display());
     let name =
         |scheme: &str, file: &str| format!("{scheme}:{}", directory.path().join(file).display());
-    // skopeo's archive and the layout that it was made from become the same image.
+    // skopeo's archive and what is in it become the same image.
     let made = name("oci-archive", "made.tar:v1");
     ok("skopeo", &["copy", "--quiet", "--all", &source, &made]);
+    let unpacked = directory.path().join("x");
+    std::fs::create_dir(&unpacked).unwrap();
+    let tar = directory.path().join("made.tar");
+    let (tar, into) = (tar.to_str().unwrap(), unpacked.to_str().unwrap());
+    ok("tar", &["-xf", tar, "-C", into]);
     let layout = name("oci", "layout:v1");
-    let expected = convert(&[&source, &layout])["digest"].clone();
+    let expected = convert(&[&name("oci", "x:v1"), &layout])["digest"].clone();
     let archive = name("oci-archive", "converted.tar:v1");
     let summary = convert(&[&made, &archive]);
     assert_eq!(summary["digest"], expected);
@@ -382,7 +398,7 @@ fn archives_of_other_tools_are_converted_into_archives_that_they_read() {
         (&0.into(), &expected)
     );
     let other = name("oci-archive", "other.tar:v1");
-    convert(&[&source, &other, "--threads", "1"]);
+    convert(&[&made, &other, "--threads", "1"]);
     assert!(std::fs::read(directory.path().join("other.tar")).unwrap() == bytes);
 
     // skopeo reads it.
@@ -406,7 +422,7 @@ fn archives_of_other_tools_are_converted_into_archives_that_they_read() {
 fn what_docker_save_and_others_write_is_converted() {
     let directory = tempfile::tempdir().unwrap();
     let source = directory.path().join("source");
-    let tars = layout(&source);
+    let tars = layout_with(&source, false);
     let name =
         |scheme: &str, file: &str| format!("{scheme}:{}", directory.path().join(file).display());
     // skopeo's docker-archive is of one platform, with uncompressed layers, equal ones as links.

@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use serde_json::json;
 
-use super::open::{RegistryArguments, location};
+use super::open::{ContainerdArguments, RegistryArguments, location};
 use super::show::{Table, bytes, printable, short};
 use crate::image::{Document, DocumentKind, ImageReader, Location, Platform, read_small};
 use crate::inspect::{
@@ -20,8 +20,8 @@ use crate::plan::{is_image, platform_of, require_platform, select};
 /// Arguments of `inspect`.
 #[derive(Debug, Args)]
 pub(super) struct Inspect {
-    /// An image (docker://…, a bare reference, oci:PATH[:TAG]), or a file: a converted blob, or a
-    /// layer index. An existing file goes first.
+    /// An image (docker://…, a bare reference, oci:PATH[:TAG], oci-archive:PATH[:TAG], containerd:NAME),
+    /// or a file: a converted blob, or a layer index. An existing file goes first.
     #[arg(value_parser = target)]
     target: Target,
     /// Only this platform of an index; repeatable. Default: all.
@@ -33,6 +33,8 @@ pub(super) struct Inspect {
     /// One JSON object on standard output.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    containerd: ContainerdArguments,
     #[command(flatten)]
     registry: RegistryArguments,
 }
@@ -56,7 +58,7 @@ pub(super) async fn run(arguments: Inspect) -> anyhow::Result<()> {
     match &arguments.target {
         Target::File(path) => file(path, &arguments),
         Target::Image(location) => {
-            let reader = arguments.registry.reader(location)?;
+            let reader = arguments.registry.reader(location, &arguments.containerd)?;
             image(&*reader, &arguments).await
         }
     }

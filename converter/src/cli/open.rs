@@ -9,6 +9,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use sluice_fetcher::registry::{DockerConfig, ImageReference, RegistryClient, RegistryOptions};
 
+use crate::image::containerd::{ContainerdImage, Store};
 use crate::image::docker_archive::DockerArchiveImage;
 use crate::image::oci_archive::OciArchiveImage;
 use crate::image::oci_layout::LayoutImage;
@@ -35,6 +36,22 @@ impl CapsArguments {
             ratio: self.max_ratio,
         }
     }
+}
+
+/// Where containerd is, for images that it holds.
+#[derive(Debug, Clone, Args)]
+pub(super) struct ContainerdArguments {
+    /// containerd's socket.
+    #[arg(
+        long,
+        short,
+        value_name = "SOCKET",
+        default_value = "/run/containerd/containerd.sock"
+    )]
+    pub(super) address: PathBuf,
+    /// containerd namespace.
+    #[arg(long, short, value_name = "NAME", default_value = "default")]
+    pub(super) namespace: String,
 }
 
 /// How registries are talked to.
@@ -71,7 +88,11 @@ impl RegistryArguments {
     }
 
     /// An image that exists.
-    pub(super) fn reader(&self, location: &Location) -> anyhow::Result<Arc<dyn ImageReader>> {
+    pub(super) fn reader(
+        &self,
+        location: &Location,
+        containerd: &ContainerdArguments,
+    ) -> anyhow::Result<Arc<dyn ImageReader>> {
         Ok(match location {
             Location::Registry(reference) => Arc::new(self.registry(reference)?),
             Location::Layout { path, tag } => Arc::new(LayoutImage::open(path, tag.as_deref())?),
@@ -81,11 +102,16 @@ impl RegistryArguments {
             Location::DockerArchive { path, tag } => {
                 Arc::new(DockerArchiveImage::open(path, tag.as_deref())?)
             }
+            Location::Containerd(name) => Arc::new(self.containerd(name, containerd)?),
         })
     }
 
     /// An image to write.
-    pub(super) fn writer(&self, location: &Location) -> anyhow::Result<Arc<dyn ImageWriter>> {
+    pub(super) fn writer(
+        &self,
+        location: &Location,
+        containerd: &ContainerdArguments,
+    ) -> anyhow::Result<Arc<dyn ImageWriter>> {
         Ok(match location {
             Location::Registry(reference) => Arc::new(self.registry(reference)?),
             Location::Layout { path, tag } => Arc::new(LayoutImage::create(path, tag.as_deref())?),
@@ -95,7 +121,20 @@ impl RegistryArguments {
             Location::DockerArchive { .. } => {
                 bail!("{location} can only be read")
             }
+            Location::Containerd(name) => Arc::new(self.containerd(name, containerd)?),
         })
+    }
+
+    fn containerd(
+        &self,
+        name: &str,
+        containerd: &ContainerdArguments,
+    ) -> anyhow::Result<ContainerdImage> {
+        let store = Store {
+            address: containerd.address.clone(),
+            namespace: containerd.namespace.clone(),
+        };
+        Ok(ContainerdImage::new(store, name, self.client()?))
     }
 
     /// An image in a registry.

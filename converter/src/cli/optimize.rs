@@ -13,7 +13,7 @@ use sluice_proto::control::{BootRun, LearnedBootListsRequest};
 use tonic::transport::Channel;
 
 use super::control::{CALL_TIMEOUT, DaemonArguments, connect, within};
-use super::open::{RegistryArguments, location};
+use super::open::{ContainerdArguments, RegistryArguments, destination};
 use crate::image::{ImageReader, Location};
 use crate::optimize::{Attached, Run, annotate, read_tree, replace, runs, write};
 
@@ -23,8 +23,9 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// Arguments of `optimize`.
 #[derive(Debug, Args)]
 pub(super) struct Optimize {
-    /// A converted image: docker://HOST/REPOSITORY:TAG, a bare reference, or oci:PATH[:TAG].
-    #[arg(value_parser = location)]
+    /// A converted image: docker://HOST/REPOSITORY:TAG, a bare reference, oci:PATH[:TAG],
+    /// oci-archive:PATH[:TAG], or containerd:NAME.
+    #[arg(value_parser = destination)]
     image: Location,
     /// Name the result by this tag; the image that was read keeps its own. Default: the same.
     #[arg(long)]
@@ -34,6 +35,8 @@ pub(super) struct Optimize {
     wait: u64,
     #[command(flatten)]
     daemon: DaemonArguments,
+    #[command(flatten)]
+    containerd: ContainerdArguments,
     #[command(flatten)]
     registry: RegistryArguments,
 }
@@ -101,7 +104,9 @@ fn tagged(image: &Location, tag: &str) -> anyhow::Result<Location> {
             path: path.clone(),
             tag: Some(tag.to_owned()),
         },
-        Location::DockerArchive { .. } => bail!("{image} can only be read"),
+        Location::DockerArchive { .. } | Location::Containerd(_) => {
+            bail!("{image} has no tags to write")
+        }
     })
 }
 
@@ -119,10 +124,12 @@ pub(super) async fn run(arguments: Optimize) -> anyhow::Result<()> {
         tag,
         wait,
         daemon,
+        containerd,
         registry,
     } = arguments;
     let destination = tag.map_or_else(|| Ok(image.clone()), |tag| tagged(&image, &tag))?;
-    let (source, writer) = (registry.reader(&image)?, registry.writer(&destination)?);
+    let source = registry.reader(&image, &containerd)?;
+    let writer = registry.writer(&destination, &containerd)?;
     let mut client = connect(daemon.socket()).await?;
     wait_for_start(&mut client, &*source, Duration::from_secs(wait)).await?;
     // Read after the wait: what was pushed meanwhile is not to be undone.
@@ -145,7 +152,9 @@ pub(super) async fn run(arguments: Optimize) -> anyhow::Result<()> {
     }
     let (root, documents) = replace(&tree, changed);
     if root.digest != tree.root.digest || destination != image {
-        write(&writer, &root, &documents).await?;
+        let written = write(&writer, &root, &documents).await;
+        writer.close().await;
+        written?;
     }
     let (old, new) = (tree.root.digest.to_string(), root.digest.to_string());
     let mut out = io::stdout().lock();

@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `sluice pull`.
 
-use std::path::PathBuf;
-
 use clap::Args;
 use sluice_fetcher::registry::ImageReference;
 
-use super::open::{RegistryArguments, reference};
+use super::open::{ContainerdArguments, RegistryArguments, reference};
 use super::show::ShowArguments;
 use crate::image::Platform;
 use crate::pull::{Target, pull};
@@ -17,12 +15,8 @@ pub(super) struct Pull {
     /// Image in a registry, with or without docker://.
     #[arg(value_parser = reference)]
     image: ImageReference,
-    /// containerd's socket.
-    #[arg(long, short, default_value = "/run/containerd/containerd.sock")]
-    address: PathBuf,
-    /// containerd namespace.
-    #[arg(long, short, default_value = "default")]
-    namespace: String,
+    #[command(flatten)]
+    containerd: ContainerdArguments,
     /// Name of the snapshotter in containerd.
     #[arg(long, default_value = "sluice")]
     snapshotter: String,
@@ -40,8 +34,8 @@ pub(super) async fn run(arguments: Pull) -> anyhow::Result<()> {
     let name = reference.to_string();
     let source = arguments.registry.registry(reference)?;
     let target = Target {
-        address: &arguments.address,
-        namespace: &arguments.namespace,
+        address: &arguments.containerd.address,
+        namespace: &arguments.containerd.namespace,
         snapshotter: &arguments.snapshotter,
         name: &name,
         repository: (reference.host(), reference.repository()),

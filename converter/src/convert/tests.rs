@@ -238,6 +238,49 @@ async fn a_second_run_reads_and_writes_no_layer() {
 }
 
 #[tokio::test]
+async fn another_recipe_converts_again_and_the_same_does_not() {
+    let builder = Builder::new();
+    builder.ordinary();
+    let destination = MemoryImage::new("destination");
+    let by = |level, chunk_bytes| Options {
+        recipe: Recipe { level, chunk_bytes },
+        exact_recipe: true,
+        ..options(2)
+    };
+    let mut digests = std::collections::BTreeSet::new();
+    for recipe in [(1, 64 * 1024), (9, 64 * 1024), (9, 16 * 1024)] {
+        for converted in [4, 0] {
+            let options = by(recipe.0, recipe.1);
+            let summary = run(&builder.store, &destination, options).await.unwrap();
+            assert_eq!(summary.layers_converted, converted, "{recipe:?}");
+            digests.insert(summary.digest);
+        }
+    }
+    assert_eq!(digests.len(), 3);
+
+    // In place: what was converted is converted again only where a recipe was asked for.
+    for (options, converted) in [
+        (options(2), 0),
+        (by(9, 16 * 1024), 0),
+        (by(1, 16 * 1024), 4),
+        (by(1, 16 * 1024), 0),
+        (options(2), 0),
+    ] {
+        let exact = options.exact_recipe;
+        let summary = run(&destination, &destination, options).await.unwrap();
+        assert_eq!(summary.layers_converted, converted, "exact: {exact}");
+        let document = destination.root().await.unwrap();
+        assert!(
+            document
+                .list("layers")
+                .unwrap()
+                .iter()
+                .all(|layer| matches!(mark(layer), LayerMark::Lazy(_)))
+        );
+    }
+}
+
+#[tokio::test]
 async fn a_converted_image_is_copied_and_blobs_are_mounted() {
     let builder = Builder::new();
     builder.ordinary();

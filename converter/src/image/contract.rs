@@ -286,3 +286,117 @@ async fn registry() {
             .unwrap()
     );
 }
+
+/// A containerd of its own, ended by its process id also when the test fails.
+struct OwnContainerd {
+    child: std::process::Child,
+    directory: tempfile::TempDir,
+}
+
+impl OwnContainerd {
+    fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().display();
+        let kept = [
+            "io.containerd.content.v1.content",
+            "io.containerd.metadata.v1.bolt",
+            "io.containerd.gc.v1.scheduler",
+            "io.containerd.grpc.v1.content",
+            "io.containerd.grpc.v1.images",
+            "io.containerd.grpc.v1.leases",
+            "io.containerd.grpc.v1.version",
+            "io.containerd.service.v1.content-service",
+            "io.containerd.service.v1.images-service",
+            "io.containerd.service.v1.leases-service",
+            "io.containerd.snapshotter.v1.native",
+            "io.containerd.event.v1.exchange",
+        ];
+        let required = kept.map(|plugin| format!("{plugin:?}")).join(", ");
+        let config = format!(
+            "version = 2\nroot = \"{path}/root\"\nstate = \"{path}/state\"\n\
+             required_plugins = [{required}]\n\
+             disabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
+             [grpc]\naddress = \"{path}/c.sock\"\n\
+             [plugins.\"io.containerd.gc.v1.scheduler\"]\n\
+             mutation_threshold = 1\nschedule_delay = \"0ms\"\nstartup_delay = \"1ms\"\n"
+        );
+        let file = directory.path().join("config.toml");
+        std::fs::write(&file, config).unwrap();
+        let log = File::create(directory.path().join("log")).unwrap();
+        let child = std::process::Command::new("containerd")
+            .arg("--config")
+            .arg(file)
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .expect("containerd is installed");
+        Self { child, directory }
+    }
+
+    async fn image(&self, name: &str) -> super::containerd::ContainerdImage {
+        use sluice_fetcher::registry::{NoCredentials, RegistryClient, RegistryOptions};
+        let store = super::containerd::Store {
+            address: self.directory.path().join("c.sock"),
+            namespace: "contract".to_owned(),
+        };
+        let registries =
+            RegistryClient::new(RegistryOptions::default(), Arc::new(NoCredentials)).unwrap();
+        for _ in 0..600 {
+            let image =
+                super::containerd::ContainerdImage::new(store.clone(), name, registries.clone());
+            match image.root().await {
+                Err(e) if !e.is_not_found() => {
+                    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                }
+                _ => return image,
+            }
+        }
+        let log = std::fs::read_to_string(self.directory.path().join("log"));
+        panic!("containerd did not start: {}", log.unwrap_or_default());
+    }
+}
+
+impl Drop for OwnContainerd {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[tokio::test]
+async fn containerd() {
+    if !nix::unistd::geteuid().is_root() {
+        println!("skipped: containerd needs root");
+        return;
+    }
+    let containerd = OwnContainerd::start();
+    // A name that needs no registry, so that what is absent is asked of nobody.
+    let image = containerd.image("CONTRACT").await;
+    check(&image).await;
+    image.close().await;
+    // What the record names survives the lease: this write and the removal of its lease make
+    // containerd collect its garbage.
+    let other = containerd.image("OTHER").await;
+    let lost = b"nothing names it".as_slice();
+    let digest = BlobDigest::of(lost);
+    let bytes = lost.len() as u64;
+    other
+        .put_blob(digest, bytes, spooled(lost), &|_| {})
+        .await
+        .unwrap();
+    assert!(other.has_blob(digest, bytes).await.unwrap());
+    other.close().await;
+    let mut gone = false;
+    for _ in 0..200 {
+        let reader = containerd.image("OTHER").await;
+        gone = reader.blob(digest, bytes).await.is_err();
+        if gone {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    assert!(gone, "what nothing names is collected");
+    let config = br#"{"rootfs":{"diff_ids":[]}}"#.as_slice();
+    let reader = containerd.image("CONTRACT").await;
+    check_reader(&reader, config, &[7; 300_000]).await;
+}

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! How users name images on the command line: `docker://host/repo:tag`, `oci:PATH[:TAG]`,
-//! `oci-archive:PATH[:TAG]`, `docker-archive:PATH[:NAME]`, or a bare reference, which means `docker://`.
+//! `oci-archive:PATH[:TAG]`, `docker-archive:PATH[:NAME]`, `containerd:NAME`, or a bare reference, which
+//! means `docker://`.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -33,10 +34,12 @@ pub enum Location {
         /// The image's name within it.
         tag: Option<String>,
     },
+    /// An image in containerd's own store, by its name there.
+    Containerd(String),
 }
 
 /// For messages.
-const KNOWN: &str = "docker://, oci:, oci-archive: and docker-archive:";
+const KNOWN: &str = "docker://, oci:, oci-archive:, docker-archive: and containerd:";
 
 /// What follows the scheme of an archive: as other tools read it, the first colon ends the path, because
 /// the name may have colons of its own.
@@ -74,6 +77,12 @@ impl Location {
             let (path, tag) = archive(text, "oci-archive", rest)?;
             return Ok(Self::OciArchive { path, tag });
         }
+        if let Some(name) = text.strip_prefix("containerd:") {
+            return match name.is_empty() || name.contains(char::is_whitespace) {
+                true => Err(format!("{text:?}: write containerd:NAME")),
+                false => Ok(Self::Containerd(name.to_owned())),
+            };
+        }
         if let Some(rest) = text.strip_prefix("docker-archive:") {
             let (path, tag) = archive(text, "docker-archive", rest)?;
             return Ok(Self::DockerArchive { path, tag });
@@ -108,11 +117,16 @@ impl Location {
         }
     }
 
-    /// The port that a registry reference names, if it names one.
+    /// The port that the name of the image's registry has, if it has one.
     #[must_use]
     pub fn port(&self) -> Option<u16> {
         match self {
             Self::Registry(reference) => port_of(reference.host()),
+            // Where it is pushed to later.
+            Self::Containerd(name) => {
+                let reference = name.parse::<ImageReference>().ok();
+                reference.and_then(|reference| port_of(reference.host()))
+            }
             Self::Layout { .. } | Self::OciArchive { .. } | Self::DockerArchive { .. } => None,
         }
     }
@@ -122,6 +136,7 @@ impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (scheme, path, tag) = match self {
             Self::Registry(reference) => return write!(f, "docker://{reference}"),
+            Self::Containerd(name) => return write!(f, "containerd:{name}"),
             Self::Layout { path, tag } => ("oci", path, tag),
             Self::OciArchive { path, tag } => ("oci-archive", path, tag),
             Self::DockerArchive { path, tag } => ("docker-archive", path, tag),
@@ -157,6 +172,7 @@ mod tests {
             ("oci:/tmp/x:v1", layout("/tmp/x", Some("v1"))),
             ("oci:a:b/c", layout("a:b/c", None)),
             ("oci:rel:latest", layout("rel", Some("latest"))),
+            ("containerd:a:1", Location::Containerd("a:1".to_owned())),
             ("oci-archive:x.tar", archive("x.tar", None)),
             (
                 "oci-archive:/a/x.tar:localhost:5000/a/b:1",
@@ -176,6 +192,8 @@ mod tests {
             "oci-archive:x:",
             "http://x/y",
             "docker-archive:",
+            "containerd:",
+            "containerd:a b",
             "dir:/x",
             "docker://",
             "docker://localhost:5000/Upper/case",

@@ -41,6 +41,7 @@ fn packed_tar(tar: &[u8]) -> Packed {
         blob_bytes: tar.len() as u64,
         diff_id: DiffId::of(tar),
         caps: Caps::default(),
+        encode: sluice_blockindex::encode::EncodeOptions::default(),
         keep: None,
     };
     let spool = crate::spool::create(&std::env::temp_dir()).unwrap();

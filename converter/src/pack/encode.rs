@@ -30,9 +30,10 @@ pub(super) fn encode<'a>(
     frames: SyncSender<Pending>,
     pool: &Pool,
     budget: &'a Arc<ByteBudget>,
+    options: EncodeOptions,
 ) -> Result<(LayerPlan, Option<LargeClaim<'a>>), PackError> {
     let mut claim = None;
-    let mut encoder = LayerEncoder::new(EncodeOptions::default()).map_err(failed)?;
+    let mut encoder = LayerEncoder::new(options).map_err(failed)?;
     let mut jobs = Vec::new();
     for part in tar {
         encoder.push(&part, &mut jobs).map_err(failed)?;

@@ -49,6 +49,7 @@ fn input(blob: &[u8], tar: &[u8]) -> Input {
         blob_bytes: blob.len() as u64,
         diff_id: DiffId::of(tar),
         caps: Caps::default(),
+        encode: EncodeOptions::default(),
         keep: None,
     }
 }

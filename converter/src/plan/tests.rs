@@ -6,6 +6,11 @@ use sluice_blockindex::extent::Extent;
 
 use crate::image::document::{DOCKER_INDEX, DOCKER_MANIFEST, OCI_LAYER_GZIP};
 
+const USUAL: Recipe = Recipe {
+    level: 3,
+    chunk_bytes: 128 * 1024,
+};
+
 const DOCKER_LAYER: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
 
 fn config(diff_ids: &[DiffId]) -> String {
@@ -59,7 +64,7 @@ fn docker_manifests_become_oci_and_keep_what_is_not_ours() {
     let plan = planned(DOCKER_MANIFEST, layer);
     assert_eq!(plan.platform.to_string(), "linux/arm64/v8");
     let outcome = lazy(&plan, &plan.layers[0]);
-    let document = finish_image(&plan, std::slice::from_ref(&outcome), None);
+    let document = finish_image(&plan, std::slice::from_ref(&outcome), Finish::default());
     assert_eq!(document.media_type, OCI_MANIFEST);
     assert_eq!(document.value["mediaType"], OCI_MANIFEST);
     assert_eq!(document.value["annotations"], json!({"z": "1", "a": "2"}));
@@ -94,7 +99,10 @@ fn docker_manifests_become_oci_and_keep_what_is_not_ours() {
             .all(|(k, v)| k.len() < 4096 && v.len() < 4096)
     );
     // The same once more gives the same bytes.
-    assert_eq!(finish_image(&plan, &[outcome], None).bytes, document.bytes);
+    assert_eq!(
+        finish_image(&plan, &[outcome], Finish::default()).bytes,
+        document.bytes
+    );
 }
 
 #[test]
@@ -104,7 +112,7 @@ fn a_converted_image_is_recognised_and_kept_to_the_byte() {
         Descriptor::new(OCI_LAYER_GZIP, BlobDigest::of(b"old"), 3),
     );
     let outcome = lazy(&plan, &plan.layers[0]);
-    let converted = finish_image(&plan, &[outcome], None);
+    let converted = finish_image(&plan, &[outcome], Finish::default());
     let config = config(&[DiffId::of(b"tar")]);
     let again = plan_image(converted.clone(), config.as_bytes()).unwrap();
     let Action::Copy(outcome) = &again.layers[0].action else {
@@ -113,7 +121,7 @@ fn a_converted_image_is_recognised_and_kept_to_the_byte() {
     assert!(is_converted(&again));
     let outcome = outcome.clone();
     assert_eq!(
-        finish_image(&again, &[outcome], None).bytes,
+        finish_image(&again, &[outcome], Finish::default()).bytes,
         converted.bytes
     );
 
@@ -135,7 +143,7 @@ fn annotations_of_another_blob_are_not_believed() {
         Descriptor::new(OCI_LAYER_GZIP, BlobDigest::of(b"old"), 3),
     );
     let outcome = lazy(&plan, &plan.layers[0]);
-    let mut layer = finish_layer(&plan.layers[0], &outcome);
+    let mut layer = finish_layer(&plan.layers[0], &outcome, Finish::default());
     layer.digest = BlobDigest::of(b"replaced by some tool");
     let again = planned(OCI_MANIFEST, layer);
     assert_eq!(again.layers[0].action, Action::Convert);
@@ -153,7 +161,7 @@ fn layers_that_are_not_lazy_keep_their_reason_and_are_found_again() {
         blob: BlobDigest::of(b"plain"),
         blob_bytes: 9,
     };
-    let document = finish_image(&plan, std::slice::from_ref(&outcome), None);
+    let document = finish_image(&plan, std::slice::from_ref(&outcome), Finish::default());
     let mut reusable = Reusable::default();
     reusable.add(&document);
     assert_eq!(reusable.find(&plan.layers[0], &plan), Some(outcome));
@@ -171,7 +179,7 @@ fn foreign_and_encrypted_layers_stay() {
         .insert("urls".into(), json!(["https://example.test/x"]));
     let plan = planned(DOCKER_MANIFEST, layer);
     assert_eq!(plan.layers[0].action, Action::Foreign);
-    let layer = finish_layer(&plan.layers[0], &Outcome::Foreign);
+    let layer = finish_layer(&plan.layers[0], &Outcome::Foreign, Finish::default());
     assert!(layer.is_foreign() && layer.media_type.contains("nondistributable"));
     assert_eq!(layer.other["urls"], json!(["https://example.test/x"]));
     assert!(layer.annotations.is_empty());
@@ -286,4 +294,40 @@ fn artifacts_are_not_images() {
     let mut value = image.value.clone();
     value["config"]["mediaType"] = "application/vnd.cncf.helm.config.v1+json".into();
     assert!(!is_image(&Document::of_value(OCI_MANIFEST, value)));
+}
+
+#[test]
+fn a_recipe_names_what_is_not_as_usual() {
+    assert_eq!(Recipe::default(), USUAL);
+    let other = Recipe {
+        level: 19,
+        chunk_bytes: 65_536,
+    };
+    let level = Recipe {
+        level: 1,
+        ..Recipe::default()
+    };
+    for (recipe, text) in [
+        (USUAL, "2"),
+        (level, "2;level=1"),
+        (other, "2;level=19;chunk=65536"),
+    ] {
+        assert_eq!(recipe.to_string(), text);
+    }
+    let layer = Descriptor::new(DOCKER_LAYER, BlobDigest::of(b"layer"), 5);
+    let plan = planned(DOCKER_MANIFEST, layer);
+    let outcome = lazy(&plan, &plan.layers[0]);
+    let finish = Finish {
+        recipe: other,
+        ..Finish::default()
+    };
+    let made = finish_image(&plan, std::slice::from_ref(&outcome), finish);
+    let layer = made.list("layers").unwrap().remove(0);
+    for (recipe, same) in [(other, true), (USUAL, false), (level, false)] {
+        assert_eq!(recipe.made(&layer), same, "{recipe}");
+        let mut reusable = Reusable::new(recipe);
+        reusable.add(&made);
+        let found = reusable.find(&plan.layers[0], &plan);
+        assert_eq!(found.is_some(), same, "{recipe}");
+    }
 }
