@@ -59,7 +59,10 @@ fn in_place(release: Release) -> Result<()> {
     let ctr = |args: &[&str]| site.containerd.ctr_ok("convert", args);
     ctr(&["images", "tag", &image, "gone:1"])?;
     ctr(&["images", "rm", "--sync", "gone:1"])?;
-    ensure!(ctr(&["leases", "ls", "-q"])?.stdout.trim().is_empty(), "no lease stays");
+    ensure!(
+        ctr(&["leases", "ls", "-q"])?.stdout.trim().is_empty(),
+        "no lease stays"
+    );
     let pushed = format!("{host}/pushed:1");
     let push = |pushed: &str| -> Result<Value> {
         ordinary.ok(&["tag", &image, pushed])?;
@@ -97,8 +100,14 @@ fn in_place(release: Release) -> Result<()> {
         &pushed,
     ])?;
     let second = http::manifest(&direct, "other", "2")?;
-    ensure!(second["config"]["digest"] == first["config"]["digest"], "{second}");
-    ensure!(second["layers"] != first["layers"], "made by another recipe");
+    ensure!(
+        second["config"]["digest"] == first["config"]["digest"],
+        "{second}"
+    );
+    ensure!(
+        second["layers"] != first["layers"],
+        "made by another recipe"
+    );
     site.wait_sealed(Duration::from_secs(120))?;
     lazily("again", &pushed)
 }

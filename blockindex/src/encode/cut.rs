@@ -81,8 +81,7 @@ impl Cutter {
         let open = start - self.chunk_start;
         let (target, large_bytes) = (self.target_bytes, self.large_bytes());
         let large = bytes >= large_bytes;
-        let cut =
-            open > 0 && (large || open >= target || open + bytes > self.group_max_bytes());
+        let cut = open > 0 && (large || open >= target || open + bytes > self.group_max_bytes());
         let pieces = if large {
             (bytes.saturating_add(large_bytes) / target).max(1)
         } else {
