@@ -48,12 +48,16 @@ fn a_start_after_a_prewarm_needs_the_manifest_alone() -> Result<()> {
 
     // What is not there is named, and what cannot be prewarmed is refused, each with exit code 1.
     let missing = format!("{}/{REPOSITORY}:none", site.registry.host());
-    for (image, says) in [
-        (&missing, "not found"),
-        (&original, "it has no index: the image is not converted"),
+    for (image, scope, says) in [
+        (&missing, "--full", "not found"),
+        (
+            &original,
+            "--boot",
+            "it has no index: the image is not converted",
+        ),
     ] {
         let mut sluice = site.daemon.sluice()?;
-        let output = command::run(sluice.args(["prewarm", image]), DEADLINE)?;
+        let output = command::run(sluice.args(["prewarm", scope, image]), DEADLINE)?;
         ensure!(!output.ok() && output.stderr.contains(says), "{output:?}");
         ensure!(output.stderr.contains(image.as_str()), "{output:?}");
     }
@@ -118,6 +122,48 @@ fn a_start_after_a_prewarm_needs_the_manifest_alone() -> Result<()> {
     // Pulled, it is the image's like any other.
     ensure!(site.daemon.is_sealed()?, "{:#}", site.status()?);
     site.kill_containers();
+    Ok(())
+}
+
+#[test]
+fn a_prewarm_indexes_an_image_that_nobody_converted() -> Result<()> {
+    let site = Site::start("prewarm-index", Release::V1, Line::OPEN, "")?;
+    let direct = site.registry.direct();
+    images::push_layout(
+        &images::python_layout()?,
+        &format!("{direct}/{REPOSITORY}:original"),
+    )?;
+    let reference = format!("{}/{REPOSITORY}:original", site.registry.host());
+    let manifest = manifest(&direct, REPOSITORY, "original")?;
+    let layers = manifest["layers"].as_array().unwrap().iter();
+    let image_bytes: u64 = layers.map(|layer| layer["size"].as_u64().unwrap()).sum();
+    let line = &site.registry.line;
+
+    let before = line.bytes();
+    let prewarmed = site.daemon.sluice_ok(&["prewarm", &reference, "--json"])?;
+    let read = line.bytes() - before;
+    let summary = lines(&prewarmed.stdout)?;
+    let summary = summary.last().context("a summary")?;
+    ensure!(summary["failed"] == 0, "{summary}");
+    // Its bytes are read once, for index and chunks.
+    ensure!(
+        read < image_bytes + image_bytes / 20,
+        "{read} of {image_bytes}"
+    );
+    ensure!(site.daemon.is_sealed()?, "{:#}", site.status()?);
+
+    let before = line.bytes();
+    let nerdctl = site.nerdctl("prewarm");
+    nerdctl.ok(&["pull", "--quiet", &reference])?;
+    let ran = nerdctl.ok(&["run", "--rm", "--net", "none", &reference])?;
+    ensure!(ran.stdout.contains("\"ready\": true"), "{ran:?}");
+    let pulled = line.bytes() - before;
+    println!("prewarm read {read} of {image_bytes} bytes; pull and start {pulled}");
+    ensure!(
+        pulled < 100_000,
+        "{pulled} bytes\n{}",
+        site.daemon.log_tail()
+    );
     Ok(())
 }
 

@@ -218,6 +218,20 @@ impl Lazy {
         self.0.artifact_of(layout, &layout.origins, deadline).await
     }
 
+    /// Makes an index of a layer that nobody has indexed, reading all of its blob from its registry.
+    ///
+    /// **Shape**: a file without a name that holds the layer device; `None` when there is nothing to make, because
+    /// the policy says so or another job is at it. **Cancelled** when dropped.
+    ///
+    /// **Errors** why there is no index, in words.
+    pub async fn index_from_registry(
+        &self,
+        layer: &LayoutLayer,
+        origins: &[BlobOrigin],
+    ) -> Result<Option<std::fs::File>, String> {
+        self.0.index_from_registry(layer, origins).await
+    }
+
     /// Whether layers of this repository may be lazy.
     #[must_use]
     pub fn trusts(&self, origin: &BlobOrigin) -> bool {

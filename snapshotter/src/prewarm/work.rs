@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //! One prewarm, from the reference to the last chunk.
 //!
-//! Resolve, fetch all indexes, open the layers as fosters, bring what is wanted. A layer that fails or is
+//! Resolve, fetch all indexes, open the layers as fosters, bring what is wanted. Of a layer that nobody has indexed
+//! the blob is read once, which gives its index and its chunks. A layer that fails or is
 //! refused does not hold the others up. What came before a failure or a cancel stays as long as what came
 //! before the end: [`PrewarmOptions::grace`].
 
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,7 +23,7 @@ use super::image::{FoundImage, find};
 use super::progress::{LayerPhase, LayerProgress, Phase, Progress, Scope};
 use crate::layers::device_key;
 use crate::lazy::Lazy;
-use crate::plan::PlannedLayer;
+use crate::plan::{PlannedLayer, Refusal, RefusalKind};
 use crate::snapshots::LazyLayerRecord;
 
 /// Indexes fetched at once.
@@ -69,7 +72,7 @@ impl Work {
             it.manifest = Some(image.manifest);
             it.layers = image.layout.layers.iter().map(LayerProgress::of).collect();
         });
-        let opened = self.open_all(&image, report).await;
+        let opened = self.open_all(&image, scope, report).await;
         report.send_modify(|it| it.phase = Phase::Fetching);
         match scope {
             Scope::Full => self.complete(&opened, report).await,
@@ -88,7 +91,7 @@ impl Work {
     }
 
     /// Fetches the indexes, and opens the layers that have one; lowest first.
-    async fn open_all(&self, image: &FoundImage, report: &Report) -> Vec<Opened> {
+    async fn open_all(&self, image: &FoundImage, scope: Scope, report: &Report) -> Vec<Opened> {
         let deadline = Instant::now() + INDEX_DEADLINE;
         let artifact = self.lazy.artifact_of(&image.layout, deadline).await;
         let artifact = artifact.as_ref();
@@ -102,6 +105,11 @@ impl Work {
                 .plan_layer(layer, &image.layout.origins, artifact, deadline);
             let planned = match tokio::time::timeout_at(deadline, planned).await {
                 Ok(Ok(planned)) => planned,
+                Ok(Err(refusal))
+                    if refusal.kind == RefusalKind::NotConverted && scope == Scope::Full =>
+                {
+                    return self.index_and_open(image, at, refusal).await;
+                }
                 Ok(Err(refusal)) => return Err((at, Some(refusal), String::new())),
                 Err(_) => return Err((at, None, "its index did not come in time".to_owned())),
             };
@@ -127,6 +135,38 @@ impl Work {
         }
         opened.sort_by_key(|layer| layer.at);
         opened
+    }
+
+    /// Indexes a layer that nobody has indexed, from its registry, and opens it with all that was read.
+    async fn index_and_open(
+        &self,
+        image: &FoundImage,
+        at: usize,
+        refusal: Refusal,
+    ) -> Result<Opened, (usize, Option<Refusal>, String)> {
+        let (layer, origins) = (&image.layout.layers[at], &image.layout.origins);
+        let device = self.lazy.index_from_registry(layer, origins).await;
+        let device = match device {
+            Ok(Some(device)) => device,
+            Ok(None) => return Err((at, Some(refusal), String::new())),
+            Err(reason) => return Err((at, None, format!("no index was made of it: {reason}"))),
+        };
+        let deadline = Instant::now() + INDEX_DEADLINE;
+        let planned = self.lazy.plan_layer(layer, origins, None, deadline);
+        let planned = planned
+            .await
+            .map_err(|refusal| (at, Some(refusal), String::new()))?;
+        let opened = self.open(at, &planned).await;
+        let opened = opened.map_err(|error| (at, None, error))?;
+        let handle = Arc::clone(&opened.handle);
+        let kept = tokio::task::spawn_blocking(move || keep(&handle, &device)).await;
+        match kept {
+            Ok(Ok(())) => {}
+            // What is missing is fetched.
+            Ok(Err(error)) => tracing::warn!("keep what was read of a layer: {error}"),
+            Err(error) => tracing::warn!("keep what was read of a layer: {error}"),
+        }
+        Ok(opened)
     }
 
     async fn open(&self, at: usize, planned: &PlannedLayer) -> Result<Opened, String> {
@@ -183,6 +223,19 @@ impl Work {
             }
         });
     }
+}
+
+/// Makes all chunks of a layer present, from a file that holds its device. **Blocks**.
+fn keep(handle: &LayerHandle, device: &File) -> std::io::Result<()> {
+    let mut buffer = Vec::new();
+    for chunk in handle.device().chunks().chunks().flatten() {
+        let length = usize::try_from(chunk.device.len()).map_err(std::io::Error::other)?;
+        buffer.resize(length, 0);
+        device.read_exact_at(&mut buffer, chunk.device.start())?;
+        let committed = handle.device().commit(chunk.ordinal, &buffer);
+        committed.map_err(std::io::Error::other)?;
+    }
+    Ok(())
 }
 
 /// Reports how far the devices are; says how many bytes are here.
