@@ -12,7 +12,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use futures::{StreamExt, TryStreamExt};
 use sluice_blockindex::annotations::LayerAnnotations;
@@ -32,6 +32,11 @@ use crate::push::Pusher;
 use crate::report::{Event, LayerReporter, Reporter, Summary, Transfer};
 
 mod copy;
+mod known;
+mod signed;
+
+pub use known::Known;
+use signed::Renamed;
 
 #[cfg(test)]
 mod tests;
@@ -60,6 +65,8 @@ pub struct Options {
     pub recipe: Recipe,
     /// Whether layers that were converted by another recipe are converted again.
     pub exact_recipe: bool,
+    /// What this call and those before have converted; the same for all images of a call.
+    pub known: Arc<Known>,
 }
 
 impl Default for Options {
@@ -74,6 +81,7 @@ impl Default for Options {
             port: None,
             recipe: Recipe::default(),
             exact_recipe: false,
+            known: Arc::default(),
         }
     }
 }
@@ -125,18 +133,34 @@ pub(crate) enum Node {
     Opaque(Document),
 }
 
+/// How the destination came to have a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// It was converted just now.
+    Converted,
+    /// As it was.
+    Copied,
+    /// An earlier conversion to this destination made it.
+    Reused,
+    /// Another image of this call had it.
+    Shared,
+}
+
 /// A layer is the same work in every image that has it.
 type LayerKey = (BlobDigest, DiffId);
 
 #[derive(Debug)]
 struct Conversion {
     source: Arc<dyn ImageReader>,
+    destination: Arc<dyn ImageWriter>,
     pusher: Arc<Pusher>,
     reusable: Reusable,
     pool: Arc<Pool>,
     budget: Arc<ByteBudget>,
     options: Options,
     reporter: Arc<dyn Reporter>,
+    /// Manifests and indexes whose digest is another now.
+    renamed: Mutex<Vec<Renamed>>,
 }
 
 /// Converts what `source` names and gives the result the name of `destination`.
@@ -180,8 +204,10 @@ async fn convert_open(
         pool: Arc::new(pool),
         budget: ByteBudget::new(options.memory_bytes.max(1)),
         source: Arc::clone(&source),
+        destination: Arc::clone(&destination),
         options,
         reporter: Arc::clone(&reporter),
+        renamed: Mutex::default(),
     };
     let mut summary = Summary {
         source: source.label().to_owned(),
@@ -200,6 +226,7 @@ async fn convert_open(
     if !same(&document) {
         conversion.pusher.name(&document).await?;
     }
+    conversion.tell_signed().await;
     summary.digest = document.digest.to_string();
     (summary.uploads, summary.uploaded_bytes) = conversion.pusher.sent();
     summary.seconds = started.elapsed().as_secs_f64();
@@ -348,7 +375,7 @@ impl Conversion {
             Action::Copy(_) if self.options.finish().remakes(layer) => &Action::Convert,
             action => action,
         };
-        let (outcome, transfer, converted) = match action {
+        let (outcome, transfer, how) = match action {
             Action::Foreign => {
                 // With URLs the bytes are fetched from there; without, they can only be here.
                 let elsewhere = descriptor.other.contains_key("urls");
@@ -356,27 +383,22 @@ impl Conversion {
                     true => Transfer::Foreign,
                     false => self.pusher.copy(descriptor, reporter).await?,
                 };
-                (Outcome::Foreign, transfer, false)
+                (Outcome::Foreign, transfer, How::Copied)
             }
             Action::Copy(annotated) => {
                 let copied = self.copy_as_annotated(plan, layer, annotated, reporter);
                 match copied.await? {
-                    Some(transfer) => (annotated.clone(), transfer, false),
-                    None => {
-                        let (outcome, transfer) = self.pack_and_send(plan, layer, reporter).await?;
-                        (outcome, transfer, true)
-                    }
+                    Some(transfer) => (annotated.clone(), transfer, How::Copied),
+                    None => self.pack_and_send(plan, layer, reporter).await?,
                 }
             }
-            Action::Convert => match self.reuse(plan, layer).await? {
-                Some(outcome) => (outcome, Transfer::Present, false),
-                None => {
-                    let (outcome, transfer) = self.pack_and_send(plan, layer, reporter).await?;
-                    (outcome, transfer, true)
-                }
+            Action::Convert => match self.bring_known(plan, layer, reporter).await? {
+                Some(brought) => brought,
+                None => self.pack_and_send(plan, layer, reporter).await?,
             },
         };
-        let event = layer_done(descriptor, &outcome, transfer, converted);
+        self.remember_layer(layer, &outcome, how);
+        let event = layer_done(descriptor, &outcome, transfer, how);
         Ok((outcome, event))
     }
 
@@ -404,7 +426,7 @@ impl Conversion {
         plan: &ImagePlan,
         layer: &PlannedLayer,
         reporter: LayerReporter<'_>,
-    ) -> Result<(Outcome, Transfer), ConvertError> {
+    ) -> Result<(Outcome, Transfer, How), ConvertError> {
         let (pool, budget) = (Arc::clone(&self.pool), Arc::clone(&self.budget));
         let descriptor = &layer.descriptor;
         // What is zstd already stays if it cannot be lazy, which only its end tells.
@@ -436,7 +458,7 @@ impl Conversion {
                     Some(transfer) => transfer,
                     None => self.pusher.send(blob, blob_bytes, kept, reporter).await?,
                 };
-                return Ok((outcome, transfer));
+                return Ok((outcome, transfer, How::Converted));
             }
             (Err(reason), None) => Outcome::NotLazy {
                 reason: reason.to_owned(),
@@ -445,12 +467,10 @@ impl Conversion {
                 blob_bytes: packed.blob_bytes,
             },
         };
-        Ok((
-            outcome,
-            self.pusher
-                .send(packed.blob, packed.blob_bytes, packed.spool, reporter)
-                .await?,
-        ))
+        let sent = self
+            .pusher
+            .send(packed.blob, packed.blob_bytes, packed.spool, reporter);
+        Ok((outcome, sent.await?, How::Converted))
     }
 
     fn layer_error(
@@ -527,6 +547,7 @@ impl Conversion {
                     ordered.push(with_config(found, plan.config_digest));
                 }
                 let document = finish_image(plan, &ordered, self.options.finish());
+                self.rename(&plan.source, &document);
                 summary.images += 1;
                 self.reporter.event(&Event::ManifestDone {
                     platform: plan.platform.to_string(),
@@ -546,6 +567,7 @@ impl Conversion {
                     .map(|(entry, document)| (entry.clone(), document.descriptor()))
                     .collect();
                 let index = finish_index(source, &pairs);
+                self.rename(source, &index);
                 if !same(&index) {
                     for (_, document) in &finished {
                         self.pusher.document(document).await?;
@@ -568,12 +590,7 @@ fn with_config(outcome: &Outcome, config: ConfigDigest) -> Outcome {
     }
 }
 
-fn layer_done(
-    descriptor: &Descriptor,
-    outcome: &Outcome,
-    transfer: Transfer,
-    converted: bool,
-) -> Event {
+fn layer_done(descriptor: &Descriptor, outcome: &Outcome, transfer: Transfer, how: How) -> Event {
     let (blob, blob_bytes, reason) = match outcome {
         Outcome::Lazy(found) => (found.blob, found.blob_bytes, None),
         Outcome::NotLazy {
@@ -594,7 +611,8 @@ fn layer_done(
         blob_bytes,
         lazy: reason.is_none(),
         reason,
-        converted,
+        converted: how == How::Converted,
+        shared: how == How::Shared,
         transfer,
     }
 }
@@ -605,6 +623,7 @@ fn tally(summary: &mut Summary, event: &Event) {
         blob_bytes,
         lazy,
         converted,
+        shared,
         transfer,
         ..
     } = event
@@ -614,7 +633,8 @@ fn tally(summary: &mut Summary, event: &Event) {
         summary.blob_bytes += blob_bytes;
         summary.layers_not_lazy += u64::from(!lazy);
         summary.layers_converted += u64::from(*converted);
-        let reused = !converted && *transfer == Transfer::Present;
+        summary.layers_shared += u64::from(*shared);
+        let reused = !converted && !shared && *transfer == Transfer::Present;
         summary.layers_reused += u64::from(reused);
     }
 }

@@ -30,6 +30,7 @@ mod layout_index;
 pub mod location;
 pub mod oci_archive;
 pub mod oci_layout;
+pub mod prefix;
 pub mod registry;
 
 #[cfg(test)]
@@ -43,6 +44,7 @@ pub(crate) mod memory;
 
 pub use document::{Descriptor, Document, DocumentKind, Platform};
 pub use location::Location;
+pub use prefix::Prefix;
 
 /// The most bytes of a manifest, index or config. Registries refuse manifests above 4 MiB; configs of
 /// machine-made images with long histories reach a few hundred KiB.
@@ -129,6 +131,12 @@ pub trait ImageReader: Send + Sync + Debug {
         blob_bytes: u64,
         extent: Extent<BlobSpace>,
     ) -> Result<Bytes, ImageError>;
+
+    /// The tools by which a manifest was signed, as far as their signatures are kept beside it. What
+    /// cannot be asked counts as not signed: this is for a hint, not for trust.
+    async fn signers(&self, _manifest: BlobDigest) -> Vec<&'static str> {
+        Vec::new()
+    }
 
     /// The repository that holds the blobs, if other repositories of its registry can mount them.
     fn repository(&self) -> Option<Repository> {

@@ -2,7 +2,7 @@
 //! Image in, image out, and the command line `sluice`.
 //!
 //! [`plan`] decides, [`pack`] changes the compression of layers, [`verify`] checks what passes, [`push`]
-//! moves blobs, [`convert`] runs them all, [`index`] indexes images as they are, [`optimize`] attaches learned boot lists, [`doctor`] looks for what is wrong on a node, [`image`] reads and writes images wherever they are, and
+//! moves blobs, [`records`] remember what was converted, [`convert`] runs them all, [`index`] indexes images as they are, [`optimize`] attaches learned boot lists, [`doctor`] looks for what is wrong on a node, [`image`] reads and writes images wherever they are, and
 //! [`cli`] is the only part that talks to a user.
 
 #![forbid(unsafe_code)]
@@ -23,6 +23,7 @@ pub mod plan;
 pub mod pool;
 pub mod pull;
 pub mod push;
+pub mod records;
 pub mod report;
 pub mod setup;
 pub mod spool;

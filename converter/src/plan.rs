@@ -10,16 +10,18 @@
 //! Never changed: the config's bytes, and with them diff IDs, history and the config digest.
 
 use std::collections::BTreeMap;
-use std::fmt;
 
 use serde::Deserialize;
 use serde_json::Value;
 use sluice_blockindex::annotations::{INDEX_DIGEST, LayerAnnotations, LayerMark, PORT};
 use sluice_blockindex::digest::{BlobDigest, ConfigDigest, DiffId};
-use sluice_blockindex::encode::EncodeOptions;
 
 use crate::image::document::{DOCKER_CONFIG, OCI_CONFIG, OCI_INDEX, OCI_LAYER_ZSTD, OCI_MANIFEST};
 use crate::image::{Descriptor, Document, DocumentKind, Platform};
+
+mod recipe;
+
+pub use recipe::Recipe;
 
 #[cfg(test)]
 mod tests;
@@ -28,62 +30,6 @@ mod tests;
 pub const SOURCE: &str = "sluice.source";
 /// Annotation of a converted layer: the [`Recipe`] by which it was made.
 pub const RECIPE_NAME: &str = "sluice.recipe";
-/// Names everything about the encoder that decides the bytes of a converted layer. To be changed with any
-/// change of it, of the default level or of the default chunk size: a stale value would keep old blobs.
-const ENCODER: &str = "2";
-
-/// What decides the bytes of a converted layer besides its input.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Recipe {
-    /// zstd level.
-    pub level: i32,
-    /// About how many bytes of the tar a chunk has.
-    pub chunk_bytes: u64,
-}
-
-impl Default for Recipe {
-    fn default() -> Self {
-        let defaults = EncodeOptions::default();
-        Self {
-            level: defaults.level,
-            chunk_bytes: defaults.chunk_bytes,
-        }
-    }
-}
-
-impl Recipe {
-    /// As the encoder takes it.
-    pub fn options(&self) -> EncodeOptions {
-        EncodeOptions {
-            level: self.level,
-            chunk_bytes: self.chunk_bytes,
-            ..EncodeOptions::default()
-        }
-    }
-
-    /// Whether an annotated layer was made by this recipe.
-    pub fn made(&self, layer: &Descriptor) -> bool {
-        let annotated = layer.annotations.get(RECIPE_NAME);
-        annotated.is_some_and(|annotated| *annotated == self.to_string())
-    }
-}
-
-/// The value of the annotation. What is as usual is not named, so that images that were converted before
-/// there was a choice need not be converted again.
-impl fmt::Display for Recipe {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let usual = Self::default();
-        f.write_str(ENCODER)?;
-        if self.level != usual.level {
-            write!(f, ";level={}", self.level)?;
-        }
-        if self.chunk_bytes != usual.chunk_bytes {
-            write!(f, ";chunk={}", self.chunk_bytes)?;
-        }
-        Ok(())
-    }
-}
-
 /// Indexes within indexes that are followed. Real ones have one level; a cycle cannot exist (digests),
 /// but a chain could be long.
 pub(crate) const INDEX_DEPTH_MAX: usize = 4;

@@ -76,11 +76,19 @@ impl Pusher {
 
     /// Has the destination get a blob without sending it, if it can: it is there, or mounted.
     pub async fn place(&self, descriptor: &Descriptor) -> Result<Option<Transfer>, ImageError> {
+        self.place_from(&*self.source, descriptor).await
+    }
+
+    async fn place_from(
+        &self,
+        source: &dyn ImageReader,
+        descriptor: &Descriptor,
+    ) -> Result<Option<Transfer>, ImageError> {
         let (digest, bytes) = (descriptor.digest, descriptor.size);
         if self.destination.has_blob(digest, bytes).await? {
             return Ok(Some(Transfer::Present));
         }
-        let mounted = match self.source.repository() {
+        let mounted = match source.repository() {
             Some(from) => self.destination.mount_blob(digest, &from).await?,
             None => false,
         };
@@ -111,23 +119,34 @@ impl Pusher {
         descriptor: &Descriptor,
         reporter: LayerReporter<'_>,
     ) -> Result<Transfer, ImageError> {
+        self.copy_from(&*self.source, descriptor, reporter).await
+    }
+
+    /// Copies a blob of another image as it is.
+    pub async fn copy_from(
+        &self,
+        source: &dyn ImageReader,
+        descriptor: &Descriptor,
+        reporter: LayerReporter<'_>,
+    ) -> Result<Transfer, ImageError> {
         let once = self.flight(descriptor.digest).await;
-        once.get_or_try_init(async || self.copy_once(descriptor, reporter).await)
+        once.get_or_try_init(async || self.copy_once(source, descriptor, reporter).await)
             .await
             .copied()
     }
 
     async fn copy_once(
         &self,
+        source: &dyn ImageReader,
         descriptor: &Descriptor,
         reporter: LayerReporter<'_>,
     ) -> Result<Transfer, ImageError> {
-        if let Some(transfer) = self.place(descriptor).await? {
+        if let Some(transfer) = self.place_from(source, descriptor).await? {
             return Ok(transfer);
         }
         let (digest, bytes) = (descriptor.digest, descriptor.size);
-        let what = format!("blob {digest} of {}", self.source.label());
-        let body = self.source.blob(digest, bytes).await?;
+        let what = format!("blob {digest} of {}", source.label());
+        let body = source.blob(digest, bytes).await?;
         let mut body = verified(body, Verifier::new(what, digest, bytes));
         let mut spool = self.spool()?;
         while let Some(part) = body.next().await {

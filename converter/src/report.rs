@@ -68,6 +68,9 @@ pub enum Event {
         reason: Option<String>,
         /// Whether its compression was changed in this run.
         converted: bool,
+        /// Whether another image of this run had it, converted.
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        shared: bool,
         /// How the blob got there.
         transfer: Transfer,
     },
@@ -80,8 +83,39 @@ pub enum Event {
         /// Digest now.
         digest: String,
     },
+    /// A manifest was signed, and the signature is of what it was.
+    Signed {
+        /// The image at the source.
+        image: String,
+        /// Digest of the manifest or index that was signed.
+        manifest: String,
+        /// By what tools.
+        signers: Vec<&'static str>,
+        /// Where the result is.
+        destination: String,
+        /// What is to be signed now.
+        digest: String,
+    },
     /// The last event of a conversion.
     Summary(Summary),
+    /// A conversion of several failed; the others go on.
+    ImageFailed {
+        /// The image.
+        source: String,
+        /// Where it should have gone.
+        destination: String,
+        /// Why.
+        error: String,
+    },
+    /// The last event of several conversions.
+    Total {
+        /// Images asked for.
+        images: u64,
+        /// Of them, those that failed.
+        failed: u64,
+        /// Wall time.
+        seconds: f64,
+    },
     /// It is known what an artifact says of a layer.
     LayerIndexed {
         /// The image's blob.
@@ -254,6 +288,8 @@ pub struct Summary {
     pub layers_converted: u64,
     /// Layers known to be at the destination by their annotations.
     pub layers_reused: u64,
+    /// Layers that another image of this run had.
+    pub layers_shared: u64,
     /// Layers without an index.
     pub layers_not_lazy: u64,
     /// Bytes of the layers at the source.

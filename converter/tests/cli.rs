@@ -11,6 +11,8 @@ use sha2::{Digest, Sha256};
 fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
     command.args(arguments).stdin(Stdio::null());
+    // No test leaves records of conversions on the machine.
+    command.env("SLUICE_STATE", "/proc/none");
     command
 }
 
@@ -78,9 +80,52 @@ fn exit_codes_tell_nonsense_from_failure() {
         &["inspect", "x", "--ca-file", "foo"],
         &["pull", "localhost:5000/Upper"],
         &["pull", "oci:z"],
+        &["convert", "oci:a"],
+        &["convert", "oci:a", "oci:b", "oci:c"],
+        &["convert", "oci:a", "docker-archive:b.tar"],
+        &["convert", "oci:a", "containerd:"],
+        &["convert", "oci:a", "oci:b", "--level", "0"],
+        &["convert", "oci:a", "oci:b", "--level", "23"],
+        &["convert", "oci:a", "oci:b", "--chunk-size", "1M"],
+        &["convert", "oci:a", "oci:b", "--jobs", "0"],
+        &[
+            "convert",
+            "oci:x/a:1",
+            "oci:y/a:1",
+            "--to",
+            "registry.invalid",
+        ],
+        &["convert", "oci:x/A:1", "--to", "registry.invalid"],
+        &["convert", "oci:x/a:1", "--to", "containerd:"],
     ] {
         let (code, stderr) = outcome(&sluice(bad));
         assert_eq!(code, Some(2), "{bad:?}: {stderr}");
+    }
+    // What makes sense and is not there is a failure.
+    for absent in [
+        &["convert", "oci:/nonexistent", "oci:/nonexistent/b"][..],
+        &[
+            "convert",
+            "oci-archive:/nonexistent.tar",
+            "oci:/nonexistent/b",
+        ],
+        &[
+            "convert",
+            "docker-archive:/nonexistent.tar",
+            "oci:/nonexistent/b",
+        ],
+        &[
+            "convert",
+            "containerd:a",
+            "containerd:a",
+            "--address",
+            "/nonexistent/c.sock",
+        ],
+        &["convert", "oci:/nonexistent", "--to", "127.0.0.1:1/x"],
+    ] {
+        let (code, stderr) = outcome(&sluice(absent));
+        assert_eq!(code, Some(1), "{absent:?}: {stderr}");
+        assert!(stderr.contains("nonexistent"), "{absent:?}: {stderr}");
     }
     let missing = "/nonexistent/config.json";
     let (code, stderr) = outcome(&sluice(&["inspect", "x", "--auth-file", missing]));

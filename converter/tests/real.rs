@@ -121,8 +121,15 @@ fn ok(program: &str, arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// Without records of earlier conversions, unless the arguments say where.
 fn sluice(arguments: &[&str]) -> Output {
-    run(env!("CARGO_BIN_EXE_sluice"), arguments)
+    let state = tempfile::tempdir().unwrap();
+    Command::new(env!("CARGO_BIN_EXE_sluice"))
+        .args(arguments)
+        .env("SLUICE_STATE", state.path())
+        .stdin(Stdio::null())
+        .output()
+        .unwrap()
 }
 
 /// The last line that a command writes with `--json`, which has this event, and all lines.
@@ -478,6 +485,116 @@ fn what_docker_save_and_others_write_is_converted() {
         stderr.contains("team/app:v1"),
         "names what is there: {stderr}"
     );
+}
+
+#[test]
+fn a_killed_conversion_goes_on_where_it_ended() {
+    use std::io::BufRead;
+    let directory = tempfile::tempdir().unwrap();
+    let source = directory.path().join("source");
+    layout(&source);
+    let source = format!("oci:{}:v1", source.display());
+    let registry = Registry::start(directory.path());
+    let pushed = format!("docker://{}/team/app:v1", registry.address);
+    let state = directory.path().join("state");
+    let state = state.to_str().unwrap();
+    // Slow, so that it does not end before it is killed.
+    let how = ["--level", "22", "--jobs", "1", "--state", state];
+    let arguments = [&["convert", "--json", &source, &pushed], &how[..]].concat();
+    let child = Command::new(env!("CARGO_BIN_EXE_sluice"))
+        .args(&arguments)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut child = Process(child);
+    let lines = std::io::BufReader::new(child.0.stdout.take().unwrap()).lines();
+    let mut finished = 0;
+    for line in lines {
+        let event: Value = serde_json::from_str(&line.unwrap()).unwrap();
+        assert_ne!(event["event"], "summary", "it ended before it was killed");
+        finished += u64::from(event["event"] == "layer-done");
+        if finished == 2 {
+            break;
+        }
+    }
+    // SIGKILL: nothing is tidied up.
+    child.0.kill().unwrap();
+    child.0.wait().unwrap();
+    let absent = run("skopeo", &["inspect", "--tls-verify=false", &pushed]);
+    assert!(!absent.status.success(), "it has no name yet");
+
+    let summary = convert(&arguments[2..]);
+    let number = |name: &str| summary[name].as_u64().unwrap();
+    assert!(number("layers_reused") >= finished, "{summary}");
+    assert_eq!(number("layers_reused") + number("layers_converted"), 5);
+    let other = format!("docker://{}/fresh/app:v1", registry.address);
+    let fresh = convert(&[
+        &source, &other, "--level", "22", "--state", state, "--force",
+    ]);
+    assert_eq!(summary["digest"], fresh["digest"]);
+}
+
+#[test]
+fn several_images_go_to_one_place_and_one_that_fails_does_not_stop_the_others() {
+    let directory = tempfile::tempdir().unwrap();
+    let registry = Registry::start(directory.path());
+    let mut images = Vec::new();
+    for name in ["one", "two"] {
+        let source = directory.path().join(name);
+        layout(&source);
+        images.push(format!("oci:{}:v1", source.display()));
+    }
+    images.insert(
+        1,
+        format!("oci:{}:v1", directory.path().join("none").display()),
+    );
+    let images: Vec<&str> = images.iter().map(String::as_str).collect();
+    let place = format!("{}/team", registry.address);
+    let state = directory.path().join("state");
+    let options = ["--to", &place, "--state", state.to_str().unwrap()];
+    let convert = |images: &[&str]| {
+        let output = sluice(&[&["convert", "--json"], images, &options[..]].concat());
+        let text = String::from_utf8(output.stdout).unwrap();
+        let lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
+        let events: Vec<Value> = lines.collect();
+        (output.status.code(), events)
+    };
+    let of = |events: &[Value], name: &str| -> Vec<Value> {
+        let found = events.iter().filter(|event| event["event"] == name);
+        found.cloned().collect()
+    };
+    let (code, events) = convert(&images);
+    assert_eq!(code, Some(1));
+    let total = events.last().unwrap();
+    assert_eq!(total["event"], "total");
+    assert_eq!((&total["images"], &total["failed"]), (&3.into(), &1.into()));
+    let failed = of(&events, "image-failed");
+    assert!(failed[0]["error"].as_str().unwrap().contains("none"));
+    // The second has the same layers; the registry mounts them from the first's repository.
+    let summaries = of(&events, "summary");
+    assert_eq!(summaries.len(), 2);
+    assert_eq!(summaries[0]["layers_converted"], 5);
+    assert_eq!(
+        (
+            &summaries[1]["layers_converted"],
+            &summaries[1]["layers_shared"]
+        ),
+        (&0.into(), &5.into())
+    );
+    assert_eq!(summaries[0]["digest"], summaries[1]["digest"]);
+    for (summary, name) in summaries.iter().zip(["one", "two"]) {
+        let reference = format!("docker://{place}/{name}:v1");
+        assert_eq!(summary["destination"], reference.as_str());
+        let raw = ok(
+            "skopeo",
+            &["inspect", "--raw", "--tls-verify=false", &reference],
+        );
+        assert_eq!(digest(raw.as_bytes()), summary["digest"].as_str().unwrap());
+    }
+    let (code, events) = convert(&[images[0], images[2]]);
+    assert_eq!(code, Some(0));
+    assert!(of(&events, "summary").iter().all(|it| it["uploads"] == 0));
 }
 
 #[test]

@@ -83,6 +83,33 @@ fn in_place(release: Release) -> Result<()> {
     };
     lazily("elsewhere", &pushed)?;
 
+    // What nerdctl and ctr save is the same image, whichever way the archive is read.
+    for (n, tool) in ["nerdctl", "ctr"].into_iter().enumerate() {
+        let archive = site
+            .root
+            .join(&format!("{tool}.tar"))?
+            .display()
+            .to_string();
+        match tool {
+            "nerdctl" => drop(ordinary.ok(&["save", "-o", &archive, &image])?),
+            _ => drop(ctr(&["images", "export", &archive, &image])?),
+        }
+        for scheme in ["docker-archive", "oci-archive"] {
+            let source = format!("{scheme}:{archive}");
+            let loaded = format!("docker://{host}/saved:{scheme}-{n}");
+            let summary = convert(&site, &[&source, &loaded])?;
+            ensure!(summary["layers_not_lazy"] == 0, "{source}: {summary}");
+            let tag = format!("{scheme}-{n}");
+            let saved = http::manifest(&direct, "saved", &tag)?;
+            ensure!(saved["config"] == first["config"], "{source}: {saved}");
+            let digests = |manifest: &Value| -> Vec<Value> {
+                let layers = manifest["layers"].as_array().into_iter().flatten();
+                layers.map(|layer| layer["digest"].clone()).collect()
+            };
+            ensure!(digests(&saved) == digests(&first), "{source}: {saved}");
+        }
+    }
+
     // A lazily pulled image has no layers in the content store: they are fetched where it came from.
     site.pull_lazily("convert", &pushed)?;
     ctr(&["images", "rm", "--sync", &image])?;

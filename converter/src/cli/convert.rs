@@ -2,26 +2,36 @@
 //! `sluice convert`.
 
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
 
+use anyhow::bail;
 use clap::Args;
 use sluice_blockindex::encode::{TARGET_MAX_BYTES, TARGET_MIN_BYTES};
 
-use super::open::{CapsArguments, ContainerdArguments, RegistryArguments, destination, location};
+use super::open::{CapsArguments, ContainerdArguments, RegistryArguments, location};
 use super::show::ShowArguments;
-use crate::convert::{Options, convert};
-use crate::image::{Location, Platform};
+use crate::convert::{Known, Options, convert};
+use crate::image::{Location, Platform, Prefix};
 use crate::plan::Recipe;
+use crate::records::Records;
+use crate::report::{Event, Reporter};
 
 /// Arguments of `convert`.
 #[derive(Debug, Args)]
 pub(super) struct Convert {
     /// Image to read: docker://HOST/REPOSITORY:TAG, a bare reference, oci:PATH[:TAG],
     /// oci-archive:PATH[:TAG], docker-archive:PATH[:NAME], or containerd:NAME.
-    #[arg(value_parser = location)]
+    #[arg(value_name = "SOURCE", value_parser = location)]
     source: Location,
-    /// Image to write, named in the same ways; a docker-archive: can only be read.
-    #[arg(value_parser = destination)]
-    destination: Location,
+    /// Image to write, named in the same ways; a docker-archive: can only be read. With --to further
+    /// images to read.
+    #[arg(value_name = "DESTINATION", value_parser = location)]
+    rest: Vec<Location>,
+    /// Convert all images that are named, each to its own repository and tag below this place: REGISTRY,
+    /// REGISTRY/PREFIX, or containerd: for whole names. Layers that they share are converted once.
+    #[arg(long, value_name = "PLACE", value_parser = Prefix::parse)]
+    to: Option<Prefix>,
     /// Only this platform of an index (os/architecture[/variant]); repeatable. Default: all.
     #[arg(long, value_parser = Platform::parse)]
     platform: Vec<Platform>,
@@ -43,6 +53,10 @@ pub(super) struct Convert {
     /// Where unfinished layers are kept. Default: the layout written to, or /var/tmp.
     #[arg(long, value_name = "DIRECTORY")]
     work_dir: Option<PathBuf>,
+    /// Where it is remembered what was converted, for a call that goes on after an interruption. Default:
+    /// $XDG_CACHE_HOME/sluice, or /var/cache/sluice for root.
+    #[arg(long, value_name = "DIRECTORY", env = "SLUICE_STATE")]
+    state: Option<PathBuf>,
     /// Convert again what the destination already has.
     #[arg(long)]
     force: bool,
@@ -76,30 +90,120 @@ fn chunk_size(text: &str) -> Result<u64, String> {
         })
 }
 
+impl Convert {
+    /// What goes where. **Errors**: a message about the arguments.
+    fn pairs(&self) -> Result<Vec<(Location, Location)>, String> {
+        let Some(to) = &self.to else {
+            let [destination] = self.rest.as_slice() else {
+                let message = "want one SOURCE and one DESTINATION; several images go --to a place";
+                return Err(message.to_owned());
+            };
+            destination.check_writable()?;
+            return Ok(vec![(self.source.clone(), destination.clone())]);
+        };
+        let mut pairs: Vec<(Location, Location)> = Vec::new();
+        for source in std::iter::once(&self.source).chain(&self.rest) {
+            let destination = to.place(source)?;
+            if let Some((other, _)) = pairs.iter().find(|(_, taken)| *taken == destination) {
+                return Err(format!(
+                    "{other} and {source} would both become {destination}"
+                ));
+            }
+            pairs.push((source.clone(), destination));
+        }
+        Ok(pairs)
+    }
+
+    fn options(&self) -> Options {
+        let defaults = Options::default();
+        let state = self.state.clone().or_else(state_directory);
+        let records = state.map(|state| Records::open(&state.join("layers")));
+        Options {
+            platforms: self.platform.clone(),
+            threads: self.jobs.map_or(defaults.threads, usize::from),
+            recipe: Recipe {
+                level: self.level.unwrap_or(defaults.recipe.level),
+                chunk_bytes: self.chunk_size.unwrap_or(defaults.recipe.chunk_bytes),
+            },
+            exact_recipe: self.level.is_some() || self.chunk_size.is_some(),
+            memory_bytes: u64::from(self.memory) * 1024 * 1024,
+            caps: self.caps.caps(),
+            work_directory: self.work_dir.clone(),
+            force: self.force,
+            port: None,
+            known: Arc::new(Known::new(records)),
+        }
+    }
+
+    async fn one(
+        &self,
+        (source, destination): &(Location, Location),
+        options: &Options,
+        reporter: &Arc<dyn Reporter>,
+    ) -> anyhow::Result<()> {
+        let options = Options {
+            port: destination.port(),
+            ..options.clone()
+        };
+        let source = self.registry.reader(source, &self.containerd)?;
+        let destination = self.registry.writer(destination, &self.containerd)?;
+        convert(source, destination, options, Arc::clone(reporter)).await?;
+        Ok(())
+    }
+}
+
+/// Where records are kept, if nobody says. Nowhere, where there is no home.
+fn state_directory() -> Option<PathBuf> {
+    if nix::unistd::geteuid().is_root() {
+        return Some("/var/cache/sluice".into());
+    }
+    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    let cache = variable("XDG_CACHE_HOME").map(PathBuf::from);
+    let cache = cache.or_else(|| Some(PathBuf::from(variable("HOME")?).join(".cache")))?;
+    cache.is_absolute().then(|| cache.join("sluice"))
+}
+
 pub(super) async fn run(arguments: Convert) -> anyhow::Result<()> {
-    let defaults = Options::default();
-    let options = Options {
-        platforms: arguments.platform,
-        threads: arguments.jobs.map_or(defaults.threads, usize::from),
-        recipe: Recipe {
-            level: arguments.level.unwrap_or(defaults.recipe.level),
-            chunk_bytes: arguments.chunk_size.unwrap_or(defaults.recipe.chunk_bytes),
-        },
-        exact_recipe: arguments.level.is_some() || arguments.chunk_size.is_some(),
-        memory_bytes: u64::from(arguments.memory) * 1024 * 1024,
-        caps: arguments.caps.caps(),
-        work_directory: arguments.work_dir,
-        force: arguments.force,
-        port: arguments.destination.port(),
-    };
-    let source = arguments
-        .registry
-        .reader(&arguments.source, &arguments.containerd)?;
-    let destination = arguments
-        .registry
-        .writer(&arguments.destination, &arguments.containerd)?;
-    convert(source, destination, options, arguments.show.reporter()).await?;
-    Ok(())
+    let pairs = arguments.pairs().unwrap_or_else(|message| {
+        use clap::CommandFactory;
+        let mut command = super::Arguments::command();
+        let kind = clap::error::ErrorKind::ValueValidation;
+        command.error(kind, message).exit()
+    });
+    let (options, reporter) = (arguments.options(), arguments.show.reporter());
+    if arguments.to.is_none() {
+        for pair in &pairs {
+            arguments.one(pair, &options, &reporter).await?;
+        }
+        return Ok(());
+    }
+    let started = Instant::now();
+    let mut failed = 0;
+    for pair in &pairs {
+        if let Err(error) = arguments.one(pair, &options, &reporter).await {
+            failed += 1;
+            let (source, destination) = (pair.0.to_string(), pair.1.to_string());
+            let error = format!("{error:#}");
+            if arguments.show.quiet {
+                tracing::error!("{source} -> {destination}: {error}");
+            }
+            reporter.event(&Event::ImageFailed {
+                source,
+                destination,
+                error,
+            });
+        }
+    }
+    let images = pairs.len() as u64;
+    reporter.event(&Event::Total {
+        images,
+        failed,
+        seconds: started.elapsed().as_secs_f64(),
+    });
+    match failed {
+        0 => Ok(()),
+        failed => bail!("{failed} of {images} images failed"),
+    }
 }
 
 #[cfg(test)]

@@ -136,7 +136,10 @@ impl Reporter for Bars {
             }
             Event::LayerProgress { .. }
             | Event::ManifestDone { .. }
+            | Event::Signed { .. }
             | Event::Summary(_)
+            | Event::ImageFailed { .. }
+            | Event::Total { .. }
             | Event::ArtifactDone { .. }
             | Event::IndexSummary(_)
             | Event::PullSummary { .. } => {}
@@ -200,7 +203,37 @@ fn describe(event: &Event) -> Option<String> {
         Event::ManifestDone {
             platform, digest, ..
         } => format!("image {platform}: {digest}"),
+        Event::Signed {
+            image,
+            manifest,
+            signers,
+            destination,
+            digest,
+        } => {
+            let signers = signers.join(" and ");
+            let advice = match image.strip_prefix("docker://") {
+                Some(name) => format!(", or make the image lazy as it is: sluice index {name}"),
+                None => String::new(),
+            };
+            format!(
+                "signed: {manifest} of {image} is signed by {signers}, and a signature does not carry \
+                 over; sign {digest} of {destination}{advice}"
+            )
+        }
         Event::Summary(summary) => summarise(summary),
+        Event::ImageFailed {
+            source,
+            destination,
+            error,
+        } => format!("{source} -> {destination}: FAILED: {error}"),
+        Event::Total {
+            images,
+            failed,
+            seconds,
+        } => {
+            let done = images - failed;
+            format!("{done} of {images} images converted in {seconds:.1} s")
+        }
         Event::LayerIndexed { .. } | Event::ArtifactDone { .. } | Event::IndexSummary(_) => {
             show_index::describe(event)?
         }
@@ -262,10 +295,11 @@ fn summarise(summary: &Summary) -> String {
     };
     let _ = write!(
         text,
-        "; {} layers ({} converted, {} reused, {} not lazy), {} -> {} in {:.1} s",
+        "; {} layers ({} converted, {} reused, {} shared, {} not lazy), {} -> {} in {:.1} s",
         summary.layers,
         summary.layers_converted,
         summary.layers_reused,
+        summary.layers_shared,
         summary.layers_not_lazy,
         bytes(summary.source_bytes),
         bytes(summary.blob_bytes),
@@ -376,6 +410,27 @@ mod tests {
     }
 
     #[test]
+    fn a_signed_image_is_told_what_to_sign_and_what_changes_nothing() {
+        let event = |image: &str| Event::Signed {
+            image: image.into(),
+            manifest: "sha256:old".into(),
+            signers: vec!["cosign"],
+            destination: "docker://r.test/a:2".into(),
+            digest: "sha256:new".into(),
+        };
+        let line = describe(&event("docker://r.test/a:1")).unwrap();
+        for part in [
+            "cosign",
+            "sign sha256:new of docker://r.test/a:2",
+            "sluice index r.test/a:1",
+        ] {
+            assert!(line.contains(part), "{line}");
+        }
+        let line = describe(&event("oci:x")).unwrap();
+        assert!(!line.contains("sluice index"), "{line}");
+    }
+
+    #[test]
     fn every_event_is_one_line_of_json() {
         let event = Event::LayerDone {
             source: "sha256:aa".into(),
@@ -385,6 +440,7 @@ mod tests {
             lazy: true,
             reason: None,
             converted: true,
+            shared: false,
             transfer: Transfer::Uploaded,
         };
         assert_eq!(

@@ -281,6 +281,137 @@ async fn another_recipe_converts_again_and_the_same_does_not() {
 }
 
 #[tokio::test]
+async fn layers_that_images_of_a_call_share_are_converted_once() {
+    let builder = Builder::new();
+    let (shared, own) = (tar_of(9, 40), [tar_of(1, 10), tar_of(2, 10)]);
+    // The same tar, compressed by two tools.
+    let blobs = [gzip(&shared), zstd::encode_all(&shared[..], 1).unwrap()];
+    let options = options(2);
+    let mut stores: Vec<MemoryImage> = Vec::new();
+    let mut layers = Vec::new();
+    for ((base, own), name) in blobs.into_iter().zip(own).zip(["first/app", "second/app"]) {
+        let media_type = match layers.is_empty() {
+            true => OCI_LAYER_GZIP,
+            false => OCI_LAYER_ZSTD,
+        };
+        let image = [
+            (builder.layer(media_type, base), DiffId::of(&shared)),
+            (builder.layer(OCI_LAYER_GZIP, gzip(&own)), DiffId::of(&own)),
+        ];
+        builder.image(OCI_MANIFEST, "amd64", &image);
+        let mut store = MemoryImage::new(name);
+        if let Some(first) = stores.first() {
+            let repository = first.repository().unwrap();
+            store.mountable = Some((repository, Arc::new(first.clone())));
+        }
+        let summary = run(&builder.store, &store, options.clone()).await.unwrap();
+        let again = u64::from(!layers.is_empty());
+        assert_eq!(
+            (summary.layers_converted, summary.layers_shared),
+            (2 - again, again)
+        );
+        layers.push(store.root().await.unwrap().list("layers").unwrap());
+        stores.push(store);
+    }
+    assert_eq!(layers[0][0].digest, layers[1][0].digest);
+    let counts = stores[1].counts();
+    assert_eq!(counts.blobs_mounted, 1, "not sent again");
+    // Where nothing can be mounted it is copied from the first.
+    let third = MemoryImage::new("third/app");
+    let summary = run(&builder.store, &third, options.clone()).await.unwrap();
+    assert_eq!((summary.layers_converted, summary.layers_shared), (0, 2));
+    assert!(third.blob_bytes(layers[0][0].digest).is_some());
+}
+
+#[tokio::test]
+async fn what_others_say_of_a_layer_does_not_reach_further_images() {
+    // Converted by somebody who gave the blob of another tar this diff ID; its index is sound.
+    let (store, _) = converted().await;
+    let honest = tar_of(3, 10);
+    let root = store.root().await.unwrap();
+    let options = options(1);
+    let first = MemoryImage::new("first");
+    run(&store, &first, options.clone()).await.unwrap();
+    let builder = Builder::new();
+    let layer = root.list("layers").unwrap().remove(0);
+    let LayerMark::Lazy(found) = mark(&layer) else {
+        panic!("lazy")
+    };
+    // The same diff ID again, from a blob that nobody has: it must be read, not taken from the first.
+    let absent = Descriptor::new(OCI_LAYER_GZIP, BlobDigest::of(b"absent"), 6);
+    let layers = [
+        (absent, found.diff_id),
+        (
+            builder.layer(OCI_LAYER_GZIP, gzip(&honest)),
+            DiffId::of(&honest),
+        ),
+    ];
+    builder.image(OCI_MANIFEST, "amd64", &layers);
+    let second = MemoryImage::new("second");
+    let error = run(&builder.store, &second, options).await.unwrap_err();
+    assert!(error.to_string().contains("not found"), "{error}");
+}
+
+#[tokio::test]
+async fn an_interrupted_conversion_goes_on_where_it_ended() {
+    let state = tempfile::tempdir().unwrap();
+    let by_records = || Options {
+        known: Arc::new(Known::new(Some(crate::records::Records::open(
+            state.path(),
+        )))),
+        ..options(1)
+    };
+    let builder = Builder::new();
+    let (original, _) = builder.ordinary();
+    let last = original.list("layers").unwrap().remove(3).digest;
+    let blob = builder.store.blob_bytes(last).unwrap();
+    builder.store.remove_blob(last);
+    let destination = MemoryImage::new("destination");
+    run(&builder.store, &destination, by_records())
+        .await
+        .expect_err("the last layer is not there");
+    let finished = destination.counts().blobs_written;
+    assert!((2..4).contains(&finished), "{finished} layers");
+
+    builder.store.insert_blob(blob);
+    let summary = run(&builder.store, &destination, by_records())
+        .await
+        .unwrap();
+    assert_eq!(summary.layers_reused, finished as u64);
+    assert_eq!(summary.layers_converted, 4 - finished as u64);
+    let fresh = MemoryImage::new("fresh");
+    let expected = run(&builder.store, &fresh, options(1)).await.unwrap();
+    assert_eq!(summary.digest, expected.digest);
+
+    // Records alone are no blobs: elsewhere, after damage, and with --force, layers are converted.
+    let elsewhere = MemoryImage::new("elsewhere");
+    let summary = run(&builder.store, &elsewhere, by_records()).await.unwrap();
+    assert_eq!(summary.layers_converted, 4);
+    let layer = destination
+        .root()
+        .await
+        .unwrap()
+        .list("layers")
+        .unwrap()
+        .remove(0);
+    let damaged = MemoryImage::new("damaged");
+    let mut bytes = destination.blob_bytes(layer.digest).unwrap().to_vec();
+    let LayerMark::Lazy(found) = mark(&layer) else {
+        panic!("lazy")
+    };
+    bytes[usize::try_from(found.index_extent.start()).unwrap() + 20] ^= 1;
+    damaged.corrupt_blob(layer.digest, bytes);
+    let summary = run(&builder.store, &damaged, by_records()).await.unwrap();
+    assert_eq!((summary.layers_converted, summary.layers_reused), (4, 0));
+    let forced = Options {
+        force: true,
+        ..by_records()
+    };
+    let summary = run(&builder.store, &destination, forced).await.unwrap();
+    assert_eq!(summary.layers_converted, 4);
+}
+
+#[tokio::test]
 async fn a_converted_image_is_copied_and_blobs_are_mounted() {
     let builder = Builder::new();
     builder.ordinary();
@@ -714,6 +845,50 @@ impl Reporter for Told {
         assert!(source.starts_with("sha256:"));
         self.0.lock().unwrap().push((sent_bytes, total_bytes));
     }
+}
+
+/// Remembers which events of signatures it was told.
+#[derive(Debug, Default)]
+struct ToldSigned(std::sync::Mutex<Vec<(String, String)>>);
+
+impl Reporter for ToldSigned {
+    fn event(&self, event: &Event) {
+        if let Event::Signed {
+            manifest, digest, ..
+        } = event
+        {
+            let told = (manifest.clone(), digest.clone());
+            self.0.lock().unwrap().push(told);
+        }
+    }
+    fn progress(&self, _: &str, _: u64) {}
+    fn uploading(&self, _: &str, _: u64, _: u64) {}
+}
+
+#[tokio::test]
+async fn a_signed_image_is_said_to_be_signed_no_more() {
+    let mut builder = Builder::new();
+    let (original, _) = builder.ordinary();
+    let destination = MemoryImage::new("destination");
+    let told = async |source: &MemoryImage| {
+        let told = Arc::new(ToldSigned::default());
+        let done = convert(
+            Arc::new(source.clone()),
+            Arc::new(destination.clone()),
+            options(1),
+            Arc::<ToldSigned>::clone(&told),
+        );
+        let digest = done.await.unwrap().digest;
+        (told.0.lock().unwrap().clone(), digest)
+    };
+    assert_eq!(told(&builder.store).await.0, []);
+    builder.store.signed = Some(original.digest);
+    let (signed, digest) = told(&builder.store).await;
+    assert_eq!(signed, [(original.digest.to_string(), digest.clone())]);
+    // What keeps its digest keeps its signature.
+    let mut converted = destination.clone();
+    converted.signed = Some(digest.parse().unwrap());
+    assert_eq!(told(&converted).await.0, []);
 }
 
 #[tokio::test]

@@ -4,9 +4,11 @@
 use std::collections::HashSet;
 
 use serde_json::{Value, json};
+use sluice_blockindex::digest::BlobDigest;
 use sluice_fetcher::registry::ImageReference;
 
 use super::document::OCI_INDEX;
+use super::registry::cosign_tag;
 use super::{Descriptor, ImageError};
 
 /// The annotation that names an entry.
@@ -100,6 +102,13 @@ impl LayoutIndex {
         }
     }
 
+    /// Whether an entry is a signature of this manifest, by cosign's name for it.
+    pub(super) fn is_signed(&self, manifest: BlobDigest) -> bool {
+        let tag = cosign_tag(manifest);
+        let entries = self.entries().unwrap_or_default();
+        entries.iter().any(|entry| is_named(entry, &tag))
+    }
+
     /// Puts an image in place of what had this name.
     pub(super) fn put(&mut self, mut descriptor: Descriptor, tag: Option<&str>) {
         if let Some(tag) = tag {
@@ -146,7 +155,6 @@ pub(super) fn is_same_reference(a: &str, b: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sluice_blockindex::digest::BlobDigest;
 
     fn entry(content: &str, name: Option<&str>, image: Option<&str>) -> Descriptor {
         let mut entry = Descriptor::new(OCI_INDEX, BlobDigest::of(content.as_bytes()), 1);

@@ -108,12 +108,19 @@ impl Location {
 
     /// Reads where to write. **Errors**: also for what can only be read.
     pub fn parse_destination(text: &str) -> Result<Self, String> {
-        match Self::parse(text)? {
+        let location = Self::parse(text)?;
+        location.check_writable()?;
+        Ok(location)
+    }
+
+    /// **Errors**: why it can only be read.
+    pub fn check_writable(&self) -> Result<(), String> {
+        match self {
             Self::DockerArchive { .. } => Err(format!(
-                "{text:?}: layers of a docker archive are not compressed, so a converted image would \
+                "{self}: layers of a docker archive are not compressed, so a converted image would \
                  not be lazy any more; write an oci-archive:"
             )),
-            location => Ok(location),
+            _ => Ok(()),
         }
     }
 

@@ -166,6 +166,11 @@ impl ImageReader for LayoutImage {
         Document::verified(&what, descriptor, bytes.into())
     }
 
+    async fn signers(&self, manifest: BlobDigest) -> Vec<&'static str> {
+        let signed = self.index().is_ok_and(|index| index.is_signed(manifest));
+        signed.then_some("cosign").into_iter().collect()
+    }
+
     async fn blob(&self, digest: BlobDigest, _bytes: u64) -> Result<BlobBody, ImageError> {
         let file = tokio::fs::File::from_std(self.open_blob(digest)?);
         let stream = tokio_util::io::ReaderStream::with_capacity(file, READ_BYTES);

@@ -28,6 +28,19 @@ use super::{BlobBody, Descriptor, Document, ImageError, ImageReader, ImageWriter
 /// Bytes read from the spool at a time; the client gathers them into pieces.
 const READ_BYTES: usize = 1024 * 1024;
 
+/// Signatures as OCI 1.1 referrers, by the tools that make them.
+const SIGNATURES: [(&str, &str); 3] = [
+    ("application/vnd.cncf.notary.signature", "notation"),
+    ("application/vnd.dev.cosign.artifact.sig.v1+json", COSIGN),
+    ("application/vnd.dev.sigstore.bundle.v0.3+json", COSIGN),
+];
+const COSIGN: &str = "cosign";
+
+/// The tag under which cosign keeps signatures where it does not use referrers.
+pub(super) fn cosign_tag(manifest: BlobDigest) -> String {
+    format!("sha256-{}.sig", manifest.hex())
+}
+
 /// The most bytes of one range: an index, which may have this many.
 const RANGE_MAX_BYTES: u64 = sluice_blockindex::annotations::INDEX_MAX_BYTES;
 
@@ -168,6 +181,31 @@ impl ImageReader for RegistryImage {
         read.await.map_err(|e| source_error("read", &what, e))
     }
 
+    async fn signers(&self, manifest: BlobDigest) -> Vec<&'static str> {
+        let mut found = Vec::new();
+        let context = Self::context();
+        if let Ok(tag) = self.place().tagged(&cosign_tag(manifest))
+            && self.client.resolve(&context, &tag).await.is_ok()
+        {
+            found.push(COSIGN);
+        }
+        let subject = ManifestDigest::from_bytes(*manifest.as_bytes());
+        for (artifact_type, tool) in SIGNATURES {
+            if found.contains(&tool) {
+                continue;
+            }
+            let listed = self
+                .client
+                .referrers(&context, self.place(), subject, artifact_type);
+            match listed.await {
+                Ok(listed) if listed.is_empty() => {}
+                Ok(_) => found.push(tool),
+                Err(error) => tracing::debug!(%manifest, %error, "signatures cannot be listed"),
+            }
+        }
+        found
+    }
+
     fn repository(&self) -> Option<Repository> {
         Some(self.place().clone())
     }
@@ -266,5 +304,56 @@ impl ImageWriter for RegistryImage {
             });
         }
         self.put(&self.reference, document).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use sluice_fetcher::registry::fake::{FakeRegistry, ReferrersApi};
+    use sluice_fetcher::registry::{NoCredentials, RegistryOptions};
+
+    const MANIFEST: &str = crate::image::document::OCI_MANIFEST;
+
+    #[tokio::test]
+    async fn signatures_are_found_by_tag_and_by_referrer() {
+        let fake = FakeRegistry::start().await;
+        let client = RegistryClient::new(RegistryOptions::default(), Arc::new(NoCredentials));
+        let reference = format!("{}/team/app:v1", fake.host()).parse().unwrap();
+        let image = RegistryImage::new(client.unwrap(), reference);
+        let add = |tag: &str, value: serde_json::Value| {
+            let bytes = value.to_string();
+            fake.add_manifest("team/app", tag, MANIFEST, bytes.clone());
+            Descriptor::new(
+                MANIFEST,
+                BlobDigest::of(bytes.as_bytes()),
+                bytes.len() as u64,
+            )
+        };
+        let manifest = |n: u32| json!({"mediaType": MANIFEST, "layers": [], "n": n});
+        for api in [None, Some(ReferrersApi::default())] {
+            fake.set_referrers(api);
+            let unsigned = add("v1", manifest(1));
+            assert!(image.signers(unsigned.digest).await.is_empty());
+            // Another kind of referrer is no signature.
+            let subject = add("v2", manifest(2));
+            let artifact = "application/vnd.sluice.index.v1";
+            add(
+                "a",
+                json!({"mediaType": MANIFEST, "artifactType": artifact, "layers": [], "subject": subject}),
+            );
+            assert!(image.signers(subject.digest).await.is_empty());
+        }
+        let by_tag = add("v3", manifest(3));
+        add(&cosign_tag(by_tag.digest), manifest(4));
+        assert_eq!(image.signers(by_tag.digest).await, ["cosign"]);
+        let notary = "application/vnd.cncf.notary.signature";
+        let subject = add("v5", manifest(5));
+        add(
+            "b",
+            json!({"mediaType": MANIFEST, "artifactType": notary, "layers": [], "subject": subject}),
+        );
+        assert_eq!(image.signers(subject.digest).await, ["notation"]);
     }
 }

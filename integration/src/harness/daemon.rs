@@ -191,6 +191,7 @@ impl Daemon {
     pub fn sluice(&self) -> Result<Command> {
         let mut command = Command::new(tools::binary("sluice")?);
         command.env("SLUICE_CONTROL_SOCKET", self.run_dir.join("control.sock"));
+        command.env("SLUICE_STATE", self.run_dir.join("converted"));
         Ok(command)
     }
 
