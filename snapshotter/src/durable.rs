@@ -16,6 +16,19 @@ const TEMPORARY_PREFIX: &str = ".tmp-";
 
 static NEXT: AtomicU64 = AtomicU64::new(0);
 
+/// A file without a name, for what nobody shall find: the kernel frees it with its last descriptor, also after a
+/// crash.
+///
+/// **Errors** of the file system.
+pub fn unnamed(directory: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_TMPFILE)
+        .mode(0o600)
+        .open(directory)
+}
+
 /// Makes `directory/name` hold these bytes.
 ///
 /// **Errors** of the file system; the name then is as before.

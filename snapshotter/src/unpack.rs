@@ -336,16 +336,8 @@ fn scan(tar: &File, until: &Until) -> Result<Tree, LayerUnpackError> {
     }
 }
 
-/// A file without a name: the kernel frees it with its last descriptor.
 fn unnamed_file(directory: &Path) -> Result<File, LayerUnpackError> {
-    use std::os::unix::fs::OpenOptionsExt as _;
-    std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_TMPFILE)
-        .mode(0o600)
-        .open(directory)
-        .map_err(LayerUnpackError::io("create a temporary file"))
+    crate::durable::unnamed(directory).map_err(LayerUnpackError::io("create a temporary file"))
 }
 
 /// Reads pieces from a queue, on a blocking thread.

@@ -242,7 +242,7 @@ impl Inner {
     ) -> Result<(File, IndexedLayer), Failure> {
         let places = self.trusted_sources(blob, origins).await;
         let places = places.map_err(|refusal| Failure::Untrusted(refusal.reason))?;
-        let device = self.blocking(|inner| tempfile::tempfile_in(&inner.options.root));
+        let device = self.blocking(|inner| crate::durable::unnamed(&inner.options.root));
         let device = device.await?;
         let (parts, taken) = mpsc::channel(PARTS_AHEAD);
         let read = self.ask_parts(blob, blob_bytes, &places, parts);
