@@ -13,6 +13,9 @@
 //! whatever the blob allows to decompress alone ([`Codec`]): then neighbours may share a frame that is
 //! longer than a chunk may be, and a frame of gzip begins at a [`Restart`] point.
 //!
+//! Of a blob with a table of contents that others made ([`DeviceForm::Contents`]) the device is no tar: no crc32
+//! of a chunk is known, and what follows a content up to the next block is zeros that its digest does not cover.
+//!
 //! The byte tables are in `docs/formats/layer-index.md`.
 
 mod check;
@@ -30,9 +33,9 @@ use zerocopy::FromBytes;
 
 use crate::digest::{ChunkDigest, StrongAlgorithm};
 use crate::extent::{BlobSpace, DeviceSpace, Extent};
-use crate::units::CHUNK_MAX_BYTES;
+use crate::units::{CHUNK_MAX_BYTES, TOC_CHUNK_MAX_BYTES};
 
-use check::check_records;
+use check::{Kind, check_records};
 use format::{RawChunk, RawHeader, RawRestart};
 
 pub use error::ChunkMapError;
@@ -92,6 +95,16 @@ impl Codec {
     }
 }
 
+/// What the bytes of a layer device are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceForm {
+    /// The uncompressed tar: all of it together has the diff ID.
+    Tar,
+    /// The contents of the files one after the other, each from a block on: the chunks' digests are all the proof
+    /// that there is.
+    Contents,
+}
+
 /// In which order the chunks of a blob can be had.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Access {
@@ -115,12 +128,21 @@ pub struct Chunk {
     pub codec: Codec,
     /// Bytes that the frame gives before those of this chunk: those of the chunks that share it.
     pub skip_bytes: u32,
-    /// CRC-32 (IEEE) of the device bytes.
-    pub crc32: u32,
+    /// CRC-32 (IEEE) of the device bytes; none where only the digest is known.
+    pub crc32: Option<u32>,
+    /// Zeros at the end of the device bytes that come from no frame and that the digest does not cover.
+    pub padding_bytes: u16,
     /// Algorithm of `digest`.
     pub algorithm: StrongAlgorithm,
-    /// Strong digest of the device bytes.
+    /// Strong digest of the device bytes without the padding.
     pub digest: ChunkDigest,
+}
+
+impl Chunk {
+    /// Bytes that its frame gives and its digest covers.
+    pub fn content_bytes(&self) -> u64 {
+        self.device.len().saturating_sub(self.padding_bytes.into())
+    }
 }
 
 /// What the map's writer knows of a chunk; its device start follows from those before it.
@@ -145,6 +167,8 @@ pub(crate) enum Rules {
     Own,
     /// Any other.
     Unmodified {
+        /// What its device is.
+        form: DeviceForm,
         /// Where the restart points stand; none is an empty table.
         restarts: Option<Range<usize>>,
         /// Size of the file of windows.
@@ -161,8 +185,25 @@ pub struct ChunkMap {
     count: u32,
     algorithm: StrongAlgorithm,
     access: Access,
+    form: DeviceForm,
     device_bytes: u64,
     frames_bytes: u64,
+}
+
+impl Rules {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Own => Kind::Own,
+            Self::Unmodified {
+                form: DeviceForm::Tar,
+                ..
+            } => Kind::Unmodified,
+            Self::Unmodified {
+                form: DeviceForm::Contents,
+                ..
+            } => Kind::Contents,
+        }
+    }
 }
 
 impl ChunkMap {
@@ -185,8 +226,21 @@ impl ChunkMap {
         let range = 0..chunks.len();
         chunks.extend_from_slice(restarts);
         let rules = Rules::Unmodified {
+            form: DeviceForm::Tar,
             restarts: Some(range.end..chunks.len()),
             windows_bytes,
+        };
+        Self::parse_in(Arc::new(chunks), range, rules)
+    }
+
+    /// As [`Self::parse_unmodified`], of a device that is [`DeviceForm::Contents`].
+    pub fn parse_contents(mut chunks: Vec<u8>, restarts: &[u8]) -> Result<Self, ChunkMapError> {
+        let range = 0..chunks.len();
+        chunks.extend_from_slice(restarts);
+        let rules = Rules::Unmodified {
+            form: DeviceForm::Contents,
+            restarts: Some(range.end..chunks.len()),
+            windows_bytes: 0,
         };
         Self::parse_in(Arc::new(chunks), range, rules)
     }
@@ -224,13 +278,17 @@ impl ChunkMap {
         }
         let (device_bytes, frames_bytes) = (header.device_bytes.get(), header.frames_bytes.get());
         let chunks = as_records(rest);
-        let own = matches!(rules, Rules::Own);
-        let access = check_records(chunks, device_bytes, frames_bytes, own)?;
+        let access = check_records(chunks, device_bytes, frames_bytes, rules.kind())?;
+        let form = match rules {
+            Rules::Own => DeviceForm::Tar,
+            Rules::Unmodified { form, .. } => form,
+        };
         let restarts = match rules {
             Rules::Own => 0..0,
             Rules::Unmodified {
                 restarts,
                 windows_bytes,
+                ..
             } => {
                 let restarts = restarts.unwrap_or(0..0);
                 restart::check(as_table(all, &restarts)?, chunks, windows_bytes)?;
@@ -245,6 +303,7 @@ impl ChunkMap {
             count,
             algorithm,
             access,
+            form,
             device_bytes,
             frames_bytes,
         })
@@ -284,6 +343,11 @@ impl ChunkMap {
         self.access
     }
 
+    /// What the device is, and with it what proves that it is complete and right.
+    pub fn form(&self) -> DeviceForm {
+        self.form
+    }
+
     /// The restart point of a chunk's frame; `None` for codecs without (or when a mapped file was
     /// damaged after its validation).
     pub fn restart(&self, chunk: &Chunk) -> Option<Restart> {
@@ -321,14 +385,19 @@ impl ChunkMap {
             Some(next) => next.device_start.get(),
             None => self.device_bytes,
         };
+        let most = match self.form {
+            DeviceForm::Tar => CHUNK_MAX_BYTES,
+            DeviceForm::Contents => TOC_CHUNK_MAX_BYTES,
+        };
         Some(Chunk {
             ordinal,
             device: Extent::new(record.device_start.get(), end)
-                .filter(|device| device.len() <= CHUNK_MAX_BYTES)?,
+                .filter(|device| device.len() <= most)?,
             blob: Extent::from_length(record.frame_start.get(), record.frame_bytes.get().into())?,
             codec: Codec::from_code(record.codec)?,
             skip_bytes: record.skip_bytes.get(),
-            crc32: record.crc32.get(),
+            crc32: (self.form == DeviceForm::Tar).then(|| record.crc32.get()),
+            padding_bytes: record.padding_bytes.get(),
             algorithm: self.algorithm,
             digest: ChunkDigest(record.digest),
         })
@@ -372,6 +441,7 @@ impl fmt::Debug for ChunkMap {
             .field("count", &self.count)
             .field("algorithm", &self.algorithm)
             .field("access", &self.access)
+            .field("form", &self.form)
             .field("restart_count", &self.restart_count())
             .field("device_bytes", &self.device_bytes)
             .field("frames_bytes", &self.frames_bytes)

@@ -31,7 +31,7 @@ use std::sync::Arc;
 use zerocopy::FromBytes;
 use zstd::zstd_safe;
 
-use crate::chunkmap::{ChunkMap, Rules};
+use crate::chunkmap::{ChunkMap, DeviceForm, Rules};
 use crate::digest::{BlobDigest, DIGEST_BYTES, DiffId, StrongAlgorithm};
 use crate::erofs::{FileType, Nid, TreeError, TreeLimits, TreeReader, validate};
 use crate::extent::{BlobSpace, Extent};
@@ -130,7 +130,7 @@ pub struct WindowsPin {
 pub struct UncheckedIndex<B> {
     bytes: B,
     sections: Vec<Section>,
-    unmodified: bool,
+    unmodified: Option<DeviceForm>,
 }
 
 impl<B: AsRef<[u8]> + Send + Sync + 'static> UncheckedIndex<B> {
@@ -140,12 +140,17 @@ impl<B: AsRef<[u8]> + Send + Sync + 'static> UncheckedIndex<B> {
     /// **Errors**: not an index of a version and with features that this reader knows, another
     /// length, sections that overlap or leave the file, or the index of an unmodified blob.
     pub fn parse(bytes: B) -> Result<Self, IndexError> {
-        Self::parse_kind(bytes, false)
+        Self::parse_kind(bytes, None)
     }
 
     /// As [`Self::parse`], for the index of a blob that Sluice did not write.
     pub fn parse_unmodified(bytes: B) -> Result<Self, IndexError> {
-        Self::parse_kind(bytes, true)
+        Self::parse_kind(bytes, Some(DeviceForm::Tar))
+    }
+
+    /// As [`Self::parse`], for the index that was made of the table of contents of a blob that others wrote.
+    pub fn parse_contents(bytes: B) -> Result<Self, IndexError> {
+        Self::parse_kind(bytes, Some(DeviceForm::Contents))
     }
 
     /// As [`Self::parse`], for the index of a blob of either kind: [`Metadata::unmodified`] tells which.
@@ -158,16 +163,12 @@ impl<B: AsRef<[u8]> + Send + Sync + 'static> UncheckedIndex<B> {
         })
     }
 
-    fn parse_kind(bytes: B, unmodified: bool) -> Result<Self, IndexError> {
+    fn parse_kind(bytes: B, unmodified: Option<DeviceForm>) -> Result<Self, IndexError> {
         let index = Self::parse_either(bytes)?;
         if index.unmodified != unmodified {
-            let name = |unmodified| match unmodified {
-                true => "an unmodified blob",
-                false => "a blob that Sluice wrote",
-            };
             return Err(IndexError::Kind {
-                expected: name(unmodified),
-                actual: name(index.unmodified),
+                expected: kind_name(unmodified),
+                actual: kind_name(index.unmodified),
             });
         }
         Ok(index)
@@ -195,6 +196,7 @@ impl<B: AsRef<[u8]> + Send + Sync + 'static> UncheckedIndex<B> {
         let rules = match &metadata.unmodified {
             None => Rules::Own,
             Some(blob) => Rules::Unmodified {
+                form: self.unmodified.unwrap_or(DeviceForm::Tar),
                 restarts: self.section(SECTION_RESTARTS).ok(),
                 windows_bytes: blob.windows.map_or(0, |pin| pin.bytes),
             },
@@ -277,12 +279,15 @@ impl<B: AsRef<[u8]> + Send + Sync + 'static> UncheckedIndex<B> {
     fn unmodified_blob(&self, raw: &RawMetadata) -> Result<Option<UnmodifiedBlob>, IndexError> {
         let (windows, blob) = (raw.windows_bytes.get(), raw.blob_bytes.get());
         let no_windows = windows == 0 && raw.windows_digest == [0; DIGEST_BYTES];
-        if !self.unmodified {
+        let Some(form) = self.unmodified else {
             let zeros = no_windows && blob == 0 && raw.blob_digest == [0; DIGEST_BYTES];
             return match zeros {
                 true => Ok(None),
                 false => Err(IndexError::Reserved { place: "metadata" }),
             };
+        };
+        if form == DeviceForm::Contents && !no_windows {
+            return Err(IndexError::Reserved { place: "metadata" });
         }
         if raw.frames_bytes.get() > blob {
             let (left, right) = (raw.frames_bytes.get(), blob);
@@ -308,6 +313,14 @@ impl<B: AsRef<[u8]> + Send + Sync + 'static> UncheckedIndex<B> {
             bytes: blob,
             windows: (!no_windows).then_some(pin),
         }))
+    }
+}
+
+fn kind_name(unmodified: Option<DeviceForm>) -> &'static str {
+    match unmodified {
+        None => "a blob that Sluice wrote",
+        Some(DeviceForm::Tar) => "an unmodified blob",
+        Some(DeviceForm::Contents) => "a blob with another's table of contents",
     }
 }
 
@@ -395,6 +408,11 @@ impl<B: AsRef<[u8]> + Send + Sync + 'static> Index<B> {
     /// Bytes of the whole index file.
     pub fn file_bytes(&self) -> u64 {
         (*self.bytes).as_ref().len() as u64
+    }
+
+    /// What its device is: what the seal of it proves.
+    pub fn form(&self) -> DeviceForm {
+        self.chunk_map.form()
     }
 
     /// That the index is of this blob, which Sluice did not write.

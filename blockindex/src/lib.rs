@@ -23,6 +23,7 @@ pub mod merge;
 pub mod seektable;
 pub mod skeleton;
 pub mod tar;
+pub mod toc;
 pub mod tree;
 pub mod units;
 pub mod windows;

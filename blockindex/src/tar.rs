@@ -33,7 +33,7 @@ use std::fmt;
 use crate::extent::{DeviceSpace, Extent};
 use crate::tree::{Timestamp, Tree};
 
-use apply::{Applied, Apply, Entry};
+pub(crate) use apply::{Applied, Apply, Entry};
 use header::{BLOCK, RawHeader};
 
 /// The most bytes of one PAX or GNU record that is read; Go's reader has the same limit.
@@ -563,8 +563,22 @@ fn merge(raw: RawHeader, pending: &Pending, offset: u64) -> Result<Entry, ScanEr
     })
 }
 
+/// Name and size of the file whose header a tar begins with; `None` when it does not begin with one.
+///
+/// **Errors**: no header.
+pub(crate) fn first_file(tar: &[u8]) -> Result<Option<(Vec<u8>, u64)>, ScanError> {
+    let missing = |actual: usize| ScanError::Truncated {
+        offset: actual as u64,
+        missing: (BLOCK - actual.min(BLOCK)) as u64,
+    };
+    let block = tar.first_chunk().ok_or_else(|| missing(tar.len()))?;
+    let raw = header::parse(block, 0)?;
+    let (bytes, _) = size(raw.size, 0)?;
+    Ok(matches!(raw.kind, b'0' | 0).then_some((raw.name, bytes)))
+}
+
 /// Bytes for a message: control characters escaped, cut to 200 characters.
-fn shown(bytes: &[u8]) -> String {
+pub(crate) fn shown(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     text.chars()
         .take(200)

@@ -26,6 +26,10 @@ pub const SPAN_FRAME_MAX_BYTES: u64 = 8 * 1024 * 1024;
 /// decompresses at most. A deflate block of zeros is some 4 MiB with the encoders in use.
 pub const SPAN_MAX_BYTES: u64 = 16 * 1024 * 1024;
 
+/// The most bytes of content that a chunk may have whose digest somebody else's table of contents pins: only
+/// all of it can be verified. It is what the writers of eStargz cut large files into.
+pub const TOC_CHUNK_MAX_BYTES: u64 = 4 * 1024 * 1024;
+
 /// Rounds a byte count up to whole device blocks.
 ///
 /// **Units**: bytes in, blocks out.

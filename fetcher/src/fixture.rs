@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A layer made for tests: its tar, its blob and its chunk map.
 
+pub(crate) mod contents;
 pub(crate) mod line;
 pub(crate) mod unmodified;
 

@@ -365,11 +365,7 @@ impl Job {
                 };
                 // A sealed twin or chunks of before a reboot need no source.
                 let local = layer.handle.device().any_suspect()
-                    || !self
-                        .fetcher
-                        .store()
-                        .sealed_twins(&layer.handle.key())
-                        .is_empty();
+                    || layer.handle.has_twins(self.fetcher.store());
                 if layer.not_before.is_some() && !local {
                     break;
                 }

@@ -43,7 +43,7 @@ pub(crate) use budget::{next_victim, sums};
 pub use device::{Audit, Committed, Device, OnRot, Rechecked, SealStep};
 pub use dir::DevicePaths;
 pub use error::StoreError;
-pub use meta::{BootId, FailureRecord, SealRecord};
+pub use meta::{BootId, FailureRecord, SealProof, SealRecord};
 pub use presence::{DeviceState, PresenceError, PresenceMap};
 pub(crate) use twin::Twin;
 pub use witness::{Objection, SealWitness, Witnesses};
@@ -210,7 +210,8 @@ impl Store {
             if meta
                 .as_deref()
                 .and_then(Meta::decode)
-                .is_some_and(|meta| meta.sealed.is_some())
+                .and_then(|meta| meta.sealed)
+                .is_some_and(|seal| seal.proof == SealProof::DiffId)
             {
                 shared.add_sealed(key);
             }

@@ -3,7 +3,38 @@
 
 use super::format::RawChunk;
 use super::{Access, ChunkMapError, Codec};
-use crate::units::{CHUNK_MAX_BYTES, FRAME_MAX_BYTES, SPAN_FRAME_MAX_BYTES, SPAN_MAX_BYTES};
+use crate::units::{
+    BLOCK_BYTES, CHUNK_MAX_BYTES, FRAME_MAX_BYTES, SPAN_FRAME_MAX_BYTES, SPAN_MAX_BYTES,
+    TOC_CHUNK_MAX_BYTES,
+};
+
+/// Whose records they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Of a blob that Sluice wrote.
+    Own,
+    /// Of any other, whose device is its tar.
+    Unmodified,
+    /// Of one whose device is the contents that a table of contents names.
+    Contents,
+}
+
+impl Kind {
+    fn chunk_max_bytes(self) -> u64 {
+        match self {
+            Self::Own | Self::Unmodified => CHUNK_MAX_BYTES,
+            Self::Contents => TOC_CHUNK_MAX_BYTES,
+        }
+    }
+
+    fn allows(self, codec: Codec) -> bool {
+        match self {
+            Self::Own => codec == Codec::Zstd,
+            Self::Unmodified => true,
+            Self::Contents => matches!(codec, Codec::ZstdFrames | Codec::Deflate),
+        }
+    }
+}
 
 /// The frame of the chunk before.
 #[derive(Debug, Clone, Copy)]
@@ -13,6 +44,8 @@ struct Before {
     bytes: u64,
     /// First device byte that the frame gives.
     device: u64,
+    /// Where the content of the last chunk ends in what the frame gives.
+    given: u64,
 }
 
 impl Before {
@@ -21,12 +54,12 @@ impl Before {
     }
 }
 
-/// Checks all records; `own` of a blob that Sluice wrote.
+/// Checks all records.
 pub(super) fn check_records(
     records: &[RawChunk],
     device_bytes: u64,
     frames_bytes: u64,
-    own: bool,
+    kind: Kind,
 ) -> Result<Access, ChunkMapError> {
     if records.is_empty() && device_bytes != 0 {
         return Err(ChunkMapError::Uncovered { device_bytes });
@@ -43,7 +76,7 @@ pub(super) fn check_records(
             Some(next) => next.device_start.get(),
             None => device_bytes,
         };
-        let fits = start < end && end - start <= CHUNK_MAX_BYTES;
+        let fits = start < end && end - start <= kind.chunk_max_bytes();
         if start != device_end || !fits {
             return Err(ChunkMapError::Device {
                 ordinal,
@@ -53,12 +86,23 @@ pub(super) fn check_records(
         }
         device_end = end;
         let codec = Codec::from_code(record.codec)
-            .filter(|codec| !own || *codec == Codec::Zstd)
+            .filter(|codec| kind.allows(*codec))
             .ok_or(ChunkMapError::Codec {
                 ordinal,
                 code: record.codec,
             })?;
-        if record.reserved != [0; 3] || own && record.skip_bytes.get() != 0 {
+        let padding = u64::from(record.padding_bytes.get());
+        let extra = match kind {
+            Kind::Own => record.skip_bytes.get() == 0 && padding == 0,
+            Kind::Unmodified => padding == 0,
+            // Only a content that ends inside a block needs any.
+            Kind::Contents => {
+                record.crc32.get() == 0
+                    && padding < BLOCK_BYTES.min(end - start)
+                    && (padding == 0 || end.is_multiple_of(BLOCK_BYTES))
+            }
+        };
+        if record.reserved != 0 || !extra {
             return Err(ChunkMapError::Reserved {
                 ordinal: Some(ordinal),
             });
@@ -69,6 +113,8 @@ pub(super) fn check_records(
         let place = Place {
             ordinal,
             device: start..end,
+            content: end - start - padding,
+            kind,
             frames_bytes,
         };
         before = Some(check_frame(record, codec, before, &place)?);
@@ -79,6 +125,9 @@ pub(super) fn check_records(
 struct Place {
     ordinal: u32,
     device: std::ops::Range<u64>,
+    /// Bytes of it that the frame gives.
+    content: u64,
+    kind: Kind,
     frames_bytes: u64,
 }
 
@@ -123,17 +172,26 @@ fn check_frame(
         start,
         bytes,
         device: place.device.start,
+        given: skip_bytes + place.content,
     };
     if skip_bytes != 0 {
         let shareable = matches!(codec, Codec::ZstdFrames | Codec::Deflate);
+        let follows = |before: &Before| match place.kind {
+            // Headers of the tar may stand between two contents.
+            Kind::Contents => skip_bytes >= before.given,
+            Kind::Own | Kind::Unmodified => skip_bytes == place.device.start - before.device,
+        };
         return match before {
             Some(before)
                 if shareable
                     && (before.codec, before.start, before.bytes) == (codec, start, bytes)
-                    && skip_bytes == place.device.start - before.device
-                    && place.device.end - before.device <= SPAN_MAX_BYTES =>
+                    && follows(&before)
+                    && fresh.given <= SPAN_MAX_BYTES =>
             {
-                Ok(before)
+                Ok(Before {
+                    given: fresh.given,
+                    ..before
+                })
             }
             _ => Err(skip_error),
         };

@@ -4,7 +4,7 @@
 
 use std::mem::{offset_of, size_of};
 
-use zerocopy::little_endian::{U32, U64};
+use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::digest::DIGEST_BYTES;
@@ -29,7 +29,8 @@ pub(super) struct RawChunk {
     pub frame_bytes: U32,
     pub crc32: U32,
     pub codec: u8,
-    pub reserved: [u8; 3],
+    pub reserved: u8,
+    pub padding_bytes: U16,
     pub skip_bytes: U32,
     pub digest: [u8; DIGEST_BYTES],
 }
@@ -60,6 +61,7 @@ const _: () = assert!(offset_of!(RawHeader, algorithm) == 20);
 const _: () = assert!(size_of::<RawChunk>() == 64);
 const _: () = assert!(offset_of!(RawChunk, frame_bytes) == 16);
 const _: () = assert!(offset_of!(RawChunk, codec) == 24);
+const _: () = assert!(offset_of!(RawChunk, padding_bytes) == 26);
 const _: () = assert!(offset_of!(RawChunk, skip_bytes) == 28);
 const _: () = assert!(offset_of!(RawChunk, digest) == 32);
 const _: () = assert!(size_of::<RawRestart>() == 64);

@@ -55,7 +55,7 @@ fn lookups_find_the_chunks_that_overlap() {
     let chunk = map.at(1501).unwrap();
     assert_eq!(chunk.device, device(1500, 1502));
     assert_eq!(chunk.blob, Extent::new(30, 60).unwrap());
-    assert_eq!((chunk.ordinal, chunk.crc32), (2, 14));
+    assert_eq!((chunk.ordinal, chunk.crc32), (2, Some(14)));
     assert_eq!(map.chunk(3), None);
 }
 

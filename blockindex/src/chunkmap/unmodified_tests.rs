@@ -12,6 +12,7 @@ fn chunk(device_bytes: u32, start: u64, end: u64, codec: Codec, skip_bytes: u32)
         codec,
         skip_bytes,
         crc32: 5,
+        padding_bytes: 0,
         digest: ChunkDigest([4; 32]),
     }
 }
@@ -62,7 +63,7 @@ fn good() -> (Vec<PlacedChunk>, Vec<Restart>) {
 const WINDOWS_BYTES: u64 = 40;
 
 fn write(chunks: &[PlacedChunk]) -> Vec<u8> {
-    write_unmodified(StrongAlgorithm::Blake3, chunks, 6000).unwrap()
+    write_unmodified(StrongAlgorithm::Blake3, chunks, 6000, DeviceForm::Tar).unwrap()
 }
 
 fn parse(chunks: &[PlacedChunk], restarts: &[Restart]) -> Result<ChunkMap, ChunkMapError> {
@@ -97,7 +98,7 @@ fn gzip_chunks_and_their_points_read_back() {
 fn frames_of_unmodified_blobs_keep_their_rules() {
     use ChunkMapError as E;
     let refused = |chunks: &[PlacedChunk]| {
-        write_unmodified(StrongAlgorithm::Blake3, chunks, 6000).unwrap_err()
+        write_unmodified(StrongAlgorithm::Blake3, chunks, 6000, DeviceForm::Tar).unwrap_err()
     };
     let plain = |device, start, end, codec| chunk(device, start, end, codec, 0);
     for codec in [Codec::ZstdFrames, Codec::Deflate, Codec::Raw, Codec::Zstd] {
@@ -122,7 +123,12 @@ fn frames_of_unmodified_blobs_keep_their_rules() {
     ));
     let frame_max = 8 << 20;
     let long = [plain(10, 0, frame_max + 1, Codec::ZstdFrames)];
-    let result = write_unmodified(StrongAlgorithm::Blake3, &long, frame_max * 2);
+    let result = write_unmodified(
+        StrongAlgorithm::Blake3,
+        &long,
+        frame_max * 2,
+        DeviceForm::Tar,
+    );
     assert!(matches!(result, Err(E::Frame { .. })));
     // Shared frames: the skip is what the chunks before gave, and both name the same frame.
     let shared =
@@ -301,7 +307,7 @@ proptest! {
             }
             at = chunks.last().unwrap().blob.end();
         }
-        let section = write_unmodified(StrongAlgorithm::Sha256, &chunks, at + 7).unwrap();
+        let section = write_unmodified(StrongAlgorithm::Sha256, &chunks, at + 7, DeviceForm::Tar).unwrap();
         let map = ChunkMap::parse_unmodified(section, &write_restarts(&restarts), windows_end).unwrap();
         let mut device = 0;
         let mut points = Vec::new();
@@ -310,7 +316,7 @@ proptest! {
             prop_assert_eq!(read.device.start(), device);
             prop_assert_eq!(read.device.len(), u64::from(written.device_bytes));
             prop_assert_eq!((read.blob, read.codec, read.skip_bytes), (written.blob, written.codec, written.skip_bytes));
-            prop_assert_eq!((read.crc32, read.digest), (written.crc32, written.digest));
+            prop_assert_eq!((read.crc32, read.digest), (Some(written.crc32), written.digest));
             device = read.device.end();
             let point = map.restart(&read);
             prop_assert_eq!(point.is_some(), read.codec == Codec::Deflate);

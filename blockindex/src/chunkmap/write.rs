@@ -3,9 +3,9 @@
 
 use zerocopy::IntoBytes;
 
-use super::check::check_records;
+use super::check::{Kind, check_records};
 use super::format::{RawChunk, RawHeader};
-use super::{ChunkMapError, ChunkRecord, Codec, as_records};
+use super::{ChunkMapError, ChunkRecord, Codec, DeviceForm, as_records};
 use crate::digest::{ChunkDigest, StrongAlgorithm};
 use crate::extent::{BlobSpace, Extent};
 
@@ -20,9 +20,11 @@ pub struct PlacedChunk {
     pub codec: Codec,
     /// Bytes that the frame gives before it.
     pub skip_bytes: u32,
-    /// CRC-32 (IEEE) of the device bytes.
+    /// CRC-32 (IEEE) of the device bytes; 0 where only the digest is known.
     pub crc32: u32,
-    /// Strong digest of the device bytes.
+    /// Zeros at the end of the device bytes that the digest does not cover.
+    pub padding_bytes: u16,
+    /// Strong digest of the device bytes without the padding.
     pub digest: ChunkDigest,
 }
 
@@ -53,11 +55,12 @@ pub fn write_chunk_map(
             codec: Codec::Zstd,
             skip_bytes: 0,
             crc32: record.crc32,
+            padding_bytes: 0,
             digest: record.digest,
         });
         frame_start = blob.end();
     }
-    write(algorithm, &placed, frame_start, true)
+    write(algorithm, &placed, frame_start, Kind::Own)
 }
 
 /// Writes the section for chunks of an unmodified blob, whose frames end at `frames_bytes`.
@@ -67,15 +70,20 @@ pub(crate) fn write_unmodified(
     algorithm: StrongAlgorithm,
     chunks: &[PlacedChunk],
     frames_bytes: u64,
+    form: DeviceForm,
 ) -> Result<Vec<u8>, ChunkMapError> {
-    write(algorithm, chunks, frames_bytes, false)
+    let kind = match form {
+        DeviceForm::Tar => Kind::Unmodified,
+        DeviceForm::Contents => Kind::Contents,
+    };
+    write(algorithm, chunks, frames_bytes, kind)
 }
 
 fn write(
     algorithm: StrongAlgorithm,
     chunks: &[PlacedChunk],
     frames_bytes: u64,
-    own: bool,
+    kind: Kind,
 ) -> Result<Vec<u8>, ChunkMapError> {
     let chunk_count = u32::try_from(chunks.len()).map_err(|_| ChunkMapError::TooLarge)?;
     let mut body = Vec::with_capacity(size_of::<RawChunk>() * chunks.len());
@@ -89,7 +97,8 @@ fn write(
                 .into(),
             crc32: chunk.crc32.into(),
             codec: chunk.codec.code(),
-            reserved: [0; 3],
+            reserved: 0,
+            padding_bytes: chunk.padding_bytes.into(),
             skip_bytes: chunk.skip_bytes.into(),
             digest: chunk.digest.0,
         };
@@ -98,7 +107,7 @@ fn write(
             .checked_add(chunk.device_bytes.into())
             .ok_or(ChunkMapError::TooLarge)?;
     }
-    check_records(as_records(&body), device_start, frames_bytes, own)?;
+    check_records(as_records(&body), device_start, frames_bytes, kind)?;
     let header = RawHeader {
         device_bytes: device_start.into(),
         frames_bytes: frames_bytes.into(),

@@ -471,7 +471,10 @@ fn golden_blob() {
     for chunk in index.chunk_map().chunks().flatten() {
         dump += &format!(
             "chunk {} {} crc32 {:08x} {}\n",
-            chunk.device, chunk.blob, chunk.crc32, chunk.digest
+            chunk.device,
+            chunk.blob,
+            chunk.crc32.unwrap(),
+            chunk.digest
         );
     }
     for file in index.files().unwrap().contents() {

@@ -3,7 +3,7 @@
 
 use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation, OutBuffer};
 
-use super::{DecodeFrameError, verify_chunk};
+use super::{DecodeFrameError, add_padding, verify_chunk};
 use crate::chunkmap::{Chunk, Codec};
 use crate::gzip::restart::{RestartAt, inflate_into};
 use crate::units::{SPAN_FRAME_MAX_BYTES, SPAN_MAX_BYTES};
@@ -25,7 +25,9 @@ pub fn decode_restarted_into(
     out: &mut Vec<u8>,
 ) -> Result<(), DecodeFrameError> {
     out.clear();
-    let result = inflate(frame, expect, at, out).and_then(|()| verify_chunk(out, expect));
+    let result = inflate(frame, expect, at, out)
+        .and_then(|()| add_padding(out, expect))
+        .and_then(|()| verify_chunk(out, expect));
     if result.is_err() {
         out.clear();
     }
@@ -35,7 +37,7 @@ pub fn decode_restarted_into(
 /// Decompresses a frame once for all the chunks that share it, into `out`, whose former content is dropped.
 ///
 /// **Shape**: `frame` is exactly the bytes at `last.blob`, `at` what the restart point of a gzip frame says.
-/// Afterwards `out` holds what the frame gives up to the end of `last`: a chunk of it stands behind its
+/// Afterwards `out` holds what the frame gives up to the end of `last`: the content of a chunk stands behind its
 /// `skip_bytes`. Nothing of it is verified yet ([`super::verify_chunk`]).
 ///
 /// Allocates the window and the output, at most 16 MiB.
@@ -162,7 +164,7 @@ fn span_bytes(frame: &[u8], expect: &Chunk) -> Result<usize, DecodeFrameError> {
             actual,
         });
     }
-    let end = u64::from(expect.skip_bytes).saturating_add(expect.device.len());
+    let end = u64::from(expect.skip_bytes).saturating_add(expect.content_bytes());
     usize::try_from(end)
         .ok()
         .filter(|_| end <= SPAN_MAX_BYTES)

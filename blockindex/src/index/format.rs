@@ -21,6 +21,9 @@ pub(super) const READ_ONLY: u64 = 0;
 /// Incompatible feature: the index is of a blob that Sluice did not write. It names that blob, has no
 /// skeleton, and its chunks may have any codec.
 pub(super) const UNMODIFIED: u64 = 1;
+/// Incompatible feature, beside [`UNMODIFIED`]: the device is no tar but the contents that the blob's own table
+/// of contents names.
+pub(super) const CONTENTS: u64 = 2;
 
 pub(super) const SECTION_TREE: u32 = 1;
 pub(super) const SECTION_CHUNKS: u32 = 2;

@@ -7,9 +7,11 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::IndexError;
 use super::format::{
-    FLAG_REQUIRED, MAGIC, RawHeader, RawSection, SECTION_ALIGN, SECTION_CHUNKS, SECTION_FILES,
-    SECTION_METADATA, SECTION_RESTARTS, SECTION_TREE, SECTIONS_MAX, UNMODIFIED, VERSION,
+    CONTENTS, FLAG_REQUIRED, MAGIC, RawHeader, RawSection, SECTION_ALIGN, SECTION_CHUNKS,
+    SECTION_FILES, SECTION_METADATA, SECTION_RESTARTS, SECTION_TREE, SECTIONS_MAX, UNMODIFIED,
+    VERSION,
 };
+use crate::chunkmap::DeviceForm;
 
 /// A section that lies inside the file.
 #[derive(Debug, Clone)]
@@ -23,8 +25,10 @@ pub(super) fn slice<'a>(bytes: &'a [u8], range: &Range<usize>) -> &'a [u8] {
     bytes.get(range.clone()).unwrap_or_default()
 }
 
-/// Also whether the index is of an unmodified blob.
-pub(super) fn parse_sections(bytes: &[u8]) -> Result<(Vec<Section>, bool), IndexError> {
+/// Also the device of an unmodified blob; none for an index of one that Sluice wrote.
+pub(super) fn parse_sections(
+    bytes: &[u8],
+) -> Result<(Vec<Section>, Option<DeviceForm>), IndexError> {
     let (header, rest) = RawHeader::ref_from_prefix(bytes).map_err(|_| IndexError::Magic)?;
     if header.magic != MAGIC {
         return Err(IndexError::Magic);
@@ -34,11 +38,13 @@ pub(super) fn parse_sections(bytes: &[u8]) -> Result<(Vec<Section>, bool), Index
             version: header.version.get(),
         });
     }
-    let unmodified = header.incompatible.get() & UNMODIFIED != 0;
-    let features = header.incompatible.get() & !UNMODIFIED;
-    if features != 0 {
-        return Err(IndexError::Features { features });
-    }
+    let features = header.incompatible.get();
+    let unmodified = match features {
+        0 => None,
+        UNMODIFIED => Some(DeviceForm::Tar),
+        features if features == UNMODIFIED | CONTENTS => Some(DeviceForm::Contents),
+        _ => return Err(IndexError::Features { features }),
+    };
     let (expected, actual) = (header.file_bytes.get(), bytes.len() as u64);
     if expected != actual {
         return Err(IndexError::Length { expected, actual });
@@ -92,7 +98,7 @@ pub(super) fn parse_sections(bytes: &[u8]) -> Result<(Vec<Section>, bool), Index
         let known = matches!(
             id,
             SECTION_TREE | SECTION_CHUNKS | SECTION_FILES | SECTION_METADATA
-        ) || unmodified && id == SECTION_RESTARTS;
+        ) || unmodified.is_some() && id == SECTION_RESTARTS;
         let refused = !known && raw.flags.get() & FLAG_REQUIRED != 0;
         if refused || sections.iter().any(|earlier| earlier.id == id) {
             return Err(IndexError::Section { id });

@@ -7,13 +7,13 @@ use zerocopy::IntoBytes;
 
 use super::files::{self, FileContent};
 use super::format::{
-    COMPATIBLE, FLAG_REQUIRED, MAGIC, READ_ONLY, RawHeader, RawMetadata, RawSection, SECTION_ALIGN,
-    SECTION_CHUNKS, SECTION_FILES, SECTION_METADATA, SECTION_RESTARTS, SECTION_TREE, UNMODIFIED,
-    VERSION,
+    COMPATIBLE, CONTENTS, FLAG_REQUIRED, MAGIC, READ_ONLY, RawHeader, RawMetadata, RawSection,
+    SECTION_ALIGN, SECTION_CHUNKS, SECTION_FILES, SECTION_METADATA, SECTION_RESTARTS, SECTION_TREE,
+    UNMODIFIED, VERSION,
 };
 use super::{INDEX_FILE_MAX_BYTES, IndexError, UnmodifiedBlob};
 use crate::chunkmap::{
-    ChunkMapError, ChunkRecord, PlacedChunk, Restart, write_chunk_map, write_restarts,
+    ChunkMapError, ChunkRecord, DeviceForm, PlacedChunk, Restart, write_chunk_map, write_restarts,
     write_unmodified,
 };
 use crate::digest::{DIGEST_BYTES, DiffId, StrongAlgorithm};
@@ -63,6 +63,8 @@ pub(crate) fn device_tag(diff_id: DiffId) -> Box<[u8; 64]> {
 /// What the index of an unmodified blob is made of.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct UnmodifiedParts<'a> {
+    /// What the device is.
+    pub(crate) form: DeviceForm,
     /// The EROFS image; its one device has [`device_tag`] and as many blocks as the device needs.
     pub(crate) tree: &'a [u8],
     /// All chunks, in device order from 0.
@@ -130,7 +132,12 @@ pub fn write_index(parts: &IndexParts<'_>) -> Result<Vec<u8>, IndexError> {
 
 /// Writes the index file of an unmodified blob; see [`write_index`].
 pub(crate) fn write_unmodified_index(parts: &UnmodifiedParts<'_>) -> Result<Vec<u8>, IndexError> {
-    let chunks = write_unmodified(parts.algorithm, parts.chunks, parts.frames_bytes)?;
+    let chunks = write_unmodified(
+        parts.algorithm,
+        parts.chunks,
+        parts.frames_bytes,
+        parts.form,
+    )?;
     let restarts = write_restarts(parts.restarts);
     let files = files::write(parts.algorithm, parts.files)?;
     let device_bytes = parts
@@ -170,7 +177,11 @@ pub(crate) fn write_unmodified_index(parts: &UnmodifiedParts<'_>) -> Result<Vec<
     if !restarts.is_empty() {
         sections.push((SECTION_RESTARTS, &restarts));
     }
-    write_sections(UNMODIFIED, &sections)
+    let features = match parts.form {
+        DeviceForm::Tar => UNMODIFIED,
+        DeviceForm::Contents => UNMODIFIED | CONTENTS,
+    };
+    write_sections(features, &sections)
 }
 
 fn write_sections(incompatible: u64, sections: &[(u32, &[u8])]) -> Result<Vec<u8>, IndexError> {

@@ -4,7 +4,7 @@
 use super::records::Records;
 use super::{BlobFormat, IndexOptions, IndexerError};
 use crate::annotations::INDEX_MAX_BYTES;
-use crate::chunkmap::Access;
+use crate::chunkmap::{Access, DeviceForm};
 use crate::digest::{BlobDigest, DiffId, IndexDigest, Sha256Hasher};
 use crate::erofs::{DeviceSlot, write_tree};
 use crate::gzip::scan::Trailing;
@@ -84,6 +84,7 @@ impl IndexedLayer {
                 };
                 let windows = windows.finish();
                 let parts = |tree| UnmodifiedParts {
+                    form: DeviceForm::Tar,
                     tree,
                     chunks: &chunks,
                     restarts: &restarts,
@@ -96,7 +97,7 @@ impl IndexedLayer {
                 };
                 match write_tree(&tree, &[device]) {
                     Err(error) => Err(error.to_string()),
-                    Ok(tree) => match built(&parts(&tree)) {
+                    Ok(tree) => match BuiltIndex::of(&parts(&tree)) {
                         Ok(index) => Ok(BuiltIndex { windows, ..index }),
                         Err(error) => reason(error)?,
                     },
@@ -131,20 +132,27 @@ fn pin_windows(blob: UnmodifiedBlob, windows: &[u8]) -> UnmodifiedBlob {
     }
 }
 
-fn built(parts: &UnmodifiedParts<'_>) -> Result<BuiltIndex, IndexError> {
-    let file = write_unmodified_index(parts)?;
-    let payload = compress_index(&file)?;
-    let (bytes, cap) = (payload.len() as u64, INDEX_MAX_BYTES);
-    if bytes > cap {
-        return Err(IndexError::AboveCap { bytes, cap });
+impl BuiltIndex {
+    /// Writes an index, compresses it and proves what was written.
+    pub(crate) fn of(parts: &UnmodifiedParts<'_>) -> Result<Self, IndexError> {
+        let file = write_unmodified_index(parts)?;
+        let payload = compress_index(&file)?;
+        let (bytes, cap) = (payload.len() as u64, INDEX_MAX_BYTES);
+        if bytes > cap {
+            return Err(IndexError::AboveCap { bytes, cap });
+        }
+        let index = match parts.form {
+            DeviceForm::Tar => UncheckedIndex::parse_unmodified(file)?,
+            DeviceForm::Contents => UncheckedIndex::parse_contents(file)?,
+        };
+        let index = index.validate()?;
+        let access = index.chunk_map().access();
+        Ok(BuiltIndex {
+            file: index.into_bytes().unwrap_or_default(),
+            digest: IndexDigest::of(&payload),
+            payload,
+            windows: Vec::new(),
+            access,
+        })
     }
-    let index = UncheckedIndex::parse_unmodified(file)?.validate()?;
-    let access = index.chunk_map().access();
-    Ok(BuiltIndex {
-        file: index.into_bytes().unwrap_or_default(),
-        digest: IndexDigest::of(&payload),
-        payload,
-        windows: Vec::new(),
-        access,
-    })
 }

@@ -165,6 +165,7 @@ impl CutSink for Passing<'_> {
                 codec: Codec::Raw,
                 skip_bytes: 0,
                 crc32: crc32fast::hash(bytes),
+                padding_bytes: 0,
                 digest: ChunkDigest::of(records.algorithm, bytes),
             });
             records.open.push(taken);

@@ -40,7 +40,7 @@ const LATEST: Timestamp = Timestamp {
 
 /// An entry with all that its header and records say.
 #[derive(Debug)]
-pub(super) struct Entry {
+pub(crate) struct Entry {
     pub kind: u8,
     pub name: Vec<u8>,
     pub link_name: Vec<u8>,
@@ -57,7 +57,7 @@ pub(super) struct Entry {
 
 /// What became of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Applied {
+pub(crate) enum Applied {
     /// A regular file, whose content is its run.
     File,
     /// Anything else; a content that the entry may have belongs to nobody.
@@ -66,7 +66,7 @@ pub(super) enum Applied {
 
 /// The tree so far.
 #[derive(Debug, Default)]
-pub(super) struct Apply {
+pub(crate) struct Apply {
     tree: Tree,
     /// Path and time of each directory entry, for rule 6.
     directories: Vec<(Box<[u8]>, Timestamp)>,
@@ -75,7 +75,7 @@ pub(super) struct Apply {
 
 impl Apply {
     /// Applies one entry, whose content stands at `content`.
-    pub(super) fn entry(
+    pub(crate) fn entry(
         &mut self,
         entry: &Entry,
         content: Extent<DeviceSpace>,
@@ -156,7 +156,7 @@ impl Apply {
     }
 
     /// The tree, once all entries were applied.
-    pub(super) fn finish(mut self) -> Result<Tree, NotLazy> {
+    pub(crate) fn finish(mut self) -> Result<Tree, NotLazy> {
         for (path, mtime) in std::mem::take(&mut self.directories) {
             let components: Vec<&[u8]> = path.split(|byte| *byte == b'/').collect();
             let resolved = resolve(&self.tree, &components, &mut self.budget.steps)?;

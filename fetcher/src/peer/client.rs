@@ -33,7 +33,7 @@ use crate::cluster::uploads::{UploadLimits, Uploads};
 use crate::source::Priority;
 use crate::store::lock;
 use sluice_blockindex::frames::DecodeFrameError;
-use sluice_blockindex::units::{CHUNK_MAX_BYTES, FRAME_MAX_BYTES};
+use sluice_blockindex::units::{FRAME_MAX_BYTES, TOC_CHUNK_MAX_BYTES};
 
 /// Homes of a piece that are asked before the origin: the second takes over when the first dies; a
 /// third would be one more silent node to wait for.
@@ -334,7 +334,7 @@ impl Peers {
     }
 
     pub(super) fn client(&self, node: &Node) -> Result<PeerClient<Channel>, PeerError> {
-        let most = CHUNK_MAX_BYTES.max(FRAME_MAX_BYTES) + MESSAGE_SLACK_BYTES;
+        let most = TOC_CHUNK_MAX_BYTES.max(FRAME_MAX_BYTES) + MESSAGE_SLACK_BYTES;
         let most = usize::try_from(most).unwrap_or(usize::MAX);
         Ok(PeerClient::new(self.links.to(node, &self.view())?).max_decoding_message_size(most))
     }

@@ -19,6 +19,7 @@ use futures::stream::{self, FuturesUnordered};
 use futures::{Stream, StreamExt as _};
 use sluice_blockindex::boot::BootKey;
 use sluice_blockindex::chunkmap::{Chunk, Codec};
+use sluice_blockindex::frames::{content_of, is_kept_well};
 use sluice_proto::peer::peer_server::{Peer, PeerServer as Service};
 use sluice_proto::peer::{
     BlobIndexOffer, BlobIndexPart, BlobIndexRequest, BlobIndexTaken, BlobPart, BlobRequest,
@@ -552,9 +553,12 @@ fn read(device: &crate::store::Device, chunk: &Chunk, pack: bool) -> Option<(For
     let mut bytes = vec![0; usize::try_from(chunk.device.len()).ok()?];
     device.read_at(chunk.device.start(), &mut bytes).ok()?;
     // What rotted, or was evicted while it was read, is not given on.
-    if crc32fast::hash(&bytes) != chunk.crc32 {
+    if !is_kept_well(&bytes, chunk) {
         return None;
     }
+    // On the wire a chunk is what its digest is of.
+    let content = content_of(&bytes, chunk).ok()?.len();
+    bytes.truncate(content);
     if pack
         && let Ok(packed) = zstd::bulk::compress(&bytes, WIRE_LEVEL)
         && packed.len() * 100 <= bytes.len() * (100 - WORTH_PERCENT)

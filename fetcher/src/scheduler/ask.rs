@@ -15,7 +15,7 @@ use bytes::Bytes;
 use futures::stream::{BoxStream, SelectAll};
 use futures::{StreamExt as _, TryStreamExt as _};
 use sluice_blockindex::chunkmap::{Chunk, Codec};
-use sluice_blockindex::frames::{DecodeFrameError, decode_chunk, verify_chunk};
+use sluice_blockindex::frames::{DecodeFrameError, decode_chunk, device_bytes_of};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -419,8 +419,7 @@ impl Asking<'_> {
                 let bytes = match form {
                     Form::Frame => frame(&data, &chunk).map_err(DecodeFailure::Corrupt)?,
                     Form::Raw => {
-                        verify_chunk(&data, &chunk).map_err(DecodeFailure::Corrupt)?;
-                        data.to_vec()
+                        device_bytes_of(data.to_vec(), &chunk).map_err(DecodeFailure::Corrupt)?
                     }
                     Form::Zstd => unpack(&data, &chunk).map_err(DecodeFailure::Corrupt)?,
                 };
@@ -556,10 +555,9 @@ fn frame(data: &[u8], chunk: &Chunk) -> Result<Vec<u8>, DecodeFrameError> {
 fn unpack(data: &[u8], chunk: &Chunk) -> Result<Vec<u8>, DecodeFrameError> {
     let ordinal = chunk.ordinal;
     let zstd = |reason: String| DecodeFrameError::Zstd { ordinal, reason };
-    let most = usize::try_from(chunk.device.len()).map_err(|error| zstd(error.to_string()))?;
+    let most = usize::try_from(chunk.content_bytes()).map_err(|error| zstd(error.to_string()))?;
     let bytes = zstd::bulk::decompress(data, most).map_err(|error| zstd(error.to_string()))?;
-    verify_chunk(&bytes, chunk)?;
-    Ok(bytes)
+    device_bytes_of(bytes, chunk)
 }
 
 #[cfg(test)]

@@ -7,9 +7,9 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use sluice_blockindex::chunkmap::{Chunk, Codec, RestartState};
+use sluice_blockindex::chunkmap::{Chunk, Codec, DeviceForm, RestartState};
 use sluice_blockindex::frames::{
-    DecodeFrameError, decode_chunk, decompress_span_into, verify_chunk,
+    DecodeFrameError, decode_chunk, decompress_span_into, device_bytes_of,
 };
 use sluice_blockindex::gzip::LeadingBits;
 use sluice_blockindex::gzip::restart::RestartAt;
@@ -224,7 +224,13 @@ impl Decode {
         match chunk.codec {
             Codec::Zstd => Some(Form::Frame),
             // Zstd frames of any kind: to the other node as if they had been made for the wire.
-            Codec::ZstdFrames if self.layer.sharing(chunk.ordinal).len() == 1 => Some(Form::Zstd),
+            // Those that a table of contents names may hold more than the chunk.
+            Codec::ZstdFrames
+                if self.layer.chunks().form() == DeviceForm::Tar
+                    && self.layer.sharing(chunk.ordinal).len() == 1 =>
+            {
+                Some(Form::Zstd)
+            }
             _ => None,
         }
     }
@@ -251,11 +257,9 @@ impl Restart {
 /// The bytes of a chunk in the output of its frame, verified.
 fn part_of(out: &[u8], chunk: &Chunk) -> Result<Vec<u8>, DecodeFrameError> {
     let skip = usize::try_from(chunk.skip_bytes).unwrap_or(usize::MAX);
-    let length = usize::try_from(chunk.device.len()).unwrap_or(usize::MAX);
-    let bytes = out.get(skip..).and_then(|rest| rest.get(..length));
-    let bytes = bytes.unwrap_or_default();
-    verify_chunk(bytes, chunk)?;
-    Ok(bytes.to_vec())
+    let length = usize::try_from(chunk.content_bytes()).unwrap_or(usize::MAX);
+    let content = out.get(skip..).and_then(|rest| rest.get(..length));
+    device_bytes_of(content.unwrap_or_default().to_vec(), chunk)
 }
 
 impl LayerHandle {

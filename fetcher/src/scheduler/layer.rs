@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use sluice_blockindex::chunkmap::{Access, Chunk, ChunkMap};
+use sluice_blockindex::chunkmap::{Access, Chunk, ChunkMap, DeviceForm};
 use sluice_blockindex::digest::BlobDigest;
 use sluice_blockindex::extent::{BlobSpace, Extent};
 use tokio::time::Instant;
@@ -314,8 +314,20 @@ impl LayerHandle {
     pub(crate) fn piece(&self, chunk: &Chunk) -> PieceKey {
         let stream = self.stream_of(chunk.ordinal);
         let first = stream.and_then(|stream| self.chunks().chunk(stream.start));
-        let begin = first.map_or_else(|| frame_start(chunk), |first| first.device.start());
+        let begin = first.map_or_else(|| self.frame_begin(chunk), |first| first.device.start());
         PieceKey::at(self.key().index, begin)
+    }
+
+    /// First device byte that the frame of a chunk gives.
+    fn frame_begin(&self, chunk: &Chunk) -> u64 {
+        match self.chunks().form() {
+            DeviceForm::Tar => frame_start(chunk),
+            // Between two contents of a frame may be what no device has.
+            DeviceForm::Contents => {
+                let first = self.chunks().chunk(self.sharing(chunk.ordinal).start);
+                first.map_or(chunk.device.start(), |first| first.device.start())
+            }
+        }
     }
 
     /// The chunks whose frames lie wholly in `extent`, ascending.
@@ -339,13 +351,20 @@ impl LayerHandle {
             .take_while(move |chunk| chunk.blob.end() <= extent.end())
     }
 
+    /// Whether sealed devices of the same layer have its bytes at the same places. Where the device is no tar the diff
+    /// ID says nothing of its bytes.
+    pub(crate) fn has_twins(&self, store: &Store) -> bool {
+        self.chunks().form() == DeviceForm::Tar && !store.sealed_twins(&self.key()).is_empty()
+    }
+
     /// A sealed device of the same layer, opened when there is one. **Blocks** (shortly).
     ///
     /// It is kept open until this layer is sealed or closed, or the twin removed: an open file keeps
     /// its bytes on the disk.
     pub(crate) fn twin(&self, store: &Store) -> Option<Arc<Twin>> {
         let mut twin = lock(&self.twin);
-        if twin.is_none() && !self.cancel.is_cancelled() {
+        let may = !self.cancel.is_cancelled() && self.has_twins(store);
+        if twin.is_none() && may {
             *twin = store.open_twin(&self.key()).map(Arc::new);
         }
         twin.clone()

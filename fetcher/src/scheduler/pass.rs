@@ -106,7 +106,12 @@ impl Passing {
                 return true;
             }
             let chunk = layer.chunks().chunk(ordinal);
-            match chunk.and_then(|chunk| self.chunks.get(&chunk.digest)) {
+            // The same content may stand elsewhere with another padding.
+            let found = chunk.and_then(|chunk| {
+                let bytes = self.chunks.get(&chunk.digest)?;
+                (bytes.len() as u64 == chunk.device.len()).then_some(bytes)
+            });
+            match found {
                 Some(bytes) => {
                     held.insert(ordinal, bytes);
                     false

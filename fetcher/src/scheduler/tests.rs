@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Fills over a line with latency, in paused time: requests are counted, moments are exact.
 
+mod contents;
 mod faults;
 mod prefix;
 mod registry;

@@ -179,7 +179,7 @@ impl Run {
     /// Checks chunks of before a reboot, and copies from a sealed twin.
     async fn take_from_store(&self) -> Result<(), FetchFailure> {
         let device = &self.layer.device;
-        let twins = !self.core.store.sealed_twins(&device.key()).is_empty();
+        let twins = self.layer.has_twins(&self.core.store);
         if !twins && !device.any_suspect() {
             return Ok(());
         }

@@ -19,6 +19,7 @@ mod file;
 use bytes::Bytes;
 use sluice_blockindex::chunkmap::{Chunk, ChunkMap, Codec, RestartState, WindowPin};
 use sluice_blockindex::extent::Extent;
+use sluice_blockindex::frames::is_kept_well;
 use sluice_blockindex::gzip::WINDOW_MAX_BYTES;
 use tokio::sync::oneshot;
 
@@ -84,7 +85,7 @@ pub(super) fn of_device(device: &Device, start: u64, bytes: u32) -> Option<Vec<u
         }
         let mut whole = vec![0; usize::try_from(chunk.device.len()).ok()?];
         device.read_at(chunk.device.start(), &mut whole).ok()?;
-        if crc32fast::hash(&whole) != chunk.crc32 {
+        if !is_kept_well(&whole, &chunk) {
             return None;
         }
         found.extend_from_slice(&whole);

@@ -11,6 +11,8 @@
 //!                             |   crc32 is right
 //!                             +--------------------> present
 //! ```
+//! Where the index has no crc32 of a chunk its strong digest takes that place.
+//!
 //! The one rule that settles races: a reader looks at the bit, and the bit is set last.
 //!
 //! # What a crash leaves
@@ -27,15 +29,15 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use sluice_blockindex::chunkmap::{Chunk, ChunkMap};
+use sluice_blockindex::chunkmap::{Chunk, ChunkMap, DeviceForm};
 use sluice_blockindex::digest::{DiffId, Sha256Hasher};
 use sluice_blockindex::extent::{DeviceSpace, Extent};
-use sluice_blockindex::frames::verify_chunk;
+use sluice_blockindex::frames::{is_kept_well, verify_chunk};
 
 use super::error::StoreError;
 use super::media::DeviceMedia;
 use super::mem::lock;
-use super::meta::{BootId, FailureRecord, Meta, SealRecord};
+use super::meta::{BootId, FailureRecord, Meta, SealProof, SealRecord};
 use super::presence::DeviceState;
 use super::witness::{Objection, SealWitness};
 use super::{DeviceKey, Shared};
@@ -231,7 +233,8 @@ impl Device {
         self.media.presence().present_chunks() == self.chunks.count()
     }
 
-    /// Whether it was found complete and equal to its diff ID.
+    /// Whether it was found complete and right: equal to its diff ID, or, of [`DeviceForm::Contents`], each chunk
+    /// what the manifest pins.
     pub fn is_sealed(&self) -> bool {
         self.media.presence().state() == DeviceState::Sealed
     }
@@ -359,6 +362,9 @@ impl Device {
     /// Hashes the complete device, and records that it is what its diff ID says. **Blocks** for long:
     /// give it a thread of its own; `step` is asked before each [`SEAL_STEP_BYTES`].
     ///
+    /// A device that is [`DeviceForm::Contents`] cannot have a diff ID: it is sealed when every chunk has its digest, and
+    /// the record says so.
+    ///
     /// Fine when it is sealed already. One seal of a device runs at a time.
     ///
     /// **Errors**: [`StoreError::Incomplete`]; [`StoreError::Cancelled`]; when the digest differs,
@@ -370,6 +376,7 @@ impl Device {
     }
 
     /// As [`Device::seal`], before a witness who sees every byte, and whose objection counts as a digest that differs.
+    /// Only a tar has witnesses: contents say nothing of the tree.
     ///
     /// **Errors** also [`StoreError::Io`], when the witness cannot tell.
     pub fn seal_before(
@@ -384,16 +391,40 @@ impl Device {
         if self.sealing.swap(true, Ordering::AcqRel) {
             return Err(StoreError::Cancelled);
         }
-        let digest = self.digest(&mut witness, step);
-        let result = digest.and_then(|found| match found {
-            Some(actual) if actual == self.key.diff_id => {
-                self.hear(witness)?;
-                self.conclude()
-            }
-            found => self.blame(found, step),
-        });
+        let result = match self.chunks.form() {
+            DeviceForm::Tar => self
+                .digest(&mut witness, step)
+                .and_then(|found| match found {
+                    Some(actual) if actual == self.key.diff_id => {
+                        self.hear(witness)?;
+                        self.conclude(SealProof::DiffId)
+                    }
+                    found => self.blame(found, step),
+                }),
+            DeviceForm::Contents => self.seal_contents(step),
+        };
         self.sealing.store(false, Ordering::Release);
         result
+    }
+
+    /// Seals a device of which only the chunks' digests are known.
+    fn seal_contents(&self, step: &mut dyn FnMut() -> SealStep) -> Result<(), StoreError> {
+        self.check_complete()?;
+        match self.drop_rotten(step)? {
+            0 => self.conclude(SealProof::Chunks),
+            rotten_chunks => Err(StoreError::Rotten { rotten_chunks }),
+        }
+    }
+
+    fn check_complete(&self) -> Result<(), StoreError> {
+        let total = self.chunks.count();
+        let present = self.media.presence().present_chunks();
+        if present != total {
+            return Err(StoreError::Incomplete {
+                missing_chunks: total.saturating_sub(present),
+            });
+        }
+        Ok(())
     }
 
     /// Asks the witness of a device that has its diff ID.
@@ -423,13 +454,7 @@ impl Device {
         witness: &mut Option<Box<dyn SealWitness>>,
         step: &mut dyn FnMut() -> SealStep,
     ) -> Result<Option<DiffId>, StoreError> {
-        let total = self.chunks.count();
-        let present = self.media.presence().present_chunks();
-        if present != total {
-            return Err(StoreError::Incomplete {
-                missing_chunks: total.saturating_sub(present),
-            });
-        }
+        self.check_complete()?;
         let mut hasher = Sha256Hasher::new();
         let mut buffer = vec![0; SEAL_STEP_BYTES];
         let mut at = 0;
@@ -458,6 +483,25 @@ impl Device {
         found: Option<DiffId>,
         step: &mut dyn FnMut() -> SealStep,
     ) -> Result<(), StoreError> {
+        let rotten_chunks = self.drop_rotten(step)?;
+        match found {
+            Some(actual) if rotten_chunks == 0 => {
+                tracing::error!(
+                    device = %self.key, %actual,
+                    "layer does not have its diff ID; it is not readable any more"
+                );
+                Err(self.fail(FailureRecord {
+                    at_unix_seconds: clock::unix_seconds(),
+                    actual,
+                }))
+            }
+            // Also of none, where what could not be read a moment ago now could: look again.
+            Some(_) | None => Err(StoreError::Rotten { rotten_chunks }),
+        }
+    }
+
+    /// Compares every chunk with its digest; those that differ are absent from then on. Returns how many.
+    fn drop_rotten(&self, step: &mut dyn FnMut() -> SealStep) -> Result<u32, StoreError> {
         let mut rotten_chunks = 0;
         for ordinal in 0..self.chunks.count() {
             if step() == SealStep::Cancel {
@@ -478,23 +522,10 @@ impl Device {
             }
             drop(admitted);
         }
-        match found {
-            Some(actual) if rotten_chunks == 0 => {
-                tracing::error!(
-                    device = %self.key, %actual,
-                    "layer does not have its diff ID; it is not readable any more"
-                );
-                Err(self.fail(FailureRecord {
-                    at_unix_seconds: clock::unix_seconds(),
-                    actual,
-                }))
-            }
-            // Also of none, where what could not be read a moment ago now could: look again.
-            Some(_) | None => Err(StoreError::Rotten { rotten_chunks }),
-        }
+        Ok(rotten_chunks)
     }
 
-    fn conclude(&self) -> Result<(), StoreError> {
+    fn conclude(&self, proof: SealProof) -> Result<(), StoreError> {
         let at_unix_seconds = clock::unix_seconds();
         let admitted = self.admit()?;
         if let Err(error) = self.media.sync() {
@@ -507,10 +538,16 @@ impl Device {
             }
             return Err(StoreError::io("sync device")(error));
         }
-        self.record(|meta| meta.sealed = Some(SealRecord { at_unix_seconds }))?;
+        let seal = SealRecord {
+            at_unix_seconds,
+            proof,
+        };
+        self.record(|meta| meta.sealed = Some(seal))?;
         self.media.presence().set_state(DeviceState::Sealed);
         drop(admitted);
-        self.shared.add_sealed(self.key);
+        if proof == SealProof::DiffId {
+            self.shared.add_sealed(self.key);
+        }
         Ok(())
     }
 
@@ -605,7 +642,7 @@ fn length(chunk: &Chunk) -> usize {
 }
 
 fn check(expect: &Chunk, bytes: &[u8]) -> Result<(), StoreError> {
-    if bytes.len() == length(expect) && crc32fast::hash(bytes) == expect.crc32 {
+    if is_kept_well(bytes, expect) {
         Ok(())
     } else {
         Err(StoreError::Mismatch {

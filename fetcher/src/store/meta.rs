@@ -16,6 +16,8 @@ const VERSION: u32 = 1;
 const FLAG_CLEAN: u32 = 1;
 const FLAG_SEALED: u32 = 2;
 const FLAG_FAILED: u32 = 4;
+/// Of a seal: only the chunks' digests were proven.
+const FLAG_CHUNKS: u32 = 8;
 
 const AT_VERSION: usize = 8;
 const AT_COMPATIBLE: usize = 12;
@@ -54,11 +56,23 @@ impl BootId {
     }
 }
 
-/// That a layer device was found complete and equal to its diff ID.
+/// What proved that a device is right.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SealProof {
+    /// All of it digests to its diff ID: it is this layer, whatever index it has.
+    DiffId,
+    /// Each chunk has the digest that its index names: it is what the image's manifest pins, and no source for
+    /// another index of the same diff ID.
+    Chunks,
+}
+
+/// That a layer device was found complete and right.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SealRecord {
     /// When, in seconds since 1970.
     pub at_unix_seconds: u64,
+    /// By what.
+    pub proof: SealProof,
 }
 
 /// That a complete layer device did not have the digest that its diff ID says, or that its index was wrong about it.
@@ -117,6 +131,9 @@ impl Meta {
         }
         if let Some(seal) = self.sealed {
             flags |= FLAG_SEALED;
+            if seal.proof == SealProof::Chunks {
+                flags |= FLAG_CHUNKS;
+            }
             put(&mut out, AT_SEALED_AT, &seal.at_unix_seconds.to_le_bytes());
         }
         if let Some(failure) = self.failed {
@@ -159,6 +176,10 @@ impl Meta {
             clean: flags & FLAG_CLEAN != 0,
             sealed: (flags & FLAG_SEALED != 0).then(|| SealRecord {
                 at_unix_seconds: u64_at(bytes, AT_SEALED_AT),
+                proof: match flags & FLAG_CHUNKS {
+                    0 => SealProof::DiffId,
+                    _ => SealProof::Chunks,
+                },
             }),
             failed: (flags & FLAG_FAILED != 0).then(|| FailureRecord {
                 at_unix_seconds: u64_at(bytes, AT_FAILED_AT),
@@ -192,7 +213,10 @@ mod tests {
         Meta {
             boot: BootId([7; 16]),
             clean: true,
-            sealed: Some(SealRecord { at_unix_seconds: 3 }),
+            sealed: Some(SealRecord {
+                at_unix_seconds: 3,
+                proof: SealProof::DiffId,
+            }),
             failed: Some(FailureRecord {
                 at_unix_seconds: 4,
                 actual: DiffId::of(b"x"),
@@ -202,7 +226,14 @@ mod tests {
 
     #[test]
     fn records_round_trip() {
-        for meta in [example(), Meta::fresh(BootId([1; 16]))] {
+        let by_chunks = Meta {
+            sealed: Some(SealRecord {
+                at_unix_seconds: 9,
+                proof: SealProof::Chunks,
+            }),
+            ..Meta::fresh(BootId([2; 16]))
+        };
+        for meta in [example(), by_chunks, Meta::fresh(BootId([1; 16]))] {
             assert_eq!(Meta::decode(&meta.encode()), Some(meta));
         }
     }

@@ -756,3 +756,51 @@ fn a_kill_at_any_operation_loses_no_finished_commit() {
         assert!(!device.any_suspect(), "killed at {cut}");
     }
 }
+
+#[test]
+fn a_device_that_is_no_tar_is_sealed_by_its_chunks_and_shared_with_nobody() {
+    let layer = contents(21);
+    on_every_store(|open| {
+        let store = open(BOOT);
+        let device = store.device(layer.key, &layer.chunks).unwrap();
+        let error = device.seal(&mut go_on()).unwrap_err();
+        assert!(matches!(error, StoreError::Incomplete { .. }), "{error}");
+        // There is no crc32: the digest decides, and the padding must be zeros.
+        for at in [0, layer.bytes_of(0).len() - 1] {
+            let mut bad = layer.bytes_of(0).to_vec();
+            bad[at] ^= 1;
+            let error = device.commit(0, &bad).unwrap_err();
+            assert!(
+                matches!(error, StoreError::Mismatch { chunk: 0 }),
+                "{error}"
+            );
+        }
+        commit_all(&device, &layer);
+        drop((device, store));
+        // After an unclean stop the digest decides again.
+        let store = open(NEXT_BOOT);
+        let device = store.device(layer.key, &layer.chunks).unwrap();
+        assert!(device.is_suspect(0) && !device.is_complete());
+        for chunk in 0..layer.chunks.count() {
+            assert_eq!(device.recheck(chunk).unwrap(), Rechecked::Trusted);
+        }
+        device.seal(&mut go_on()).unwrap();
+        let audit = device.audit(OnRot::Drop, &mut go_on()).unwrap();
+        assert_eq!((audit.rotten.len(), audit.other_diff_id), (0, None));
+        let other = DeviceKey {
+            index: IndexDigest::of(b"another"),
+            ..layer.key
+        };
+        assert_eq!(store.sealed_twins(&other), []);
+        drop((device, store));
+        let store = open(BOOT);
+        assert_eq!(store.sealed_twins(&other), []);
+        let device = store.device(layer.key, &layer.chunks).unwrap();
+        assert!(device.is_sealed() && device.is_complete());
+    });
+}
+
+/// Two files, one of them of two chunks, as a table of contents would have them; no diff ID fits them.
+fn contents(seed: u64) -> TestLayer {
+    crate::fixture::contents::estargz(seed, &[700, 9000, 3])
+}

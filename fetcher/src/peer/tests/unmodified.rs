@@ -79,3 +79,21 @@ fn home_of_stream(nodes: &[TestNode], made: &Unmodified) -> usize {
     assert_eq!(piece.number, 0);
     home_of(nodes, &made.layer, 0, 0)
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_give_each_other_chunks_whose_padding_no_digest_covers() {
+    use crate::fixture::contents::{estargz, zstd_chunked};
+    let sizes: Vec<usize> = (0..40).map(|number| 50_000 + number * 777).collect();
+    for layer in [estargz(33, &sizes), zstd_chunked(33, &sizes)] {
+        let made = Unmodified {
+            layer,
+            windows: Vec::new(),
+        };
+        let nodes = nodes_of(&made, 3, &[]).await;
+        all(nodes.iter().map(TestNode::read_all)).await;
+        nodes.iter().for_each(|node| check_all(node, &made.layer));
+        no_frames(&nodes, &made);
+        let peers: u64 = nodes.iter().map(TestNode::peer_bytes).sum();
+        assert!(peers > made.layer.blob.len() as u64, "{peers}");
+    }
+}

@@ -2,7 +2,7 @@
 //! Reading a device again, to find what rotted on the disk.
 //!
 //! Every chunk that is present is read and compared with its strong digest, and a sealed device with its
-//! diff ID as well. A rotten chunk is dropped only where the caller wants that: its bit is cleared, and it
+//! diff ID as well, where that is what its bytes have. A rotten chunk is dropped only where the caller wants that: its bit is cleared, and it
 //! is fetched again like one that never came. Nothing is punched: the bytes stay until the fetch writes
 //! over them, so whoever reads the file past the bitmap sees wrong bytes or right ones, never a hole.
 //!
@@ -12,7 +12,7 @@
 //! A chunk that is written or dropped while it is read here is looked at under `admission`, like in a
 //! failed seal; there is no lock between two chunks.
 
-use sluice_blockindex::chunkmap::Chunk;
+use sluice_blockindex::chunkmap::{Chunk, DeviceForm};
 use sluice_blockindex::digest::{DiffId, Sha256Hasher};
 use sluice_blockindex::frames::verify_chunk;
 
@@ -56,7 +56,8 @@ impl Device {
         on_rot: OnRot,
         step: &mut dyn FnMut() -> SealStep,
     ) -> Result<Audit, StoreError> {
-        let mut whole = self.is_sealed().then(Sha256Hasher::new);
+        let is_tar = self.chunks.form() == DeviceForm::Tar;
+        let mut whole = (is_tar && self.is_sealed()).then(Sha256Hasher::new);
         let mut audit = Audit::default();
         for ordinal in 0..self.chunks.count() {
             if step() == SealStep::Cancel {
