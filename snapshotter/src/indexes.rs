@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 use sluice_blockindex::annotations::LayerAnnotations;
+use sluice_blockindex::chunkmap::DeviceForm;
 use sluice_blockindex::digest::{BlobDigest, DiffId, IndexDigest};
 use sluice_blockindex::index::{
     INDEX_FILE_MAX_BYTES, Index, IndexError, UncheckedIndex, decompress_index,
@@ -96,9 +97,11 @@ pub struct IndexPin {
 pub enum PinnedBlob {
     /// One that Sluice wrote: the index lies in it, so it says nothing of its digest.
     Written,
-    /// This one, which Sluice did not write.
+    /// This one, which Sluice did not write; the device is its tar.
     Unmodified(BlobDigest),
-    /// One that Sluice wrote, or this one: the index says which.
+    /// This one, by the table of contents that its own writer put into it.
+    Toc(BlobDigest),
+    /// One that Sluice wrote, or this one: the index says which. Its tree is not used.
     Either(BlobDigest),
 }
 
@@ -120,6 +123,7 @@ pub fn accept(payload: &[u8], pin: &IndexPin) -> Result<Bytes, LayerIndexError> 
     let unchecked = match pin.blob {
         PinnedBlob::Written => UncheckedIndex::parse(bytes.clone())?,
         PinnedBlob::Unmodified(_) => UncheckedIndex::parse_unmodified(bytes.clone())?,
+        PinnedBlob::Toc(_) => UncheckedIndex::parse_contents(bytes.clone())?,
         PinnedBlob::Either(_) => UncheckedIndex::parse_either(bytes.clone())?,
     };
     agrees(&unchecked.validate()?, pin)?;
@@ -148,8 +152,21 @@ fn agrees<B: AsRef<[u8]> + Send + Sync + 'static>(
             actual: actual.to_string(),
         });
     }
+    let wanted = match pin.blob {
+        PinnedBlob::Written | PinnedBlob::Unmodified(_) => Some(DeviceForm::Tar),
+        PinnedBlob::Toc(_) => Some(DeviceForm::Contents),
+        PinnedBlob::Either(_) => None,
+    };
+    if let Some(wanted) = wanted.filter(|wanted| *wanted != index.form()) {
+        return Err(LayerIndexError::Disagrees {
+            what: "that its device is",
+            expected: form_name(wanted).to_owned(),
+            actual: form_name(index.form()).to_owned(),
+        });
+    }
     match (pin.blob, index.metadata().unmodified.is_some()) {
-        (PinnedBlob::Unmodified(blob), _) | (PinnedBlob::Either(blob), true) => {
+        (PinnedBlob::Unmodified(blob) | PinnedBlob::Toc(blob), _)
+        | (PinnedBlob::Either(blob), true) => {
             index.check_blob(blob, pin.blob_bytes)?;
         }
         (PinnedBlob::Written, true) => {
@@ -169,6 +186,13 @@ fn agrees<B: AsRef<[u8]> + Send + Sync + 'static>(
         });
     }
     Ok(())
+}
+
+fn form_name(form: DeviceForm) -> &'static str {
+    match form {
+        DeviceForm::Tar => "a tar",
+        DeviceForm::Contents => "the contents of a table of contents",
+    }
 }
 
 /// The directory of index files.

@@ -14,6 +14,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use async_trait::async_trait;
+use sluice_blockindex::chunkmap::DeviceForm;
 use sluice_blockindex::digest::BlobDigest;
 use sluice_fetcher::registry::{RegistryClient, Repository};
 use sluice_fetcher::scheduler::{Fetcher, FillError, Filled, LayerHandle, LayerSpec};
@@ -202,7 +203,10 @@ impl Layers {
     ) -> Result<Arc<LayerHandle>, OpenLayerError> {
         let (blob, blob_bytes) = (record.blob_digest, record.blob_bytes);
         let proven = match record.index_source {
-            IndexSource::Blob | IndexSource::Node => true,
+            IndexSource::Blob
+            | IndexSource::Node
+            | IndexSource::Estargz
+            | IndexSource::ZstdChunked => true,
             IndexSource::Peer | IndexSource::Referrer => false,
         };
         let at = (device_key(record), blob, blob_bytes);
@@ -237,7 +241,9 @@ impl Layers {
         }
         let known_places = origins.clone();
         let windows = self.windows_of(key, &origins, index).await;
-        let doubted = !proven && index.metadata().unmodified.is_some();
+        // A device that is no tar says nothing of a tree. Who mounts such a layer made the index himself.
+        let is_tar = index.form() == DeviceForm::Tar;
+        let doubted = !proven && is_tar && index.metadata().unmodified.is_some();
         let witnesses = doubted.then(|| {
             Arc::new(TreeCheck {
                 key,

@@ -23,6 +23,7 @@ mod pins;
 mod places;
 mod prepare;
 mod sweep;
+mod toc;
 mod unmodified;
 mod unpack_job;
 mod usage;
@@ -35,7 +36,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use sluice_fetcher::index_artifact::FoundArtifact;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -139,6 +140,8 @@ struct Inner {
     payers: usage::Remembered,
     index_jobs: IndexJobs,
     lookers: places::Lookers,
+    /// Tables of contents being read, each with all that it decompresses to.
+    tocs: Semaphore,
 }
 
 impl Lazy {
@@ -157,6 +160,7 @@ impl Lazy {
             payers: usage::Remembered::default(),
             index_jobs: IndexJobs::default(),
             lookers: places::Lookers::default(),
+            tocs: Semaphore::new(toc::PARALLEL),
         });
         let sweeper = Arc::clone(&inner);
         inner.spawn(async move { sweeper.sweep_until_stopped().await });

@@ -24,6 +24,8 @@ pub struct IndexPolicy {
     /// Nodes: this one makes indexes while layers are unpacked, unless it is off; those of others are used when it
     /// is on.
     pub node: IndexUse,
+    /// Tables of contents that others wrote into a blob and its image's manifest pins; off or on.
+    pub toc: IndexUse,
 }
 
 impl IndexPolicy {
@@ -31,6 +33,7 @@ impl IndexPolicy {
     pub const NONE: Self = Self {
         referrer: IndexUse::Off,
         node: IndexUse::Off,
+        toc: IndexUse::Off,
     };
 }
 
@@ -43,7 +46,13 @@ impl Index {
             "on" => Ok(IndexUse::On),
             _ => Err("want \"off\", \"verify\" or \"on\"".to_owned()),
         };
+        let switch = |text: &str| match text {
+            "off" => Ok(IndexUse::Off),
+            "on" => Ok(IndexUse::On),
+            _ => Err("want \"off\" or \"on\"".to_owned()),
+        };
         Ok(IndexPolicy {
+            toc: check.value("index.toc", &self.toc, switch)?,
             referrer: check.value("index.referrer", &self.referrer, index_use)?,
             node: check.value("index.node", &self.node, index_use)?,
         })

@@ -183,6 +183,7 @@ fn errors_name_the_file_and_the_key() {
         ),
         ("[trust]\nlazy = [\"\"]", &["trust.lazy"]),
         ("[index]\nnode = \"yes\"", &["index.node", "verify"]),
+        ("[index]\ntoc = \"verify\"", &["index.toc", "off"]),
         (
             "[telemetry]\naddress = \"0.0.0.0:1\"",
             &["telemetry.address", "loopback"],

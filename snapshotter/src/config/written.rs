@@ -181,6 +181,7 @@ section! {
     Index {
         referrer: String = "on".into(),
         node: String = "on".into(),
+        toc: String = "on".into(),
     }
 }
 section! {

@@ -437,6 +437,12 @@ impl Inner {
     ) -> Outcome {
         let annotations = match check_layer(layer) {
             Err(refusal) if refusal.kind == RefusalKind::NotConverted => {
+                let refusal = match self.toc_outcome(layer, origins, deadline).await {
+                    None => refusal,
+                    Some(Ok(planned)) => return Ok(planned),
+                    // Another index may do.
+                    Some(Err(refusal)) => refusal,
+                };
                 return self
                     .unmodified_outcome(layer, places, artifact, deadline, refusal)
                     .await;

@@ -3,6 +3,7 @@
 //!
 //! | index | used when | trusted because |
 //! | --- | --- | --- |
+//! | made of the blob's own table of contents | `[index] toc` is `on` | the image's manifest pins it ([`super::toc`]) |
 //! | of this node | `[index] node` is not `off` | it was made of the blob itself, and held against the image's diff ID |
 //! | of another node | `[index] node` is `on` | the seal proves the bytes, and what the bytes say of the tree |
 //! | of an artifact that refers to the image | `[index] referrer` is `on` | who may push to the repository made it; the seal proves the same |
@@ -24,7 +25,8 @@ use tokio::time::Instant;
 
 use super::Inner;
 use super::places::Places;
-use crate::config::IndexUse;
+use super::toc::has_toc;
+use crate::config::{IndexPolicy, IndexUse};
 use crate::indexes::{IndexPin, LayerIndex, LayerIndexError, PinnedBlob, check_digest};
 use crate::plan::{Layout, LayoutLayer, Outcome, PlannedLayer, Refusal, RefusalKind};
 use crate::snapshots::{BlobOrigin, IndexSource, LazyLayerRecord};
@@ -34,10 +36,16 @@ fn mismatch(artifact: &FoundArtifact, error: &impl std::fmt::Display) -> Refusal
     Refusal::new(RefusalKind::Mismatch, reason)
 }
 
-/// The blobs of an image's layers of which its manifest says nothing, with size and diff ID.
-pub(super) fn unmarked(layout: &Layout) -> impl Iterator<Item = (BlobDigest, u64, DiffId)> {
+/// The blobs of an image's layers of which its manifest says nothing that may be used, with size and diff ID.
+pub(super) fn unmarked(
+    layout: &Layout,
+    policy: IndexPolicy,
+) -> impl Iterator<Item = (BlobDigest, u64, DiffId)> {
     let layers = layout.layers.iter();
-    let layers = layers.filter(|layer| matches!(layer.mark, Ok(LayerMark::Unmarked)));
+    let layers = layers.filter(move |layer| {
+        let toc = policy.toc == IndexUse::On && has_toc(layer);
+        matches!(layer.mark, Ok(LayerMark::Unmarked)) && !toc
+    });
     layers.filter_map(|layer| {
         let (blob, blob_bytes) = layer.blob()?;
         Some((blob, blob_bytes, layer.diff_id))
@@ -142,7 +150,7 @@ impl Inner {
         deadline: Instant,
     ) -> Option<FoundArtifact> {
         let (policy, manifest) = (self.options.index_use, layout.manifest?);
-        let unmarked: Vec<BlobDigest> = unmarked(layout).map(|(blob, ..)| blob).collect();
+        let unmarked: Vec<BlobDigest> = unmarked(layout, policy).map(|(blob, ..)| blob).collect();
         if unmarked.is_empty() {
             return None;
         }
@@ -287,7 +295,11 @@ impl Inner {
     }
 
     /// The index on disk, written there if it is not. **Blocks**.
-    fn stored(&self, payload: &Bytes, pin: &IndexPin) -> Result<Arc<LayerIndex>, LayerIndexError> {
+    pub(super) fn stored(
+        &self,
+        payload: &Bytes,
+        pin: &IndexPin,
+    ) -> Result<Arc<LayerIndex>, LayerIndexError> {
         let indexes = self.parts.layers.indexes();
         match indexes.get_checked(pin) {
             Ok(Some(index)) => Ok(index),

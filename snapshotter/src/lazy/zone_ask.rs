@@ -26,10 +26,11 @@ impl Inner {
         if self.options.index_use.node != IndexUse::On || !zone.has_peers() || !trusted() {
             return;
         }
-        let wanted = unmarked(layout).map(|(blob, bytes, diff_id)| WantedBlob {
-            blob,
-            expected: Some((diff_id, bytes)),
-        });
+        let wanted =
+            unmarked(layout, self.options.index_use).map(|(blob, bytes, diff_id)| WantedBlob {
+                blob,
+                expected: Some((diff_id, bytes)),
+            });
         let fit = |wanted: &WantedBlob| self.index_jobs.unfit(wanted.blob).is_none();
         let wanted: Vec<WantedBlob> = wanted.filter(fit).collect();
         let lacking = self.blocking(move |inner| {

@@ -10,6 +10,7 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 use sluice_blockindex::digest::{BlobDigest, ChainId, DiffId, IndexDigest};
+use sluice_blockindex::toc::TocFormat;
 use sluice_fetcher::registry::Repository;
 
 /// The label by which an unpacker says which chain ID it is about to make, and by which
@@ -125,6 +126,19 @@ pub enum IndexSource {
     Peer,
     /// An artifact that refers to the image.
     Referrer,
+    /// This node made it of the table of contents of an eStargz layer, which the image's manifest pins.
+    Estargz,
+    /// The same of a zstd:chunked layer.
+    ZstdChunked,
+}
+
+impl From<TocFormat> for IndexSource {
+    fn from(format: TocFormat) -> Self {
+        match format {
+            TocFormat::Estargz => Self::Estargz,
+            TocFormat::ZstdChunked => Self::ZstdChunked,
+        }
+    }
 }
 
 impl IndexSource {
@@ -136,6 +150,8 @@ impl IndexSource {
             Self::Node => "node",
             Self::Peer => "peer",
             Self::Referrer => "referrer",
+            Self::Estargz => "estargz",
+            Self::ZstdChunked => "zstd_chunked",
         }
     }
 
@@ -147,6 +163,10 @@ impl IndexSource {
             Self::Node => "blob as it is; index made by this node",
             Self::Peer => "blob as it is; index made by another node",
             Self::Referrer => "blob as it is; index from an artifact that refers to the image",
+            Self::Estargz => "blob as it is, eStargz; index made of its table of contents (toc)",
+            Self::ZstdChunked => {
+                "blob as it is, zstd:chunked; index made of its table of contents (toc)"
+            }
         }
     }
 
