@@ -45,7 +45,7 @@ unit: setup ## unit, model, contract and fault tests of all crates
 	@cargo test --locked
 
 # One selection of packages for all of it: another would resolve other features and build everything again.
-E2E := identity lazy boot prewarm crash storm faults mixed content budget stuck doctor contract harness cluster mirror mirrors unmodified oddities matrix clients registries convert
+E2E := identity lazy boot prewarm crash storm faults mixed content budget stuck doctor contract harness cluster mirror mirrors unmodified oddities matrix clients registries convert formats
 e2e: tools images ## end-to-end tests on real containerd (short form)
 	@echo "== e2e: real containerd 1.6 and 2.x, runc, registry, kernel mounts"
 	@cargo test --locked --workspace $(addprefix --test ,$(E2E)) -- --nocapture

@@ -56,7 +56,7 @@ impl Format {
 
     /// Whether the pull that is looked at can be lazy.
     fn is_lazy(self) -> bool {
-        matches!(self, Self::Converted | Self::GzipReferrer | Self::GzipNode)
+        !matches!(self, Self::Zstd | Self::Plain)
     }
 }
 

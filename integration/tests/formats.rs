@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Images that other tools made seekable, as those tools write them: lazy at their first pull by the table of contents
+//! that their manifests pin.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use sluice_integration::harness::containerd::Release;
+use sluice_integration::harness::daemon::quick_reaper_with;
+use sluice_integration::harness::proxy::Line;
+use sluice_integration::harness::rootfs::Rootfs;
+use sluice_integration::harness::site::Site;
+use sluice_integration::harness::wait::eventually;
+use sluice_integration::harness::{command, http, images, tools};
+
+const NAMESPACE: &str = "formats";
+/// Where images are converted: nothing of it is left when they are pulled.
+const WORKSHOP: &str = "workshop";
+const REPOSITORY: &str = "formats/python";
+
+/// A format, as nerdctl's option, this project's word for people, and the label of the metric.
+#[derive(Debug, Clone, Copy)]
+struct Format {
+    option: &'static str,
+    words: &'static str,
+    label: &'static str,
+}
+
+const ESTARGZ: Format = Format {
+    option: "--estargz",
+    words: "eStargz",
+    label: "index=\"estargz\"",
+};
+const ZSTD_CHUNKED: Format = Format {
+    option: "--zstdchunked",
+    words: "zstd:chunked",
+    label: "index=\"zstd_chunked\"",
+};
+
+impl Format {
+    fn tag(self) -> &'static str {
+        self.option.trim_start_matches('-')
+    }
+}
+
+/// A set-up whose daemon knows its registry by its port, which containerd's labels leave out.
+fn site(name: &str, extra: &str) -> Result<Site> {
+    let config = quick_reaper_with("auto");
+    let mut site = Site::start(name, Release::V2, Line::OPEN, &config)?;
+    let host = site.registry.host();
+    let path = site.root.join("sluice.toml")?;
+    let written = std::fs::read_to_string(&path)?;
+    let written = format!("{written}\n[registry.hosts.\"{host}\"]\n{extra}");
+    std::fs::write(&path, written)?;
+    site.daemon.stop()?;
+    site.daemon_again()?;
+    Ok(site)
+}
+
+/// Has nerdctl convert the test image and push it; gives its reference and the bytes of its layers.
+fn converted(site: &Site, format: Format) -> Result<(String, u64)> {
+    let (host, direct) = (site.registry.host(), site.registry.direct());
+    let original = format!("{host}/{REPOSITORY}:original");
+    let target = format!("{host}/{REPOSITORY}:{}", format.tag());
+    images::push_layout(
+        &images::python_layout()?,
+        &format!("{direct}/{REPOSITORY}:original"),
+    )?;
+    let nerdctl = site.nerdctl_with(WORKSHOP, "overlayfs");
+    nerdctl.ok(&["pull", "--quiet", "--unpack=false", &original])?;
+    nerdctl.ok(&[
+        "image",
+        "convert",
+        format.option,
+        "--oci",
+        &original,
+        &target,
+    ])?;
+    nerdctl.ok(&["push", "--quiet", &target])?;
+    nerdctl.ok(&["rmi", "-f", &original, &target])?;
+    eventually("the workshop is empty", Duration::from_secs(60), || {
+        let left = site.containerd.ctr_ok(WORKSHOP, &["content", "ls", "-q"])?;
+        Ok(left.stdout.trim().is_empty())
+    })?;
+    let manifest = http::manifest(&direct, REPOSITORY, format.tag())?;
+    let layers = manifest["layers"].as_array().into_iter().flatten();
+    let bytes = layers.filter_map(|layer| layer["size"].as_u64()).sum();
+    Ok((target, bytes))
+}
+
+/// All files of the image as a snapshotter shows them, a line each.
+fn files(site: &Site, format: Format, snapshotter: &str) -> Result<Vec<String>> {
+    let chain_id = http::chain_id(&site.registry.direct(), REPOSITORY, format.tag())?;
+    let target = site.root.directory(&format!("seen-{snapshotter}"))?;
+    let rootfs = Rootfs::mount(&site.containerd, NAMESPACE, snapshotter, &chain_id, &target)?;
+    walk(rootfs.path())
+}
+
+fn walk(directory: &Path) -> Result<Vec<String>> {
+    let mut walk = Command::new(tools::binary("treewalk")?);
+    let walked = command::run_ok(walk.arg(directory), Duration::from_secs(240))?;
+    Ok(walked.stdout.lines().map(str::to_owned).collect())
+}
+
+/// What `sluice why` says of each layer.
+fn reasons(site: &Site, reference: &str) -> Result<Vec<(bool, String)>> {
+    let output = site
+        .daemon
+        .sluice_ok(&["why", "--namespace", NAMESPACE, reference, "--json"])?;
+    let why: serde_json::Value = serde_json::from_str(&output.stdout)?;
+    let layers = why["layers"].as_array().cloned().unwrap_or_default();
+    let layers = layers.iter().map(|layer| {
+        let reason = layer["reason"].as_str().unwrap_or_default();
+        (layer["lazy"] == true, reason.to_owned())
+    });
+    Ok(layers.collect())
+}
+
+fn runs(site: &Site, reference: &str) -> Result<()> {
+    let run = ["run", "--rm", "--net", "none", reference];
+    let ran = site.nerdctl(NAMESPACE).ok(&run);
+    let ran = ran.with_context(|| site.daemon.log_tail())?;
+    ensure!(ran.stdout.contains("\"ready\": true"), "{ran:?}");
+    Ok(())
+}
+
+fn is_lazy_as_it_is(format: Format) -> Result<()> {
+    let mut site = site(format.tag(), "")?;
+    let (reference, image_bytes) = converted(&site, format)?;
+    let before = site.registry.line.bytes();
+    site.nerdctl(NAMESPACE)
+        .ok(&["pull", "--quiet", &reference])?;
+    let pulled = site.registry.line.bytes() - before;
+    let why = reasons(&site, &reference)?;
+    println!("the first pull moved {pulled} of {image_bytes} bytes; {why:?}");
+    ensure!(
+        !why.is_empty()
+            && why
+                .iter()
+                .all(|(lazy, reason)| *lazy && reason.contains(format.words)),
+        "{why:?}\n{}",
+        site.daemon.log_tail()
+    );
+    ensure!(pulled * 10 < image_bytes, "{pulled} of {image_bytes}");
+    let lazy = site
+        .daemon
+        .metric("sluice_lazy_layers_total", &[format.label])?;
+    ensure!(lazy == why.len() as f64, "{lazy}");
+
+    // What was made of the tables is on disk.
+    site.daemon.stop()?;
+    site.daemon_again()?;
+    runs(&site, &reference)?;
+    let seen = files(&site, format, "sluice")?;
+    site.wait_sealed(Duration::from_secs(240))?;
+    site.pull_ordinarily(NAMESPACE, &reference)?;
+    let expected = files(&site, format, "overlayfs")?;
+    for (ours, theirs) in seen.iter().zip(&expected) {
+        ensure!(ours == theirs, "shows\n  {ours}\ninstead of\n  {theirs}");
+    }
+    ensure!(seen.len() == expected.len() && seen.len() > 1000);
+    ensure!(files(&site, format, "sluice")? == expected);
+
+    // It is complete: neither the registry nor what the daemon had in memory is needed.
+    site.registry.stop()?;
+    site.daemon.stop()?;
+    site.daemon_again()?;
+    ensure!(site.daemon.is_sealed()?, "{:#}", site.status()?);
+    runs(&site, &reference)
+}
+
+#[test]
+fn an_estargz_image_is_lazy_as_it_is() -> Result<()> {
+    is_lazy_as_it_is(ESTARGZ)
+}
+
+#[test]
+fn a_zstd_chunked_image_is_lazy_as_it_is() -> Result<()> {
+    is_lazy_as_it_is(ZSTD_CHUNKED)
+}
+
+#[test]
+fn a_table_of_contents_is_not_used_where_the_policy_forbids_it() -> Result<()> {
+    let config = "\n[index]\ntoc = \"off\"\nreferrer = \"off\"\n";
+    let site = site("no-toc", config)?;
+    let (reference, image_bytes) = converted(&site, ESTARGZ)?;
+    let before = site.registry.line.bytes();
+    site.nerdctl(NAMESPACE)
+        .ok(&["pull", "--quiet", &reference])?;
+    let pulled = site.registry.line.bytes() - before;
+    let why = reasons(&site, &reference)?;
+    ensure!(pulled >= image_bytes, "{pulled} of {image_bytes}");
+    ensure!(why.iter().all(|(lazy, _)| !lazy), "{why:?}");
+    runs(&site, &reference)
+}
