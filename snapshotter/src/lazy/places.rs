@@ -201,7 +201,8 @@ impl Inner {
         if layout.is_named || self.options.index_use == IndexPolicy::NONE {
             return places;
         }
-        let blobs: Vec<(BlobDigest, u64)> = unmarked(layout).map(|it| (it.0, it.1)).collect();
+        let unmarked = unmarked(layout, self.options.index_use);
+        let blobs: Vec<(BlobDigest, u64)> = unmarked.map(|it| (it.0, it.1)).collect();
         let trust = &self.options.trust;
         let allowed = layout.origins.iter().filter(|it| trust.allows(it));
         let allowed: Vec<BlobOrigin> = allowed.cloned().collect();

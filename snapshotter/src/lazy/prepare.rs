@@ -437,7 +437,7 @@ impl Inner {
     ) -> Outcome {
         let annotations = match check_layer(layer) {
             Err(refusal) if refusal.kind == RefusalKind::NotConverted => {
-                let refusal = match self.toc_outcome(layer, origins, deadline).await {
+                let refusal = match self.toc_outcome(layer, &places.origins, deadline).await {
                     None => refusal,
                     Some(Ok(planned)) => return Ok(planned),
                     // Another index may do.
