@@ -115,7 +115,13 @@ fn in_place(release: Release) -> Result<()> {
     ctr(&["images", "rm", "--sync", &image])?;
     let layers = first["layers"].as_array().context("layers")?;
     let name = format!("containerd:{pushed}");
-    let summary = convert(&site, &[&name, &name, "--level", "9"])?;
+    // The least and the most that one read may fetch.
+    let size = match release {
+        Release::V1 => "16K",
+        Release::V2 => "512K",
+    };
+    let how = ["--level", "9", "--chunk-size", size];
+    let summary = convert(&site, &[&[name.as_str(), &name], &how[..]].concat())?;
     ensure!(summary["layers_converted"] == layers.len(), "{summary}");
     let image = pushed;
     let pushed = format!("{host}/other:2");
