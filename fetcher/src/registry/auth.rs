@@ -46,7 +46,7 @@ use super::endpoint::Endpoint;
 use super::options::RegistryOptions;
 use super::reference::is_plain_http_default;
 use super::transport::{Call, Own, Transport, endpoint_of, host_of};
-use crate::source::{Attempts, Priority, ReadContext, SourceKind};
+use crate::source::{Attempts, Class, Priority, ReadContext, SourceKind};
 
 /// Tokens, schemes and working credentials that are remembered. A node has tens of repositories; an
 /// entry is some kilobytes.
@@ -322,7 +322,12 @@ impl Authorizer {
         // Nothing is wrong with those that were tried: nothing is to be looked up anew.
         entry.refreshed = true;
         let before = entry.used.take();
-        let header = self.next(context, entry, &scheme).await?;
+        let header = match self.next(context, entry, &scheme).await {
+            Err(error) if error.class() == Class::Cancelled => return Err(error),
+            // The answer that is there is better than this error.
+            Err(_) => None,
+            Ok(header) => header,
+        };
         if header.is_none() {
             entry.used = before;
         }

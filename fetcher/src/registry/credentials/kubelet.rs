@@ -27,6 +27,8 @@ use async_trait::async_trait;
 use futures::future::{BoxFuture, FutureExt, Shared};
 use lru::LruCache;
 use tokio::time::Instant;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
 
 use super::program;
 use super::target::Pattern;
@@ -87,19 +89,13 @@ pub struct KubeletPlugins {
     run_timeout: Duration,
     state: Arc<Mutex<State>>,
     told: Mutex<String>,
+    runs: TaskTracker,
+    /// Ends what runs, with the provider at the latest.
+    stop: DropGuard,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Ends a task that nobody has any use for.
-struct Run(tokio::task::JoinHandle<Option<Arc<Answer>>>);
-
-impl Drop for Run {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
 }
 
 impl KubeletPlugins {
@@ -118,7 +114,16 @@ impl KubeletPlugins {
             run_timeout: RUN_TIMEOUT,
             state: Arc::new(Mutex::new(state)),
             told: Mutex::default(),
+            runs: TaskTracker::new(),
+            stop: CancellationToken::new().drop_guard(),
         }
+    }
+
+    /// Kills what runs, and waits for that. Nothing is run from then on.
+    pub async fn stop(&self) {
+        self.stop.token().cancel();
+        self.runs.close();
+        self.runs.wait().await;
     }
 
     /// The same with another limit on the run of a plugin.
@@ -189,9 +194,9 @@ impl KubeletPlugins {
             .args(&plugin.arguments)
             .envs(plugin.environment.iter().cloned());
         let timeout = self.run_timeout;
-        // It is owned by what it fills: with the provider it ends.
         let state = Arc::downgrade(&self.state);
-        let run = Run(tokio::spawn(async move {
+        let stop = self.stop.token().clone();
+        let run = async move {
             let input = exchange::request(plugin.version, &target.to_string());
             let said = program::run(command, &input, ANSWER_BYTES, timeout).await;
             let response = said.and_then(|said| match said.status.success() {
@@ -203,11 +208,10 @@ impl KubeletPlugins {
                 tracing::warn!(plugin = name, %target, problem, "failed to ask a credential provider");
             }
             settle(&state, &plugin, &target, key, response.ok())
-        }));
-        let flight = async move {
-            let mut run = run;
-            (&mut run.0).await.ok().flatten()
         };
+        let run = async move { stop.run_until_cancelled_owned(run).await.flatten() };
+        let run = self.runs.spawn(run);
+        let flight = async move { run.await.ok().flatten() };
         flight.boxed().shared()
     }
 }

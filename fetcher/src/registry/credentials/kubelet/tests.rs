@@ -237,3 +237,30 @@ async fn the_configuration_may_change_and_be_a_directory() {
         "{error}"
     );
 }
+
+/// As `hangs` above, but the daemon stops first: nothing is left of it, and nothing begins any more.
+#[tokio::test]
+async fn what_runs_ends_with_the_daemon() {
+    let mut node = node(&[("hangs", "r.example", "echo $$ > $0.pid; sleep 600 & wait")]);
+    node.plugins.run_timeout = Duration::from_secs(600);
+    let pid = node.folder.path().join("bin/hangs.pid");
+    let (found, ()) = tokio::join!(node.known("r.example/a", false), async {
+        while !fs::read_to_string(&pid).is_ok_and(|text| text.ends_with('\n')) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let stop = node.plugins.stop();
+        tokio::time::timeout(RUN_LIMIT, stop).await.unwrap();
+    });
+    assert_eq!(found, [""; 0]);
+    let pid = fs::read_to_string(&pid).unwrap();
+    let process = format!("/proc/{}/stat", pid.trim());
+    for _ in 0..100 {
+        match fs::read_to_string(&process) {
+            Ok(stat) if !stat.contains(") Z ") => {}
+            _ => break,
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let left = fs::read_to_string(&process).unwrap_or_default();
+    assert!(left.is_empty() || left.contains(") Z "), "{left}");
+}
