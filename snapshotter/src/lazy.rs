@@ -139,7 +139,7 @@ struct Inner {
     budget: evict::BudgetWatch,
     payers: usage::Remembered,
     index_jobs: IndexJobs,
-    lookers: places::Lookers,
+    answers: places::Answers,
     /// Tables of contents being read, each with all that it decompresses to.
     tocs: Semaphore,
 }
@@ -159,7 +159,7 @@ impl Lazy {
             budget: evict::BudgetWatch::default(),
             payers: usage::Remembered::default(),
             index_jobs: IndexJobs::default(),
-            lookers: places::Lookers::default(),
+            answers: places::Answers::default(),
             tocs: Semaphore::new(toc::PARALLEL),
         });
         let sweeper = Arc::clone(&inner);

@@ -150,8 +150,6 @@ pub struct Layout {
     pub layers: Vec<LayoutLayer>,
     /// All known.
     pub origins: Vec<BlobOrigin>,
-    /// Whether the client itself says what the first of them is.
-    pub is_named: bool,
     /// The image's manifest that has them, if it is known.
     pub manifest: Option<ManifestDigest>,
 }
@@ -181,7 +179,6 @@ impl Layout {
         Some(Self {
             layers,
             origins: image.repositories.clone(),
-            is_named: false,
             manifest: Some(chosen.digest),
         })
     }
@@ -202,7 +199,6 @@ impl Layout {
         Self {
             layers: vec![layer],
             origins,
-            is_named: false,
             manifest: None,
         }
     }

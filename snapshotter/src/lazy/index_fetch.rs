@@ -69,9 +69,12 @@ impl Inner {
         );
         let ask = |place| fetch(place, annotations, deadline);
         let answered = first_of(places, ask, HEAD_START).await;
-        let (place, payload) = answered.map_err(|mut failed| {
-            let last = failed.pop();
-            last.map_or_else(late, |(_, refusal)| refusal)
+        let (place, payload) = answered.map_err(|failed| {
+            let asked = |place: usize| match place.checked_sub(before) {
+                Some(place) => sources[place].to_string(),
+                None => "the zone".to_owned(),
+            };
+            all_failed(failed, asked)
         })?;
         if let Some(place) = place.checked_sub(before) {
             sources[..=place].rotate_right(1);
@@ -179,6 +182,18 @@ where
             () = sleep_until(next_at), if more => {}
         }
     }
+}
+
+/// What the failures of all places come to.
+fn all_failed(mut failed: Vec<(usize, Refusal)>, asked: impl Fn(usize) -> String) -> Refusal {
+    let kind = match failed.as_slice() {
+        [] => return late(),
+        [_] => return failed.remove(0).1,
+        [.., (_, last)] => last.kind,
+    };
+    let each = failed.iter();
+    let each = each.map(|(place, refusal)| format!("{}: {refusal}", asked(*place)));
+    Refusal::new(kind, each.collect::<Vec<_>>().join("; "))
 }
 
 async fn fetch(

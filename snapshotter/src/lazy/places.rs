@@ -4,8 +4,8 @@
 //! The candidates ([`crate::resolve::with_ports`]) come of what this node has seen and of what the administrator
 //! wrote. A layer whose index comes from elsewhere than the registry would be lazy without anybody having talked to
 //! the registry, and readers would find out that it is not there; so one byte of a layer is asked for first, of one
-//! candidate after the other. What answered is remembered, durably, by host and repository, and the next
-//! image asks nobody.
+//! candidate after the other. What answered is remembered, durably, by host and repository, and tried first the
+//! next time; within [`PROOF_LIFE`] it is not asked again.
 //!
 //! containerd writes down what an image is called when its pull is over. So after a pull whose registry was not
 //! found it is looked up some times, and known for the next pull, whether the name is still there then or not.
@@ -14,7 +14,7 @@
 //! awaited for half of what a Prepare has left.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -40,15 +40,18 @@ const PLACES: usize = 4096;
 const LOOKERS: usize = 64;
 /// How long files may take that name registries: those on a network file system may hang.
 const FILES_DEADLINE: Duration = Duration::from_secs(1);
-/// When it is looked what a client calls an image, after its pull began: a pull takes seconds or minutes.
-const LOOKS: [Duration; 6] = [
-    Duration::from_secs(1),
-    Duration::from_secs(4),
-    Duration::from_secs(15),
-    Duration::from_secs(60),
-    Duration::from_secs(240),
-    Duration::from_secs(900),
-];
+/// How long a place that let this node read is taken to go on with it: credentials expire, and a layer that is lazy
+/// needs them. Shorter: each image of a repository costs a question.
+const PROOF_LIFE: Duration = Duration::from_secs(600);
+/// How often it is looked what a client calls an image: the name may go soon after it came. One look is a question to
+/// containerd about the images of a host.
+const LOOK_OFTEN: Duration = Duration::from_secs(1);
+/// How long so often: most pulls are over then.
+const OFTEN: Duration = Duration::from_secs(120);
+/// How often from then on.
+const LOOK_SELDOM: Duration = Duration::from_secs(10);
+/// How long in all.
+const LOOK_FOR: Duration = Duration::from_secs(20 * 60);
 
 /// Where a repository was found.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,19 +67,46 @@ fn place_key(origin: &BlobOrigin) -> String {
     format!("{}/{}", host_name(&origin.host), origin.repository)
 }
 
-/// The images whose names are being looked for.
+/// What this daemon has found out since it started.
 #[derive(Debug, Default)]
-pub(super) struct Lookers(Mutex<BTreeSet<String>>);
+pub(super) struct Answers(Mutex<Table>);
 
-impl Lookers {
+#[derive(Debug, Default)]
+struct Table {
+    /// The images whose names are being looked for.
+    looking: BTreeSet<String>,
+    /// When places let this node read.
+    read: BTreeMap<BlobOrigin, Instant>,
+}
+
+impl Answers {
+    fn table(&self) -> MutexGuard<'_, Table> {
+        // Every critical section leaves the table whole.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn begin(&self, key: &str) -> bool {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.len() < LOOKERS && all.insert(key.to_owned())
+        let looking = &mut self.table().looking;
+        looking.len() < LOOKERS && looking.insert(key.to_owned())
     }
 
     fn end(&self, key: &str) {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.remove(key);
+        self.table().looking.remove(key);
+    }
+
+    fn note(&self, place: &BlobOrigin) {
+        let read = &mut self.table().read;
+        read.retain(|_, at| at.elapsed() < PROOF_LIFE);
+        if read.len() < PLACES {
+            read.insert(place.clone(), Instant::now());
+        }
+    }
+
+    /// Whether this node could read there a while ago.
+    fn lets_in(&self, place: &BlobOrigin) -> bool {
+        let table = self.table();
+        let at = table.read.get(place);
+        at.is_some_and(|at| at.elapsed() < PROOF_LIFE)
     }
 }
 
@@ -147,7 +177,7 @@ impl Inner {
             .collect()
     }
 
-    /// Where repositories were found, by [`place_key`]. **Blocks**.
+    /// Where repositories were found, or are by their images' names, by [`place_key`]. **Blocks**.
     pub(super) fn proven(&self) -> BTreeMap<String, BlobOrigin> {
         let table = DocumentTable::Places;
         let documents = self.parts.metadata.documents::<Place>(table);
@@ -163,8 +193,14 @@ impl Inner {
         documents.into_iter().filter_map(place).collect()
     }
 
-    /// Remembers where a repository was found.
+    /// Remembers where a repository was found, by reading there.
     pub(super) fn found_at(self: &Arc<Self>, origin: &BlobOrigin) {
+        self.answers.note(origin);
+        self.called(origin);
+    }
+
+    /// Remembers where a repository is. That this node may read there is not said.
+    fn called(self: &Arc<Self>, origin: &BlobOrigin) {
         let origin = origin.clone();
         self.write(move |inner| inner.store_place(&origin));
     }
@@ -198,7 +234,7 @@ impl Inner {
         deadline: Instant,
     ) -> Places {
         let places = Places::from(layout.origins.as_slice());
-        if layout.is_named || self.options.index_use == IndexPolicy::NONE {
+        if self.options.index_use == IndexPolicy::NONE {
             return places;
         }
         let unmarked = unmarked(layout, self.options.index_use);
@@ -210,15 +246,12 @@ impl Inner {
             return places;
         };
         let known = self.blocking(move |inner| {
-            let usable = blobs
-                .iter()
-                .find(|(blob, _)| inner.has_usable_index(*blob))
-                .copied();
-            let proven = inner.proven().get(&place_key(&first)) == Some(&first);
-            (usable, blobs.first().copied(), proven)
+            let mut all = blobs.iter();
+            let usable = all.find(|(blob, _)| inner.has_usable_index(*blob));
+            (usable.copied(), blobs.first().copied())
         });
-        let (usable, any, proven) = known.await;
-        if proven {
+        let (usable, any) = known.await;
+        if self.answers.lets_in(&first) {
             return places;
         }
         let asks = self.options.index_use.referrer == IndexUse::On;
@@ -281,22 +314,24 @@ impl Inner {
     fn learn_later(self: &Arc<Self>, namespace: &str, origins: &[BlobOrigin]) {
         for origin in origins.iter().filter(|it| port_of(&it.host).is_none()) {
             let key = format!("{namespace}/{}", place_key(origin));
-            if !self.lookers.begin(&key) {
+            if !self.answers.begin(&key) {
                 continue;
             }
             let (inner, origin) = (Arc::clone(self), origin.clone());
             let namespace = namespace.to_owned();
             self.spawn(async move {
-                for pause in LOOKS {
-                    tokio::time::sleep(pause).await;
+                let begun = Instant::now();
+                while begun.elapsed() < LOOK_FOR {
+                    let often = begun.elapsed() < OFTEN;
+                    tokio::time::sleep(if often { LOOK_OFTEN } else { LOOK_SELDOM }).await;
                     let images = inner.image_places(&namespace, &origin.host).await;
                     let mut same = images.iter();
                     if let Some(place) = same.find(|it| it.repository == origin.repository) {
-                        inner.found_at(place);
+                        inner.called(place);
                         break;
                     }
                 }
-                inner.lookers.end(&key);
+                inner.answers.end(&key);
             });
         }
     }

@@ -409,7 +409,6 @@ impl Inner {
             .collect();
         let said = [named.clone(), std::mem::take(&mut layout.origins)].concat();
         let candidates = self.candidates(namespace, &said, hints).await;
-        layout.is_named = !named.is_empty();
         layout.origins = named;
         add_origins(&mut layout.origins, candidates);
         layout

@@ -92,7 +92,6 @@ async fn waiters_get_their_layer_and_share_one_plan() {
     );
     let layout = Layout {
         manifest: None,
-        is_named: false,
         layers: vec![layer()],
         origins: Vec::new(),
     };
@@ -194,7 +193,6 @@ async fn layers_with_plans_of_their_own_share_one_budget() {
             let refusal = Refusal::new(kind, "no");
             state.layout = Some(Ok(Arc::new(Layout {
                 manifest: None,
-                is_named: false,
                 layers: Vec::new(),
                 origins: Vec::new(),
             })));

@@ -138,7 +138,6 @@ async fn layout(
             manifest: Some(fetched.digest),
             layers: layers.collect(),
             origins: vec![origin],
-            is_named: true,
         },
     })
 }

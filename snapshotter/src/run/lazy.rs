@@ -76,6 +76,7 @@ pub(super) struct LazySide {
     shelf: Arc<NodeShelf>,
     prewarms: Prewarms,
     notifications: Option<JoinHandle<()>>,
+    plugins: Option<Arc<KubeletPlugins>>,
     control: JoinHandle<()>,
     attach: JoinHandle<()>,
 }
@@ -124,7 +125,8 @@ impl LazySide {
         let mut options = registry_options(config);
         options.mirrors = mirror_options(config);
         let retry = options.retry.clone();
-        let client = RegistryClient::counted(options, credentials(config), metrics)?;
+        let plugins = plugins(config);
+        let client = RegistryClient::counted(options, credentials(config, &plugins), metrics)?;
         let layers = Arc::new(Layers::new(
             fetcher.clone(),
             client.clone(),
@@ -266,6 +268,7 @@ impl LazySide {
             shelf,
             prewarms,
             notifications,
+            plugins,
             control,
             attach,
         })
@@ -295,6 +298,7 @@ impl LazySide {
             shelf: _,
             prewarms,
             notifications,
+            plugins,
             control,
             attach,
         } = self;
@@ -310,6 +314,9 @@ impl LazySide {
             prewarms.stop().await;
             lazy.stop().await;
             fetcher.shutdown().await;
+            if let Some(plugins) = plugins {
+                plugins.stop().await;
+            }
             tokio::task::spawn_blocking(move || store.stop()).await
         })
         .await;
@@ -373,16 +380,25 @@ async fn watch_shim(attached: &AttachedMount) {
     }
 }
 
+/// kubelet's plugins, if they are used.
+fn plugins(config: &Config) -> Option<Arc<KubeletPlugins>> {
+    let used = config.registry.credential_providers.as_ref()?;
+    let plugins = KubeletPlugins::new(used.config.clone(), used.bin_dir.clone());
+    Some(Arc::new(plugins))
+}
+
 /// Who knows credentials, whose count first at the beginning.
-fn credentials(config: &Config) -> Arc<dyn CredentialProvider> {
+fn credentials(
+    config: &Config,
+    plugins: &Option<Arc<KubeletPlugins>>,
+) -> Arc<dyn CredentialProvider> {
     let registry = &config.registry;
     let mut all: Vec<Arc<dyn CredentialProvider>> = vec![
         Arc::new(DockerConfig::new(registry.docker_config.clone())),
         Arc::new(CredentialFiles::new(registry.credential_files.clone())),
     ];
-    if let Some(plugins) = &registry.credential_providers {
-        let (config, programs) = (plugins.config.clone(), plugins.bin_dir.clone());
-        all.push(Arc::new(KubeletPlugins::new(config, programs)));
+    if let Some(plugins) = plugins {
+        all.push(Arc::clone(plugins) as Arc<dyn CredentialProvider>);
     }
     Arc::new(CredentialChain::new(all))
 }
