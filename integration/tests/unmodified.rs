@@ -160,6 +160,12 @@ fn a_second_pull_is_lazy_without_any_conversion() -> Result<()> {
     let site = site("unmodified", "")?;
     let (reference, image_bytes) = push(&site.registry)?;
     let layers = pull_and_index(&site, &reference, image_bytes)?;
+    // It looks once a second what the client has called the image.
+    let known = eventually("the port is found", Duration::from_secs(30), || {
+        let log = site.daemon.log();
+        Ok(log.contains("found out where a repository is"))
+    });
+    known.with_context(|| site.daemon.log_tail())?;
     forget(&site, &reference)?;
 
     let pulled = pull(&site, &site.registry, &reference)?;
