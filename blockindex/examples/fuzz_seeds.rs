@@ -79,6 +79,7 @@ fn main() {
     write(&directory, "annotations", "not-lazy", b"8=sparse file\n");
     unmodified(&directory, &tar);
     artifact(&directory);
+    toc(&directory);
 }
 
 /// The artifact of an image that stands for all: a layer with windows, and one without an index.
@@ -113,6 +114,57 @@ fn artifact(directory: &Path) {
     };
     let bytes = sample.to_json().expect("the sample keeps the rules");
     write(directory, "index_artifact", "sample", &bytes);
+}
+
+/// Tables of contents: a few entries, the end of a blob, and annotations. No blob is written: the target takes any.
+fn toc(directory: &Path) {
+    let digest = BlobDigest::of(b"content");
+    let json = format!(
+        r#"{{"version":1,"entries":[
+{{"name":"d/","type":"dir","modtime":"2021-01-02T03:04:05Z","mode":493,"xattrs":{{"user.a":"AP8="}}}},
+{{"name":"d/big","type":"reg","size":9000,"digest":"{digest}","offset":100,"chunkSize":4096,"chunkDigest":"{digest}"}},
+{{"name":"d/big","type":"chunk","offset":3000,"chunkOffset":4096,"chunkDigest":"{digest}"}},
+{{"name":"small","type":"reg","size":5,"digest":"{digest}","offset":6000,"endOffset":6020}},
+{{"name":"beside","type":"reg","size":5,"digest":"{digest}","offset":6000,"innerOffset":1024}},
+{{"name":"hard","type":"hardlink","linkName":"small"}},
+{{"name":"soft","type":"symlink","linkName":"d"}},
+{{"name":"soft/.wh.gone","type":"reg"}},
+{{"name":"null","type":"char","devMajor":1,"devMinor":3}},
+{{"name":"pipe","type":"fifo"}}]}}"#
+    );
+    for (kind, name) in [(0, "zstd-chunked"), (1, "estargz")] {
+        write(
+            directory,
+            "toc",
+            name,
+            &[&[kind][..], json.as_bytes()].concat(),
+        );
+    }
+    let footer = [
+        &[
+            0x1f, 0x8b, 8, 4, 0, 0, 0, 0, 0, 0xff, 26, 0, b'S', b'G', 22, 0,
+        ][..],
+        format!("{:016x}STARGZ", 20).as_bytes(),
+        &[1, 0, 0, 0xff, 0xff, 0, 0, 0, 0, 0, 0, 0, 0],
+    ]
+    .concat();
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+    let mut header = tar::Header::new_ustar();
+    header.set_path("stargz.index.json").expect("a short path");
+    header.set_size(2);
+    header.set_cksum();
+    encoder.write_all(header.as_bytes()).expect("in memory");
+    encoder.write_all(b"{}").expect("in memory");
+    let member = encoder.finish().expect("in memory");
+    let end = [&[2][..], &[0; 20], &member, &footer].concat();
+    write(directory, "toc", "footer", &end);
+    let lines = format!("{digest}\n100:50:400:1\n{digest}\n");
+    write(
+        directory,
+        "toc",
+        "annotations",
+        &[&[3][..], lines.as_bytes()].concat(),
+    );
 }
 
 /// Blobs of others, and the index of one of them.

@@ -44,6 +44,7 @@ const LAYOUT_ANNOTATIONS: &[&str] = &[
     OURS,
     "io.containers.estargz.",
     "io.github.containers.zstd-chunked.",
+    "io.containers.zstd-chunked.",
     SOURCE,
     RECIPE_NAME,
 ];

@@ -20,8 +20,8 @@ const GZIP_EXTRA: &[u8] = &[0x1f, 0x8b, 8, 4];
 const EXTRA_LENGTH: usize = 10;
 /// Length of a zstd:chunked footer: of four numbers, or of seven where the headers of the tar are kept too.
 const ZSTD_FOOTER_BYTES: [usize; 2] = [40, 64];
-/// What it ends with.
-const ZSTD_MAGIC: &[u8] = b"GNUlInUx";
+/// What it ends with: as podman writes it, and as the tools of eStargz do.
+const ZSTD_MAGICS: [&[u8]; 2] = [b"GNUlInUx", b"GnUlInUx"];
 /// The skippable frame that tools write it into.
 const SKIPPABLE_MAGIC: &[u8] = &[0x50, 0x2a, 0x4d, 0x18];
 /// What ends a blob whose TOC is elsewhere.
@@ -129,10 +129,9 @@ fn zstd_chunked(bytes: &[u8]) -> Option<[u64; 3]> {
         let header = usize::try_from(SKIPPABLE_HEADER_BYTES).ok()?;
         let frame = bytes.get(bytes.len().checked_sub(header + length)?..)?;
         let said = u32::try_from(length).ok()?.to_le_bytes();
-        frame
-            .strip_prefix(SKIPPABLE_MAGIC)?
-            .strip_prefix(&said)?
-            .strip_suffix(ZSTD_MAGIC)
+        let numbers = frame.strip_prefix(SKIPPABLE_MAGIC)?.strip_prefix(&said)?;
+        let mut magics = ZSTD_MAGICS.into_iter();
+        magics.find_map(|magic| numbers.strip_suffix(magic))
     })?;
     let mut numbers = frame.chunks_exact(8).map(|number| {
         let number: [u8; 8] = number.try_into().unwrap_or_default();

@@ -11,6 +11,9 @@ pub const ESTARGZ_DIGEST: &str = "containerd.io/snapshot/stargz/toc.digest";
 pub const ZSTD_CHUNKED_CHECKSUM: &str = "io.github.containers.zstd-chunked.manifest-checksum";
 /// Where it stands: offset, bytes, bytes of the JSON, and type, with colons.
 pub const ZSTD_CHUNKED_POSITION: &str = "io.github.containers.zstd-chunked.manifest-position";
+/// The same two as the tools of eStargz name them.
+const OTHER_CHECKSUM: &str = "io.containers.zstd-chunked.manifest-checksum";
+const OTHER_POSITION: &str = "io.containers.zstd-chunked.manifest-position";
 
 /// The one type of TOC that is known.
 pub(super) const POSITION_TYPE: u64 = 1;
@@ -45,7 +48,9 @@ impl TocPin {
         get: impl Fn(&str) -> Option<&'a str>,
     ) -> Result<Option<Self>, TocError> {
         let estargz = get(ESTARGZ_DIGEST);
-        match (get(ZSTD_CHUNKED_CHECKSUM), get(ZSTD_CHUNKED_POSITION)) {
+        let checksum = get(ZSTD_CHUNKED_CHECKSUM).or_else(|| get(OTHER_CHECKSUM));
+        let position = get(ZSTD_CHUNKED_POSITION).or_else(|| get(OTHER_POSITION));
+        match (checksum, position) {
             (Some(checksum), Some(position)) => zstd_chunked(checksum, position).map(Some),
             (Some(_), None) => Err(TocError::Missing {
                 name: ZSTD_CHUNKED_POSITION,

@@ -276,7 +276,7 @@ pub(crate) fn with_toc(mut sample: Sample, format: TocFormat, toc: Value) -> Sam
                 1,
             ];
             let mut footer: Vec<u8> = numbers.iter().flat_map(|it| it.to_le_bytes()).collect();
-            footer.extend(b"GNUlInUx");
+            footer.extend([0x47, 0x6e, 0x55, 0x6c, 0x49, 0x6e, 0x55, 0x78]);
             sample.blob.extend(skippable(&footer));
             let get = |name: &str| match name {
                 super::ZSTD_CHUNKED_CHECKSUM => Some(BlobDigest::of(&payload).to_string()),

@@ -555,6 +555,11 @@ fn annotations_pin_a_toc_or_say_what_is_wrong() {
     assert_eq!(has_place(&[estargz]), Ok(Some(false)));
     assert_eq!(has_place(&good), Ok(Some(true)));
     assert_eq!(has_place(&good[..2]), Ok(Some(true)));
+    let others = [
+        ("io.containers.zstd-chunked.manifest-checksum", good[0].1),
+        ("io.containers.zstd-chunked.manifest-position", good[1].1),
+    ];
+    assert_eq!(read(&others), read(&good[..2]));
     for lacks in [checksum, position] {
         let rest: Vec<_> = good.into_iter().filter(|it| it.0 != lacks).collect();
         assert_eq!(read(&rest), Err(TocError::Missing { name: lacks }));
