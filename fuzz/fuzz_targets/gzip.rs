@@ -147,7 +147,8 @@ fn forged(rest: &[u8], size: u8, cut: u8) {
         blob: Extent::from_length(0, frame.len() as u64).expect("small"),
         codec: Codec::Deflate,
         skip_bytes: u32::from(cut) * 512,
-        crc32: 0,
+        crc32: Some(0),
+        padding_bytes: 0,
         algorithm: StrongAlgorithm::Blake3,
         digest: ChunkDigest([0; 32]),
     };
