@@ -175,7 +175,13 @@ impl Inner {
         let begun = Instant::now();
         let made = self.read_and_index(layer.diff_id, blob, blob_bytes, origins);
         let (device, made) = match made.await {
-            Ok((device, layer)) => (Some(device), Ok(layer)),
+            Ok((device, layer)) => {
+                // A pull names the host alone, and has nothing else to ask of it.
+                if let Some(place) = origins.first() {
+                    self.found_at(place);
+                }
+                (Some(device), Ok(layer))
+            }
             Err(failure) => (None, Err(failure)),
         };
         self.settle_index(blob, begun, made).await?;

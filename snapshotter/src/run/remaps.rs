@@ -14,8 +14,8 @@ use crate::resolve::Containerd;
 
 /// How long one question may take.
 const DEADLINE: Duration = Duration::from_secs(5);
-/// Until it has answered once, which matters to the first container with users of its own.
-const UNKNOWN: Duration = Duration::from_secs(1);
+/// Until it has answered once: the first container with users of its own may come as soon as containerd is there.
+const UNKNOWN: Duration = Duration::from_millis(100);
 /// Afterwards: it may be another version one day.
 const KNOWN: Duration = Duration::from_secs(60);
 
