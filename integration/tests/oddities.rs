@@ -10,7 +10,7 @@ use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::layout::{self, Coding};
 use sluice_integration::harness::proxy::Line;
 use sluice_integration::harness::rootfs::Rootfs;
-use sluice_integration::harness::site::Site;
+use sluice_integration::harness::site::{REGISTRY, Site};
 use sluice_integration::harness::wait::eventually;
 use sluice_integration::harness::{command, http, images, tools};
 use sluice_integration::oddities::{self, Case, Outcome};
@@ -131,11 +131,9 @@ fn each_oddity_is_what_containerd_1_makes_of_it() -> Result<()> {
 /// With an index beside them. Short: one coding each, in turn; `SLUICE_LONG`: all codings.
 #[test]
 fn each_oddity_is_what_containerd_2_makes_of_it() -> Result<()> {
-    let config = "
-[index]
-node = \"off\"
-";
-    let site = Site::start("oddities2", Release::V2, Line::OPEN, config)?;
+    // The first pulls would have to find out the port.
+    let config = format!("\n[index]\nnode = \"off\"\n\n[registry.hosts.\"{REGISTRY}\"]\n");
+    let site = Site::start("oddities2", Release::V2, Line::OPEN, &config)?;
     let all = std::env::var_os("SLUICE_LONG").is_some();
     each(&site, |at, case| {
         let codings = Coding::ALL.into_iter().enumerate();

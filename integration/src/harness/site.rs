@@ -17,6 +17,9 @@ use super::registry::Registry;
 use super::root::Root;
 use super::service_manager::ServiceManager;
 
+/// Stands for the registry's `host:port` in what a set-up appends to sluiced's config.
+pub const REGISTRY: &str = "@REGISTRY@";
+
 /// Fields drop in order: containers first, then containerd, the daemon with its shim, the registry,
 /// and last the root with what is still mounted.
 #[derive(Debug)]
@@ -81,7 +84,8 @@ impl Site {
     ) -> Result<Self> {
         let registry = Registry::start(&root, line)?;
         let socket = root.directory("c")?.join("c.sock");
-        let daemon = Daemon::start_within(surroundings, &root, &socket, extra)?;
+        let extra = extra.replace(REGISTRY, &registry.host());
+        let daemon = Daemon::start_within(surroundings, &root, &socket, &extra)?;
         let containers = Containers::of(&root);
         let containerd = if kubernetes {
             let pause = kubernetes::push_pause(&root, &registry)?;

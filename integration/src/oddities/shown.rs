@@ -57,12 +57,17 @@ fn names() -> Vec<Case> {
                 file("back\\slash"),
                 file("-rf"),
                 file("\u{e9}\u{1f980}"),
-                Entry::file(b"odd/names/\xff\xfe", "no text"),
                 Entry::file("/odd/names/absolute", "absolute"),
                 Entry::file("./odd/names/from-here", "from here"),
                 Entry::file("../../odd/names/from-above", "from above the root"),
                 Entry::directory("odd/names/directory///"),
             ]],
+        ),
+        // By itself: tables of contents are JSON, and have no such names.
+        Case::whole(
+            "no-text",
+            Outcome::Lazy,
+            ended(&Entry::file(b"odd/no-text/\xff\xfe", "no text").bytes()),
         ),
         lazy("root", &[&[Entry::directory("./").mode(0o700).owner(7, 7)]]),
         lazy(
