@@ -21,7 +21,7 @@ use crate::image::ImageError;
 mod content;
 mod images;
 
-pub(crate) use content::{child_labels, is_label};
+pub(crate) use content::{SOURCE_LABEL_PREFIX, child_labels, is_label};
 pub(crate) use images::to_containerd;
 
 /// How long a call may take that moves no content. Prepare may wait for the snapshotter's network

@@ -150,8 +150,15 @@ pub trait ImageWriter: ImageReader {
     /// Whether the blob is there with that size.
     async fn has_blob(&self, digest: BlobDigest, bytes: u64) -> Result<bool, ImageError>;
 
-    /// Takes a blob from another repository without transfer; false if that cannot be done.
-    async fn mount_blob(&self, digest: BlobDigest, from: &Repository) -> Result<bool, ImageError>;
+    /// Takes a blob from another repository without transfer; false if that cannot be done, as
+    /// anywhere but in a registry.
+    async fn mount_blob(
+        &self,
+        _digest: BlobDigest,
+        _from: &Repository,
+    ) -> Result<bool, ImageError> {
+        Ok(false)
+    }
 
     /// Stores a blob. `spool` holds exactly `bytes` bytes whose digest the caller has computed;
     /// its position is anywhere. Storing what is there already is no error. `progress` is told bytes

@@ -24,7 +24,9 @@ use bytes::Bytes;
 use serde::Deserialize;
 use sluice_blockindex::digest::{ChainId, DiffId};
 
-use crate::containerd::{Containerd, ContainerdError, child_labels, is_label, to_containerd};
+use crate::containerd::{
+    Containerd, ContainerdError, SOURCE_LABEL_PREFIX, child_labels, is_label, to_containerd,
+};
 use crate::image::{
     Descriptor, Document, DocumentKind, ImageError, ImageReader, Platform, read_small,
 };
@@ -215,7 +217,7 @@ async fn fill(
 ) -> Result<(u64, u64), PullError> {
     let mut origin = HashMap::new();
     let (host, repository) = target.repository;
-    let name = format!("containerd.io/distribution.source.{host}");
+    let name = format!("{SOURCE_LABEL_PREFIX}{host}");
     if is_label(&name, repository) {
         origin.insert(name, repository.to_owned());
     }

@@ -20,6 +20,7 @@ mod backoff;
 pub mod blob_cache;
 pub mod block_source;
 pub mod boot;
+mod bounded;
 mod byte_lru;
 pub mod clock;
 pub mod cluster;

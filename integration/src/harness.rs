@@ -10,6 +10,7 @@ pub mod http;
 pub mod images;
 pub mod kubernetes;
 pub mod layout;
+pub mod look;
 pub mod mounts;
 pub mod nerdctl;
 pub mod network;

@@ -54,9 +54,11 @@ fn push(site: &Site, name: &str, layers: &[Vec<u8>], command: &str) -> Result<St
 }
 
 fn is_lazy(site: &Site, namespace: &str, reference: &str) -> Result<()> {
-    let why = ["why", "--namespace", namespace, reference, "--json"];
-    let why: serde_json::Value = serde_json::from_str(&site.daemon.sluice_ok(&why)?.stdout)?;
-    ensure!(why["lazy"] == true, "not lazy: {why:#}");
+    let why = site.why(namespace, reference)?;
+    ensure!(
+        !why.is_empty() && why.iter().all(|layer| layer.lazy),
+        "{why:?}"
+    );
     Ok(())
 }
 

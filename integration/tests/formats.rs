@@ -2,18 +2,15 @@
 //! Images that other tools made seekable, as those tools write them: lazy at their first pull by the table of contents
 //! that their manifests pin.
 
-use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::daemon::quick_reaper_with;
 use sluice_integration::harness::proxy::Line;
-use sluice_integration::harness::rootfs::Rootfs;
-use sluice_integration::harness::site::Site;
+use sluice_integration::harness::site::{REGISTRY, Site};
 use sluice_integration::harness::wait::eventually;
-use sluice_integration::harness::{command, http, images, tools};
+use sluice_integration::harness::{http, images};
 
 const NAMESPACE: &str = "formats";
 /// Where images are converted: nothing of it is left when they are pulled.
@@ -48,15 +45,8 @@ impl Format {
 /// A set-up whose daemon knows its registry by its port, which containerd's labels leave out.
 fn site(name: &str, extra: &str) -> Result<Site> {
     let config = quick_reaper_with("auto");
-    let mut site = Site::start(name, Release::V2, Line::OPEN, &config)?;
-    let host = site.registry.host();
-    let path = site.root.join("sluice.toml")?;
-    let written = std::fs::read_to_string(&path)?;
-    let written = format!("{written}\n[registry.hosts.\"{host}\"]\n{extra}");
-    std::fs::write(&path, written)?;
-    site.daemon.stop()?;
-    site.daemon_again()?;
-    Ok(site)
+    let config = format!("{config}\n[registry.hosts.\"{REGISTRY}\"]\n{extra}");
+    Site::start(name, Release::V2, Line::OPEN, &config)
 }
 
 /// Has nerdctl convert the test image and push it; gives its reference and the bytes of its layers.
@@ -93,29 +83,7 @@ fn converted(site: &Site, format: Format) -> Result<(String, u64)> {
 /// All files of the image as a snapshotter shows them, a line each.
 fn files(site: &Site, format: Format, snapshotter: &str) -> Result<Vec<String>> {
     let chain_id = http::chain_id(&site.registry.direct(), REPOSITORY, format.tag())?;
-    let target = site.root.directory(&format!("seen-{snapshotter}"))?;
-    let rootfs = Rootfs::mount(&site.containerd, NAMESPACE, snapshotter, &chain_id, &target)?;
-    walk(rootfs.path())
-}
-
-fn walk(directory: &Path) -> Result<Vec<String>> {
-    let mut walk = Command::new(tools::binary("treewalk")?);
-    let walked = command::run_ok(walk.arg(directory), Duration::from_secs(240))?;
-    Ok(walked.stdout.lines().map(str::to_owned).collect())
-}
-
-/// What `sluice why` says of each layer.
-fn reasons(site: &Site, reference: &str) -> Result<Vec<(bool, String)>> {
-    let output = site
-        .daemon
-        .sluice_ok(&["why", "--namespace", NAMESPACE, reference, "--json"])?;
-    let why: serde_json::Value = serde_json::from_str(&output.stdout)?;
-    let layers = why["layers"].as_array().cloned().unwrap_or_default();
-    let layers = layers.iter().map(|layer| {
-        let reason = layer["reason"].as_str().unwrap_or_default();
-        (layer["lazy"] == true, reason.to_owned())
-    });
-    Ok(layers.collect())
+    site.files(NAMESPACE, snapshotter, &chain_id, false)
 }
 
 fn runs(site: &Site, reference: &str) -> Result<()> {
@@ -133,13 +101,13 @@ fn is_lazy_as_it_is(format: Format) -> Result<()> {
     site.nerdctl(NAMESPACE)
         .ok(&["pull", "--quiet", &reference])?;
     let pulled = site.registry.line.bytes() - before;
-    let why = reasons(&site, &reference)?;
+    let why = site.why(NAMESPACE, &reference)?;
     println!("the first pull moved {pulled} of {image_bytes} bytes; {why:?}");
     ensure!(
         !why.is_empty()
             && why
                 .iter()
-                .all(|(lazy, reason)| *lazy && reason.contains(format.words)),
+                .all(|layer| layer.lazy && layer.reason.contains(format.words)),
         "{why:?}\n{}",
         site.daemon.log_tail()
     );
@@ -190,8 +158,8 @@ fn a_table_of_contents_is_not_used_where_the_policy_forbids_it() -> Result<()> {
     site.nerdctl(NAMESPACE)
         .ok(&["pull", "--quiet", &reference])?;
     let pulled = site.registry.line.bytes() - before;
-    let why = reasons(&site, &reference)?;
+    let why = site.why(NAMESPACE, &reference)?;
     ensure!(pulled >= image_bytes, "{pulled} of {image_bytes}");
-    ensure!(why.iter().all(|(lazy, _)| !lazy), "{why:?}");
+    ensure!(why.iter().all(|layer| !layer.lazy), "{why:?}");
     runs(&site, &reference)
 }

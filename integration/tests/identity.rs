@@ -9,8 +9,8 @@ use anyhow::{Context, Result, ensure};
 use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::images;
 use sluice_integration::harness::layout::{self, Attributes, Layer};
+use sluice_integration::harness::look::walk;
 use sluice_integration::harness::proxy::Line;
-use sluice_integration::harness::rootfs::Rootfs;
 use sluice_integration::harness::site::Site;
 use sluice_integration::harness::{command, http, tools};
 use sluice_integration::tree::same_but_touched;
@@ -92,19 +92,6 @@ fn strange_layers() -> Result<Vec<Layer>> {
     Ok(vec![base, middle, Layer::new(), top])
 }
 
-/// Lists the image of `namespace` as `snapshotter` shows it.
-fn listing(site: &Site, namespace: &str, snapshotter: &str, chain_id: &str) -> Result<Vec<String>> {
-    let target = site.root.directory(&format!("look-{namespace}"))?;
-    let rootfs = Rootfs::mount(&site.containerd, namespace, snapshotter, chain_id, &target)?;
-    let walk = command::run_ok(
-        Command::new(tools::binary("treewalk")?)
-            .arg("--directory-times")
-            .arg(rootfs.path()),
-        Duration::from_secs(240),
-    )?;
-    Ok(walk.stdout.lines().map(str::to_owned).collect())
-}
-
 fn identical(name: &str, layout: &std::path::Path, backend: &str) -> Result<()> {
     let start = SystemTime::now() - Duration::from_secs(1);
     let config = format!("[mount]\nbackend = \"{backend}\"\n");
@@ -135,8 +122,8 @@ fn identical(name: &str, layout: &std::path::Path, backend: &str) -> Result<()> 
         "the config digest changed"
     );
     let chain_id = http::chain_id(&direct, name, "original")?;
-    let files = listing(&site, "original", "overlayfs", &chain_id)?;
-    let converted_files = listing(&site, "converted", "overlayfs", &chain_id)?;
+    let files = site.files("original", "overlayfs", &chain_id, true)?;
+    let converted_files = site.files("converted", "overlayfs", &chain_id, true)?;
     ensure!(files.len() > 100, "only {} files were listed", files.len());
     same_but_touched(&files, &converted_files, start)?;
 
@@ -172,7 +159,7 @@ fn identical(name: &str, layout: &std::path::Path, backend: &str) -> Result<()> 
         .stdout;
     let why: serde_json::Value = serde_json::from_str(&why)?;
     ensure!(why["lazy"].as_bool() == Some(true), "not lazy: {why:#}");
-    let sluice_files = listing(&site, "lazy", "sluice", &chain_id)?;
+    let sluice_files = site.files("lazy", "sluice", &chain_id, true)?;
     same_but_touched(&files, &sluice_files, start)?;
     let miscounted = sluice_files.iter().find(|line| line.contains(" nlink="));
     ensure!(miscounted.is_none(), "{miscounted:?}");
@@ -232,14 +219,9 @@ fn kernel_shows_the_same(site: &Site, expected: &[String]) -> Result<()> {
         Some(options.join(",").as_str()),
     )
     .with_context(|| format!("mount {} by the kernel's EROFS", tree.display()))?;
-    let walk = command::run_ok(
-        Command::new(tools::binary("treewalk")?)
-            .arg("--directory-times")
-            .arg(&target),
-        Duration::from_secs(240),
-    );
+    let files = walk(&target, true);
     command::run_ok(Command::new("umount").arg(&target), Duration::from_secs(20))?;
-    let files: Vec<String> = walk?.stdout.lines().map(str::to_owned).collect();
+    let files = files?;
     for (l, r) in expected.iter().zip(&files) {
         ensure!(l == r, "the kernel shows\n  {r}\ninstead of\n  {l}");
     }

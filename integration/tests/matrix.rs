@@ -5,7 +5,6 @@
 #![allow(clippy::unwrap_used, reason = "a test may stop where it stands")]
 
 use std::fmt;
-use std::process::Command;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, Result, ensure};
@@ -13,11 +12,11 @@ use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::daemon::quick_reaper_with;
 use sluice_integration::harness::kubernetes;
 use sluice_integration::harness::layout::{self, Coding};
+use sluice_integration::harness::look::Why;
 use sluice_integration::harness::proxy::Line;
-use sluice_integration::harness::rootfs::Rootfs;
 use sluice_integration::harness::site::Site;
 use sluice_integration::harness::wait::eventually;
-use sluice_integration::harness::{command, http, images, tools};
+use sluice_integration::harness::{http, images};
 use sluice_integration::oddities::entry::Entry;
 use sluice_integration::oddities::together;
 use sluice_integration::tree::same_but_touched;
@@ -229,27 +228,6 @@ fn run(site: &Site, cell: Cell, reference: &str) -> Result<String> {
     })
 }
 
-fn files(site: &Site, namespace: &str, snapshotter: &str, chain_id: &str) -> Result<Vec<String>> {
-    let target = site.root.directory(&format!("look-{snapshotter}"))?;
-    let rootfs = Rootfs::mount(&site.containerd, namespace, snapshotter, chain_id, &target)?;
-    let mut walk = Command::new(tools::binary("treewalk")?);
-    walk.arg("--directory-times").arg(rootfs.path());
-    let walked = command::run_ok(&mut walk, Duration::from_secs(60))?;
-    Ok(walked.stdout.lines().map(str::to_owned).collect())
-}
-
-/// For each layer, whether it is lazy, and why or why not.
-fn reasons(site: &Site, namespace: &str, reference: &str) -> Result<Vec<(bool, String)>> {
-    let why = ["why", "--namespace", namespace, reference, "--json"];
-    let why: serde_json::Value = serde_json::from_str(&site.daemon.sluice_ok(&why)?.stdout)?;
-    let layers = why["layers"].as_array().context("layers")?.iter();
-    let layers = layers.map(|layer| {
-        let reason = layer["reason"].as_str().unwrap_or_default();
-        (layer["lazy"] == true, reason.to_owned())
-    });
-    Ok(layers.collect())
-}
-
 fn whole_seconds(line: &str) -> String {
     let fields = line.split(' ').map(|field| match field.split_once('.') {
         Some((time, _)) if field.starts_with("mtime=") => time,
@@ -280,9 +258,9 @@ fn check(site: &Site, cell: Cell) -> Result<()> {
     );
     let tag = reference.rsplit(':').next().unwrap_or_default();
     let chain_id = http::chain_id(&site.registry.direct(), &cell.to_string(), tag)?;
-    let mut unpacked = files(site, &plain, "overlayfs", &chain_id)?;
+    let mut unpacked = site.files(&plain, "overlayfs", &chain_id, true)?;
     ensure!(unpacked.len() > 100, "only {} files", unpacked.len());
-    let mut shown = files(site, &namespace, "sluice", &chain_id)?;
+    let mut shown = site.files(&namespace, "sluice", &chain_id, true)?;
     if matches!(cell.format, Format::EStargz | Format::ZstdChunked) {
         // Their tables of contents hold whole seconds.
         for line in unpacked.iter_mut().chain(&mut shown) {
@@ -290,9 +268,8 @@ fn check(site: &Site, cell: Cell) -> Result<()> {
         }
     }
     same_but_touched(&unpacked, &shown, started)?;
-    let why = reasons(site, &namespace, &reference)?;
-    let as_expected =
-        |(lazy, reason): &(bool, String)| *lazy == cell.format.is_lazy() && !reason.is_empty();
+    let why = site.why(&namespace, &reference)?;
+    let as_expected = |layer: &Why| layer.lazy == cell.format.is_lazy() && !layer.reason.is_empty();
     ensure!(!why.is_empty() && why.iter().all(as_expected), "{why:?}");
     Ok(())
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::layout::{self, Attributes, Layer};
+use sluice_integration::harness::look::Why;
 use sluice_integration::harness::proxy::Line;
 use sluice_integration::harness::site::Site;
 use sluice_integration::harness::{command, http, images};
@@ -52,24 +53,6 @@ fn layers(mark: &str) -> Result<Vec<Layer>> {
 }
 
 const LOOK: &str = "find /d | sort; find /d -type f | sort | while read f; do echo $f; cat $f; done; stat -c '%n %a %u' /d /d/changed";
-
-fn why(site: &Site, namespace: &str, reference: &str) -> Result<Vec<(bool, String)>> {
-    let text = site
-        .daemon
-        .sluice_ok(&["why", "--json", "--namespace", namespace, reference])?
-        .stdout;
-    let why: serde_json::Value = serde_json::from_str(&text)?;
-    let layers = why["layers"].as_array().context("layers")?;
-    Ok(layers
-        .iter()
-        .map(|l| {
-            (
-                l["lazy"].as_bool() == Some(true),
-                l["reason"].as_str().unwrap_or_default().to_owned(),
-            )
-        })
-        .collect())
-}
 
 #[test]
 fn chains_of_every_mixture() -> Result<()> {
@@ -132,9 +115,9 @@ fn chains_of_every_mixture() -> Result<()> {
             shown == expected,
             "{tag} shows\n{shown}\ninstead of\n{expected}"
         );
-        let layers = why(&site, &namespace, &reference)?;
+        let layers = site.why(&namespace, &reference)?;
         println!("{tag}: {layers:?}");
-        for (i, (lazy, reason)) in layers.iter().enumerate() {
+        for (i, Why { lazy, reason, .. }) in layers.iter().enumerate() {
             // The lowest has busybox in it; the others are some hundred bytes.
             let small = !lazy && i > 0;
             ensure!(

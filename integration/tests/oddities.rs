@@ -2,36 +2,17 @@
 //! Each oddity of a tar by itself: under Sluice it is what containerd makes of it for overlayfs, or both refuse.
 #![allow(clippy::unwrap_used, reason = "a test may stop where it stands")]
 
-use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, ensure};
 use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::layout::{self, Coding};
 use sluice_integration::harness::proxy::Line;
-use sluice_integration::harness::rootfs::Rootfs;
 use sluice_integration::harness::site::{REGISTRY, Site};
 use sluice_integration::harness::wait::eventually;
-use sluice_integration::harness::{command, http, images, tools};
+use sluice_integration::harness::{command, http, images};
 use sluice_integration::oddities::{self, Case, Outcome};
 use sluice_integration::tree::same_but_touched;
-
-/// All files of a chain as a snapshotter shows them.
-fn files(site: &Site, namespace: &str, snapshotter: &str, chain_id: &str) -> Result<Vec<String>> {
-    let target = site.root.directory(&format!("look-{snapshotter}"))?;
-    let rootfs = Rootfs::mount(&site.containerd, namespace, snapshotter, chain_id, &target)?;
-    let mut walk = Command::new(tools::binary("treewalk")?);
-    walk.arg("--directory-times").arg(rootfs.path());
-    let walked = command::run_ok(&mut walk, Duration::from_secs(60))?;
-    Ok(walked.stdout.lines().map(str::to_owned).collect())
-}
-
-/// Whether all layers are lazy, and what is said of them.
-fn lazy(site: &Site, namespace: &str, reference: &str) -> Result<(bool, String)> {
-    let why = ["why", "--namespace", namespace, reference, "--json"];
-    let why: serde_json::Value = serde_json::from_str(&site.daemon.sluice_ok(&why)?.stdout)?;
-    Ok((why["lazy"] == true, why.to_string()))
-}
 
 /// The case with its layers coded so, pushed; gives its reference without the tag.
 fn push(site: &Site, case: &Case, coding: Coding, tag: &str) -> Result<String> {
@@ -71,14 +52,15 @@ fn compare(site: &Site, case: &Case, references: &[(&str, bool)]) -> Result<()> 
     ordinary?;
     let tag = first.rsplit(':').next().unwrap_or_default();
     let chain_id = http::chain_id(&site.registry.direct(), name, tag)?;
-    let unpacked = files(site, &plain, "overlayfs", &chain_id)?;
+    let unpacked = site.files(&plain, "overlayfs", &chain_id, true)?;
     for (reference, prepared) in references {
         pull(reference).with_context(|| site.daemon.log_tail())?;
-        let shown = files(site, name, "sluice", &chain_id)?;
+        let shown = site.files(name, "sluice", &chain_id, true)?;
         same_but_touched(&unpacked, &shown, started).context((*reference).to_owned())?;
-        let (lazy, why) = lazy(site, name, reference)?;
+        let why = site.why(name, reference)?;
+        let lazy = why.iter().all(|layer| layer.lazy);
         let expected = *prepared && case.outcome == Outcome::Lazy;
-        ensure!(lazy == expected, "{reference}: lazy is {lazy}: {why}");
+        ensure!(!why.is_empty() && lazy == expected, "{reference}: {why:?}");
         // The next one has the same chain IDs, and is to be pulled itself.
         nerdctl.ok(&["rmi", "-f", reference])?;
         eventually("its snapshots go", Duration::from_secs(20), || {

@@ -62,11 +62,9 @@ fn configure(site: &mut Site, base: &str, registry: &str) -> Result<()> {
 fn pull(site: &Site, namespace: &str, reference: &str) -> Result<(bool, String)> {
     let nerdctl = site.nerdctl(namespace);
     nerdctl.ok(&["pull", "--quiet", reference])?;
-    let why = ["why", "--namespace", namespace, reference, "--json"];
-    let output = site.daemon.sluice_ok(&why)?;
-    let why: serde_json::Value = serde_json::from_str(&output.stdout)?;
-    let reason = why["layers"][0]["reason"].as_str().unwrap_or_default();
-    Ok((why["lazy"] == true, reason.to_owned()))
+    let why = site.why(namespace, reference)?;
+    let reason = why.first().context("a layer")?.reason.clone();
+    Ok((why.iter().all(|layer| layer.lazy), reason))
 }
 
 #[test]

@@ -2,8 +2,6 @@
 //! Images that nobody converted: lazy by an index that stands elsewhere than in their blobs.
 
 use std::net::SocketAddr;
-use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -12,10 +10,9 @@ use sluice_integration::harness::daemon::{Surroundings, quick_reaper_with};
 use sluice_integration::harness::proxy::Line;
 use sluice_integration::harness::registry::{Registry, free_address};
 use sluice_integration::harness::root::Root;
-use sluice_integration::harness::rootfs::Rootfs;
-use sluice_integration::harness::site::Site;
+use sluice_integration::harness::site::{REGISTRY, Site};
 use sluice_integration::harness::wait::eventually;
-use sluice_integration::harness::{command, http, images, tools};
+use sluice_integration::harness::{http, images};
 
 const NAMESPACE: &str = "unmodified";
 const REPOSITORY: &str = "unmodified/python";
@@ -34,41 +31,21 @@ fn push(registry: &Registry) -> Result<(String, u64)> {
     Ok((format!("{host}/{REPOSITORY}:original"), bytes))
 }
 
-/// Has the daemon know a registry by its port: containerd's labels leave ports out, and an image that nobody converted
-/// has no hint.
-fn name_registry(site: &mut Site, host: &str) -> Result<()> {
-    let path = site.root.join("sluice.toml")?;
-    let written = std::fs::read_to_string(&path)?;
-    std::fs::write(&path, format!("{written}\n[registry.hosts.\"{host}\"]\n"))?;
-    site.daemon.stop()?;
-    site.daemon_again()
-}
-
 fn site(name: &str, extra: &str) -> Result<Site> {
     let config = format!("{}{extra}", quick_reaper_with("auto"));
     Site::start(name, Release::V1, Line::OPEN, &config)
 }
 
-/// A set-up whose daemon knows its registry before anything was pulled.
-fn site_that_knows(name: &str, extra: &str) -> Result<Site> {
-    let mut site = site(name, extra)?;
-    let host = site.registry.host();
-    name_registry(&mut site, &host)?;
-    Ok(site)
+/// Has the daemon know a registry by its port: containerd's labels leave ports out, and an image that nobody converted
+/// has no hint.
+fn named(registry: &str) -> String {
+    format!("\n[registry.hosts.\"{registry}\"]\n")
 }
 
 /// All files of the image as a snapshotter shows them, a line each.
 fn files(site: &Site, registry: &Registry, snapshotter: &str) -> Result<Vec<String>> {
     let chain_id = http::chain_id(&registry.direct(), REPOSITORY, "original")?;
-    let target = site.root.directory(&format!("seen-{snapshotter}"))?;
-    let rootfs = Rootfs::mount(&site.containerd, NAMESPACE, snapshotter, &chain_id, &target)?;
-    walk(rootfs.path())
-}
-
-fn walk(directory: &Path) -> Result<Vec<String>> {
-    let mut walk = Command::new(tools::binary("treewalk")?);
-    let walked = command::run_ok(walk.arg(directory), Duration::from_secs(240))?;
-    Ok(walked.stdout.lines().map(str::to_owned).collect())
+    site.files(NAMESPACE, snapshotter, &chain_id, false)
 }
 
 /// Pulls, and says how many bytes that took of the registry.
@@ -86,9 +63,9 @@ fn pull_and_index(site: &Site, reference: &str, image_bytes: u64) -> Result<f64>
         pulled >= image_bytes,
         "the first pull moved {pulled} of {image_bytes}"
     );
-    let why = reasons(site, reference)?;
+    let why = site.why(NAMESPACE, reference)?;
     ensure!(
-        !why.is_empty() && why.iter().all(|(lazy, _)| !lazy),
+        !why.is_empty() && why.iter().all(|layer| !layer.lazy),
         "{why:?}"
     );
     let layers = why.len() as f64;
@@ -100,30 +77,6 @@ fn pull_and_index(site: &Site, reference: &str, image_bytes: u64) -> Result<f64>
     });
     indexed.with_context(|| site.daemon.log_tail())?;
     Ok(layers)
-}
-
-/// Where each layer is asked for first, as `sluice why` says.
-fn places(site: &Site, reference: &str) -> Result<Vec<String>> {
-    let why = ["why", "--namespace", NAMESPACE, reference, "--json"];
-    let output = site.daemon.sluice_ok(&why)?;
-    let why: serde_json::Value = serde_json::from_str(&output.stdout)?;
-    let layers = why["layers"].as_array().into_iter().flatten();
-    let place = |layer: &serde_json::Value| layer["place"].as_str().unwrap_or_default().to_owned();
-    Ok(layers.map(place).collect())
-}
-
-/// What `sluice why` says of each layer.
-fn reasons(site: &Site, reference: &str) -> Result<Vec<(bool, String)>> {
-    let output = site
-        .daemon
-        .sluice_ok(&["why", "--namespace", NAMESPACE, reference, "--json"])?;
-    let why: serde_json::Value = serde_json::from_str(&output.stdout)?;
-    let layers = why["layers"].as_array().cloned().unwrap_or_default();
-    let layers = layers.iter().map(|layer| {
-        let reason = layer["reason"].as_str().unwrap_or_default();
-        (layer["lazy"] == true, reason.to_owned())
-    });
-    Ok(layers.collect())
 }
 
 /// Starts a container of it, and compares all files with those that containerd unpacks by itself.
@@ -169,12 +122,11 @@ fn a_second_pull_is_lazy_without_any_conversion() -> Result<()> {
     forget(&site, &reference)?;
 
     let pulled = pull(&site, &site.registry, &reference)?;
-    let why = reasons(&site, &reference)?;
+    let why = site.why(NAMESPACE, &reference)?;
+    println!("the second pull moved {pulled} of {image_bytes} bytes; {why:?}");
     // Nobody told the daemon the registry's port, and the name was removed with the image.
-    let places = places(&site, &reference)?;
-    println!("the second pull moved {pulled} of {image_bytes} bytes; {why:?}; {places:?}");
     let place = format!("{}/{REPOSITORY}", site.registry.host());
-    ensure!(!places.is_empty() && places.iter().all(|it| *it == place));
+    ensure!(!why.is_empty() && why.iter().all(|layer| layer.place == place));
     ensure!(
         pulled * 20 < image_bytes,
         "{pulled} of {image_bytes}\n{}",
@@ -182,7 +134,7 @@ fn a_second_pull_is_lazy_without_any_conversion() -> Result<()> {
     );
     ensure!(
         why.iter()
-            .all(|(lazy, reason)| *lazy && reason.contains("made by this node")),
+            .all(|layer| layer.lazy && layer.reason.contains("made by this node")),
         "{why:?}"
     );
     let lazy = site
@@ -196,7 +148,8 @@ fn a_second_pull_is_lazy_without_any_conversion() -> Result<()> {
 
 #[test]
 fn an_artifact_makes_the_first_pull_lazy_and_changes_nothing_of_the_image() -> Result<()> {
-    let site = site_that_knows("referrer", "\n[index]\nnode = \"off\"\n")?;
+    let config = "\n[index]\nnode = \"off\"\n";
+    let site = site("referrer", &(named(REGISTRY) + config))?;
     let (reference, image_bytes) = push(&site.registry)?;
     let direct = site.registry.direct();
     let before = http::manifest(&direct, REPOSITORY, "original")?;
@@ -205,11 +158,11 @@ fn an_artifact_makes_the_first_pull_lazy_and_changes_nothing_of_the_image() -> R
     ensure!(http::manifest(&direct, REPOSITORY, "original")? == before);
 
     let pulled = pull(&site, &site.registry, &reference)?;
-    let why = reasons(&site, &reference)?;
+    let why = site.why(NAMESPACE, &reference)?;
     println!("the first pull moved {pulled} of {image_bytes} bytes; {why:?}");
     ensure!(
         why.iter()
-            .all(|(lazy, reason)| *lazy && reason.contains("artifact")),
+            .all(|layer| layer.lazy && layer.reason.contains("artifact")),
         "{why:?}\n{}",
         site.daemon.log_tail()
     );
@@ -218,9 +171,14 @@ fn an_artifact_makes_the_first_pull_lazy_and_changes_nothing_of_the_image() -> R
     site.wait_sealed(Duration::from_secs(240))
 }
 
-/// A node of a zone, with all that it needs below its own part of the root.
-fn node_of_zone(root: &Root, name: &str, at: SocketAddr, seed: SocketAddr) -> Result<Site> {
-    let config = quick_reaper_with("auto");
+/// A node of a zone that knows this registry, with all that it needs below its own part of the root.
+fn node_of_zone(
+    root: &Root,
+    name: &str,
+    [at, seed]: [SocketAddr; 2],
+    registry: &str,
+) -> Result<Site> {
+    let config = quick_reaper_with("auto") + &named(registry);
     let config = format!(
         "{config}\n[cluster]\nenabled = true\nname = \"{name}\"\nlisten = \"{at}\"\nseeds = [\"{seed}\"]\n"
     );
@@ -232,28 +190,25 @@ fn node_of_zone(root: &Root, name: &str, at: SocketAddr, seed: SocketAddr) -> Re
 fn the_first_pull_is_lazy_on_a_node_whose_zone_has_the_indexes() -> Result<()> {
     let root = Root::new("zone")?;
     let (at_a, at_b) = (free_address()?, free_address()?);
-    let mut a = node_of_zone(&root, "a", at_a, at_b)?;
-    let host = a.registry.host();
-    name_registry(&mut a, &host)?;
+    let a = node_of_zone(&root, "a", [at_a, at_b], REGISTRY)?;
     let registry = &a.registry;
     let (reference, image_bytes) = push(registry)?;
     let layers = pull_and_index(&a, &reference, image_bytes)?;
 
     // It comes later, so nobody has told it anything: it has to ask.
-    let mut b = node_of_zone(&root, "b", at_b, at_a)?;
-    name_registry(&mut b, &host)?;
+    let b = node_of_zone(&root, "b", [at_b, at_a], &registry.host())?;
     let joined = |site: &Site| site.daemon.metric("sluice_cluster_nodes", &[]);
     eventually("they know each other", Duration::from_secs(60), || {
         Ok(joined(&a)? == 2.0 && joined(&b)? == 2.0)
     })?;
     let pulled = pull(&b, registry, &reference)?;
-    let why = reasons(&b, &reference)?;
+    let why = b.why(NAMESPACE, &reference)?;
     println!("the first pull of another node moved {pulled} of {image_bytes} bytes; {why:?}");
     ensure!(
         why.len() as f64 == layers
             && why
                 .iter()
-                .all(|(lazy, reason)| *lazy && reason.contains("made by another node")),
+                .all(|layer| layer.lazy && layer.reason.contains("made by another node")),
         "{why:?}\n{}",
         b.daemon.log_tail()
     );

@@ -15,6 +15,11 @@ use crate::index::{Index, UncheckedIndex};
 use crate::tar::Scanner;
 use crate::tree::{InodeKind, Tree};
 
+/// Chunks of a page, each in a stream of its own.
+const PAGES: Cut = Cut {
+    chunk: 4096,
+    stream: 1,
+};
 const BOTH: [TocFormat; 2] = [TocFormat::Estargz, TocFormat::ZstdChunked];
 
 fn layer(sample: &Sample) -> TocLayer<'static> {
@@ -151,10 +156,7 @@ fn odd() -> Vec<Spec> {
 fn a_layer_is_what_an_ordinary_unpacking_makes_of_it() {
     for format in BOTH {
         for cut in [
-            Cut {
-                chunk: 4096,
-                stream: 1,
-            },
+            PAGES,
             Cut {
                 chunk: 1000,
                 stream: 1,
@@ -182,14 +184,7 @@ fn a_layer_is_what_an_ordinary_unpacking_makes_of_it() {
 #[test]
 fn the_index_says_what_it_is_and_is_the_same_again() {
     for format in BOTH {
-        let sample = write(
-            &odd(),
-            format,
-            Cut {
-                chunk: 4096,
-                stream: 1,
-            },
-        );
+        let sample = write(&odd(), format, PAGES);
         let built = open(&sample).unwrap().index(&layer(&sample)).unwrap();
         let again = open(&sample).unwrap().index(&layer(&sample)).unwrap();
         assert_eq!(built, again);
@@ -219,14 +214,7 @@ fn the_index_says_what_it_is_and_is_the_same_again() {
 
 #[test]
 fn a_damaged_or_padded_chunk_is_refused() {
-    let sample = write(
-        &odd(),
-        TocFormat::Estargz,
-        Cut {
-            chunk: 4096,
-            stream: 1,
-        },
-    );
+    let sample = write(&odd(), TocFormat::Estargz, PAGES);
     let index = index(&sample).unwrap();
     let chunk = index
         .chunk_map()
@@ -382,14 +370,7 @@ fn a_document_of_another_shape_is_refused() {
                 json!({"version": 1, "entries": {}}),
             ),
         ] {
-            let sample = write(
-                &specs,
-                format,
-                Cut {
-                    chunk: 4096,
-                    stream: 1,
-                },
-            );
+            let sample = write(&specs, format, PAGES);
             let error = index(&with_toc(sample, format, toc)).err();
             assert!(
                 matches!(
@@ -399,14 +380,7 @@ fn a_document_of_another_shape_is_refused() {
                 "{what}: {error:?}"
             );
         }
-        let sample = write(
-            &specs,
-            format,
-            Cut {
-                chunk: 4096,
-                stream: 1,
-            },
-        );
+        let sample = write(&specs, format, PAGES);
         let toc = json!({"version": 1, "entries": []});
         assert!(
             index(&with_toc(sample, format, toc)).is_ok(),
@@ -418,14 +392,7 @@ fn a_document_of_another_shape_is_refused() {
 #[test]
 fn only_the_pinned_bytes_are_a_toc() {
     for format in BOTH {
-        let sample = write(
-            &odd(),
-            format,
-            Cut {
-                chunk: 4096,
-                stream: 1,
-            },
-        );
+        let sample = write(&odd(), format, PAGES);
         let bytes = sample.blob.len() as u64;
         let first = sample.pin.first_read(bytes).unwrap();
         let place = sample
@@ -494,10 +461,7 @@ fn footers_of_both_kinds_are_read() {
 
 #[test]
 fn a_zstd_chunked_blob_may_say_itself_where_its_toc_is() {
-    let cut = Cut {
-        chunk: 4096,
-        stream: 1,
-    };
+    let cut = PAGES;
     let mut sample = write(&odd(), TocFormat::ZstdChunked, cut);
     let by_position = index(&sample).unwrap();
     let json = serde_json::to_vec_pretty(&sample.toc).unwrap();

@@ -24,6 +24,8 @@ use crate::image::{BlobBody, Descriptor, ImageError};
 const WRITE_BYTES: usize = 1024 * 1024;
 /// Messages on their way to containerd.
 const WRITES_AHEAD: usize = 4;
+/// Labels that begin so name a host, without its port, and their values the repositories there.
+pub(crate) const SOURCE_LABEL_PREFIX: &str = "containerd.io/distribution.source.";
 /// containerd refuses labels whose key and value are longer together.
 const LABEL_MAX_BYTES: usize = 4096;
 

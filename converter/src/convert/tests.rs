@@ -387,13 +387,7 @@ async fn an_interrupted_conversion_goes_on_where_it_ended() {
     let elsewhere = MemoryImage::new("elsewhere");
     let summary = run(&builder.store, &elsewhere, by_records()).await.unwrap();
     assert_eq!(summary.layers_converted, 4);
-    let layer = destination
-        .root()
-        .await
-        .unwrap()
-        .list("layers")
-        .unwrap()
-        .remove(0);
+    let layer = lowest_layer(&destination).await;
     let damaged = MemoryImage::new("damaged");
     let mut bytes = destination.blob_bytes(layer.digest).unwrap().to_vec();
     let LayerMark::Lazy(found) = mark(&layer) else {
@@ -554,13 +548,7 @@ async fn layers_that_cannot_be_lazy_are_ordinary_zstd_and_say_why() {
         assert_eq!(summary.layers_not_lazy, 1);
         let read = builder.store.counts().blobs_read;
         assert_eq!(read, 3, "the layer once, the config twice");
-        let found = destination
-            .root()
-            .await
-            .unwrap()
-            .list("layers")
-            .unwrap()
-            .remove(0);
+        let found = lowest_layer(&destination).await;
         assert!(matches!(mark(&found), LayerMark::NotLazy(reason) if reason.contains("sparse")));
         assert_eq!(found.media_type, OCI_LAYER_ZSTD);
         assert_eq!(found.digest == layer.digest, unchanged);
@@ -702,6 +690,17 @@ async fn converted() -> (MemoryImage, Vec<u8>) {
     (store, tar)
 }
 
+/// What an image's manifest says of its lowest layer.
+async fn lowest_layer(image: &MemoryImage) -> Descriptor {
+    image
+        .root()
+        .await
+        .unwrap()
+        .list("layers")
+        .unwrap()
+        .remove(0)
+}
+
 /// Puts an edited manifest in place of the image's; `edit` gets the layer's descriptor.
 async fn edited(store: &MemoryImage, edit: impl FnOnce(&mut Descriptor)) {
     let document = store.root().await.unwrap();
@@ -749,13 +748,7 @@ async fn a_layer_that_is_not_as_annotated_is_converted() {
         let destination = MemoryImage::new("destination");
         let summary = run(&store, &destination, options(1)).await.unwrap();
         assert_eq!(summary.layers_converted, 1, "{name}");
-        let layer = destination
-            .root()
-            .await
-            .unwrap()
-            .list("layers")
-            .unwrap()
-            .remove(0);
+        let layer = lowest_layer(&destination).await;
         let LayerMark::Lazy(found) = mark(&layer) else {
             panic!("{name}: lazy")
         };
@@ -789,13 +782,7 @@ async fn a_tar_that_is_not_as_annotated_is_refused() {
     for (name, edit) in cases {
         let (store, _) = converted().await;
         edited(&store, |layer| edit(&store, layer)).await;
-        let bad = store
-            .root()
-            .await
-            .unwrap()
-            .list("layers")
-            .unwrap()
-            .remove(0);
+        let bad = lowest_layer(&store).await;
         let destination = MemoryImage::new("destination");
         let error = run(&store, &destination, options(1)).await.expect_err(name);
         let error = format!("{:#}", anyhow::Error::from(error));

@@ -12,7 +12,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
@@ -29,10 +29,10 @@ use super::{
     BlobBody, DOCUMENT_MAX_BYTES, Descriptor, Document, ImageError, ImageReader, ImageWriter,
     Location, Repository,
 };
-use crate::containerd::{Containerd, ContainerdError, child_labels, to_containerd};
+use crate::containerd::{
+    Containerd, ContainerdError, SOURCE_LABEL_PREFIX, child_labels, to_containerd,
+};
 
-/// Labels that begin so name a host, and their values the repositories there.
-const DISTRIBUTION: &str = "containerd.io/distribution.source.";
 /// Repositories that are asked for a blob. An image has one, or one for each mirror that it came by.
 const ORIGINS_MAX: usize = 16;
 
@@ -271,10 +271,6 @@ impl ImageWriter for ContainerdImage {
         Ok(info.is_some_and(|info| info.bytes == bytes))
     }
 
-    async fn mount_blob(&self, _digest: BlobDigest, _: &Repository) -> Result<bool, ImageError> {
-        Ok(false)
-    }
-
     async fn put_blob(
         &self,
         digest: BlobDigest,
@@ -317,10 +313,6 @@ impl ImageWriter for ContainerdImage {
         {
             tracing::warn!("lease stays until it expires: {e}");
         }
-    }
-
-    fn spool_directory(&self) -> Option<&Path> {
-        None
     }
 }
 
@@ -378,7 +370,7 @@ impl Origins {
     fn add_labels(&mut self, labels: &HashMap<String, String>) {
         let mut found: Vec<(String, String)> = labels
             .iter()
-            .filter_map(|(name, value)| Some((name.strip_prefix(DISTRIBUTION)?, value)))
+            .filter_map(|(name, value)| Some((name.strip_prefix(SOURCE_LABEL_PREFIX)?, value)))
             .flat_map(|(host, value)| {
                 let names = value.split(',');
                 names.map(move |name| (host.to_owned(), name.to_owned()))
@@ -437,7 +429,7 @@ mod tests {
         let mut origins = Origins::of_name(name);
         let labels = labels
             .iter()
-            .map(|(host, value)| (format!("{DISTRIBUTION}{host}"), (*value).to_owned()));
+            .map(|(host, value)| (format!("{SOURCE_LABEL_PREFIX}{host}"), (*value).to_owned()));
         origins.add_labels(&labels.collect());
         ports.iter().for_each(|port| origins.add_port(*port));
         let places = origins.repositories();

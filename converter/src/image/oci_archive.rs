@@ -25,7 +25,7 @@ use super::file_body::{FileExtent, blocking, body, read};
 use super::layout_index::LayoutIndex;
 use super::{
     BlobBody, DOCUMENT_MAX_BYTES, Descriptor, Document, ImageError, ImageReader, ImageWriter,
-    Location, Repository,
+    Location,
 };
 use crate::spool;
 
@@ -284,10 +284,6 @@ impl ImageReader for OciArchiveImage {
 impl ImageWriter for OciArchiveImage {
     async fn has_blob(&self, digest: BlobDigest, bytes: u64) -> Result<bool, ImageError> {
         Ok(self.find(digest).is_ok_and(|found| found.bytes() == bytes))
-    }
-
-    async fn mount_blob(&self, _digest: BlobDigest, _: &Repository) -> Result<bool, ImageError> {
-        Ok(false)
     }
 
     async fn put_blob(

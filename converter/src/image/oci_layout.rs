@@ -22,7 +22,6 @@ use super::file_body::blocking;
 use super::layout_index::LayoutIndex;
 use super::{
     BlobBody, DOCUMENT_MAX_BYTES, Descriptor, Document, ImageError, ImageReader, ImageWriter,
-    Repository,
 };
 use crate::spool;
 
@@ -206,10 +205,6 @@ impl ImageWriter for LayoutImage {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(e) => Err(ImageError::failed("stat blob", digest, e)),
         }
-    }
-
-    async fn mount_blob(&self, _digest: BlobDigest, _: &Repository) -> Result<bool, ImageError> {
-        Ok(false)
     }
 
     async fn put_blob(

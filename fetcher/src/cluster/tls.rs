@@ -12,8 +12,7 @@
 //! become is looked at again.
 
 use std::fmt;
-use std::fs::File;
-use std::io::{self, Read as _};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -35,6 +34,7 @@ use tokio_rustls::rustls::{
 use tokio_util::sync::CancellationToken;
 
 use super::metrics::ClusterMetrics;
+use crate::bounded;
 
 /// How often the files are looked at: soon enough for who waits for a rotation, and three small reads.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -252,15 +252,7 @@ impl TlsFiles {
 
 fn read_all(cert: &Path, key: &Path, ca: &Path) -> Result<Texts, TlsError> {
     let read = |path: &Path| {
-        let mut text = Vec::new();
-        let file = File::open(path).and_then(|file| {
-            file.take(FILE_MAX_BYTES + 1).read_to_end(&mut text)?;
-            if text.len() as u64 > FILE_MAX_BYTES {
-                return Err(io::ErrorKind::FileTooLarge.into());
-            }
-            Ok(())
-        });
-        file.map(|()| text).map_err(|source| TlsError::Read {
+        bounded::read(path, FILE_MAX_BYTES).map_err(|source| TlsError::Read {
             path: path.into(),
             source,
         })

@@ -47,6 +47,14 @@ pub(super) struct Opened {
     pub(super) handle: Arc<LayerHandle>,
 }
 
+/// Why a layer is not brought.
+enum NotOpened {
+    /// It cannot be lazy, or its index could not be had.
+    Refused(Refusal),
+    /// In words.
+    Failed(String),
+}
+
 /// What a prewarm works with.
 #[derive(Debug)]
 pub(super) struct Work {
@@ -110,26 +118,28 @@ impl Work {
                 {
                     return self.index_and_open(image, at, refusal).await;
                 }
-                Ok(Err(refusal)) => return Err((at, Some(refusal), String::new())),
-                Err(_) => return Err((at, None, "its index did not come in time".to_owned())),
+                Ok(Err(refusal)) => return Err(NotOpened::Refused(refusal)),
+                Err(_) => {
+                    let reason = "its index did not come in time";
+                    return Err(NotOpened::Failed(reason.to_owned()));
+                }
             };
-            self.open(at, &planned)
-                .await
-                .map_err(|error| (at, None, error))
+            self.open(at, &planned).await
         };
+        let open = |at: usize| async move { (at, open(at).await) };
         let mut opened = Vec::new();
         let mut work = futures::stream::iter((0..image.layout.layers.len()).map(open))
             .buffer_unordered(PARALLEL_INDEXES);
-        while let Some(layer) = work.next().await {
+        while let Some((at, layer)) = work.next().await {
             report.send_modify(|it| match &layer {
-                Ok(Opened { at, handle, .. }) => {
+                Ok(Opened { handle, .. }) => {
                     let device = handle.device();
-                    it.layers[*at].phase = LayerPhase::Fetching;
-                    it.layers[*at].total_bytes = device.device_bytes();
-                    it.layers[*at].present_bytes = device.present_bytes();
+                    it.layers[at].phase = LayerPhase::Fetching;
+                    it.layers[at].total_bytes = device.device_bytes();
+                    it.layers[at].present_bytes = device.present_bytes();
                 }
-                Err((at, Some(refusal), _)) => it.layers[*at].refuse(refusal),
-                Err((at, None, error)) => it.layers[*at].fail(error),
+                Err(NotOpened::Refused(refusal)) => it.layers[at].refuse(refusal),
+                Err(NotOpened::Failed(error)) => it.layers[at].fail(error),
             });
             opened.extend(layer.ok());
         }
@@ -143,40 +153,38 @@ impl Work {
         image: &FoundImage,
         at: usize,
         refusal: Refusal,
-    ) -> Result<Opened, (usize, Option<Refusal>, String)> {
+    ) -> Result<Opened, NotOpened> {
         let (layer, origins) = (&image.layout.layers[at], &image.layout.origins);
         let device = self.lazy.index_from_registry(layer, origins).await;
         let device = match device {
             Ok(Some(device)) => device,
-            Ok(None) => return Err((at, Some(refusal), String::new())),
-            Err(reason) => return Err((at, None, format!("no index was made of it: {reason}"))),
+            Ok(None) => return Err(NotOpened::Refused(refusal)),
+            Err(reason) => {
+                let reason = format!("no index was made of it: {reason}");
+                return Err(NotOpened::Failed(reason));
+            }
         };
         let deadline = Instant::now() + INDEX_DEADLINE;
         let planned = self.lazy.plan_layer(layer, origins, None, deadline);
-        let planned = planned
-            .await
-            .map_err(|refusal| (at, Some(refusal), String::new()))?;
-        let opened = self.open(at, &planned).await;
-        let opened = opened.map_err(|error| (at, None, error))?;
+        let planned = planned.await.map_err(NotOpened::Refused)?;
+        let opened = self.open(at, &planned).await?;
         let handle = Arc::clone(&opened.handle);
         let kept = tokio::task::spawn_blocking(move || keep(&handle, &device)).await;
-        match kept {
-            Ok(Ok(())) => {}
+        if let Err(error) = kept.map_err(std::io::Error::other).flatten() {
             // What is missing is fetched.
-            Ok(Err(error)) => tracing::warn!("keep what was read of a layer: {error}"),
-            Err(error) => tracing::warn!("keep what was read of a layer: {error}"),
+            tracing::warn!("keep what was read of a layer: {error}");
         }
         Ok(opened)
     }
 
-    async fn open(&self, at: usize, planned: &PlannedLayer) -> Result<Opened, String> {
+    async fn open(&self, at: usize, planned: &PlannedLayer) -> Result<Opened, NotOpened> {
         let parts = self.lazy.parts();
         let record = planned.record.clone();
         // Before it is opened: the sweep must not find it without a reason to be.
         let life = self.options.grace.max(HOLD);
         parts.shelf.hold(device_key(&record), life);
         let opened = parts.layers.open_with(&record, &planned.index).await;
-        let handle = opened.map_err(|error| error.to_string())?;
+        let handle = opened.map_err(|error| NotOpened::Failed(error.to_string()))?;
         Ok(Opened { at, record, handle })
     }
 

@@ -10,7 +10,6 @@
 //! **Bounds** [`MOST_FILES`] files of [`FILE_BYTES`] are read, within [`READ_TIMEOUT`].
 
 use std::collections::BTreeMap;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -22,6 +21,7 @@ use serde::Deserialize;
 
 use super::target::Pattern;
 use super::{Credential, CredentialProvider, CredentialTarget, Secret};
+use crate::bounded;
 
 /// Files that are read, those of directories counted.
 const MOST_FILES: usize = 256;
@@ -197,17 +197,11 @@ fn files_of(path: &Path, depth: u32, files: &mut Vec<PathBuf>) {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, String> {
-    let mut bytes = Vec::new();
     let metadata = std::fs::metadata(path).map_err(|error| error.to_string())?;
     if !metadata.is_file() {
         return Err("neither a file nor a directory that can be read".to_owned());
     }
-    let file = std::fs::File::open(path).map_err(|error| error.to_string())?;
-    let read = file.take(FILE_BYTES + 1).read_to_end(&mut bytes);
-    match read.map_err(|error| error.to_string())? {
-        length if u64::try_from(length).is_ok_and(|length| length <= FILE_BYTES) => Ok(bytes),
-        _ => Err(format!("larger than {FILE_BYTES} bytes")),
-    }
+    bounded::read(path, FILE_BYTES).map_err(|error| error.to_string())
 }
 
 #[async_trait]

@@ -16,7 +16,6 @@
 //! **Bounds** [`MOST_ANSWERS`] answers of [`ANSWER_BYTES`].
 
 use std::collections::HashMap;
-use std::io::Read;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -33,6 +32,7 @@ use tokio_util::task::TaskTracker;
 use super::program;
 use super::target::Pattern;
 use super::{Credential, CredentialProvider, CredentialTarget};
+use crate::bounded;
 
 mod config;
 mod exchange;
@@ -303,13 +303,8 @@ fn read_config(path: &Path) -> Result<Vec<Plugin>, String> {
 }
 
 fn read_file(path: &Path) -> Result<String, String> {
-    let mut text = String::new();
-    let file = std::fs::File::open(path).map_err(|error| error.to_string())?;
-    let read = file.take(CONFIG_BYTES + 1).read_to_string(&mut text);
-    match read.map_err(|error| error.to_string())? {
-        length if u64::try_from(length).is_ok_and(|length| length <= CONFIG_BYTES) => Ok(text),
-        _ => Err(format!("larger than {CONFIG_BYTES} bytes")),
-    }
+    let bytes = bounded::read(path, CONFIG_BYTES).map_err(|error| error.to_string())?;
+    String::from_utf8(bytes).map_err(|error| error.to_string())
 }
 
 #[async_trait]
