@@ -5,8 +5,10 @@ use std::sync::Arc;
 
 use super::{Examiner, Finding, Report, Severity, blocking};
 
-/// With less than this part of a disk free, other programs of the node soon have none.
+/// With less than this part of a disk free, other programs of the node soon have none ...
 const FREE_PERCENT: u64 = 5;
+/// ... unless the disk is so large that a small part of it is room enough for images.
+const FREE_BYTES: u64 = 16 << 30;
 
 /// What the budget and what cannot be evicted say together.
 fn judge(budget_bytes: Option<u64>, held_bytes: u64, staying_bytes: u64) -> Option<Finding> {
@@ -27,7 +29,7 @@ fn judge(budget_bytes: Option<u64>, held_bytes: u64, staying_bytes: u64) -> Opti
 /// What the disk's figures say, in bytes.
 fn judge_disk(root: &str, free: u64, total: u64) -> Option<Finding> {
     let percent = free.saturating_mul(100).checked_div(total)?;
-    if percent >= FREE_PERCENT {
+    if percent >= FREE_PERCENT || free >= FREE_BYTES {
         return None;
     }
     let problem = format!("its disk has {free} bytes of {total} free ({percent} %)");
@@ -98,5 +100,8 @@ mod tests {
         assert!(judge_disk("/r", 4, 100).is_some());
         assert!(judge_disk("/r", 0, 100).is_some());
         assert_eq!(judge_disk("/r", 0, 0), None, "no disk at all");
+        let large = 100 * FREE_BYTES;
+        assert_eq!(judge_disk("/r", FREE_BYTES, large), None, "1 %, but enough");
+        assert!(judge_disk("/r", FREE_BYTES - 1, large).is_some());
     }
 }
