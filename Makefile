@@ -45,7 +45,7 @@ unit: setup ## unit, model, contract and fault tests of all crates
 	@cargo test --locked
 
 # One selection of packages for all of it: another would resolve other features and build everything again.
-E2E := identity lazy boot prewarm crash storm faults mixed content budget stuck doctor contract harness cluster mirror mirrors unmodified oddities matrix clients registries convert formats
+E2E := identity lazy start boot prewarm crash storm faults mixed content budget stuck doctor contract harness cluster mirror mirrors unmodified oddities matrix clients registries convert formats
 e2e: tools images ## end-to-end tests on real containerd (short form)
 	@echo "== e2e: real containerd 1.6 and 2.x, runc, registry, kernel mounts"
 	@cargo test --locked --workspace $(addprefix --test ,$(E2E)) -- --nocapture
@@ -92,6 +92,8 @@ soak: tools images ## the full matrix: long end-to-end forms, ten minutes per fu
 	@cargo test --locked --workspace --test cluster -- --ignored --nocapture --test-threads 1 long_
 	@echo "== soak: storms of deaths under sixteen readers"
 	@cargo test --locked --workspace --test storm -- --ignored --nocapture --test-threads 1 long_
+	@echo "== soak: ten million entries"
+	@cargo test --locked --workspace --test oddities -- --ignored --nocapture long_
 	@echo "== soak: chunks through Spegel"
 	@integration/scripts/go-tools.sh target/tools spegel
 	@cargo test --locked --workspace --test mirrors -- --ignored --nocapture long_

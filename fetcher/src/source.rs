@@ -43,11 +43,13 @@ pub mod fault;
 mod file;
 #[cfg(any(test, feature = "test-support"))]
 pub mod memory;
+mod ranges;
 mod registry;
 mod retry;
 mod served;
 
 pub use file::FileSource;
+pub use ranges::RangesSource;
 pub use registry::{OriginSet, RegistryBlobSource};
 pub(crate) use retry::Attempts;
 pub use retry::{RetryPolicy, RetrySource};

@@ -5,12 +5,14 @@
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, ensure};
+use sluice_integration::bench::process::peak_bytes;
 use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::layout::{self, Coding};
 use sluice_integration::harness::proxy::Line;
 use sluice_integration::harness::site::{REGISTRY, Site};
 use sluice_integration::harness::wait::eventually;
 use sluice_integration::harness::{command, http, images};
+use sluice_integration::oddities::entry::Entry;
 use sluice_integration::oddities::{self, Case, Outcome};
 use sluice_integration::tree::same_but_touched;
 
@@ -131,4 +133,66 @@ fn each_oddity_is_what_containerd_2_makes_of_it() -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// Ten million entries in a few megabytes: more than an index may have, so the image is an ordinary one, as without
+/// Sluice, and what looked at it says why and stayed small.
+#[test]
+#[ignore = "takes minutes: containerd writes ten million files twice; make soak"]
+fn long_ten_million_entries() -> Result<()> {
+    const ENTRIES: usize = 10_000_000;
+    const PATIENCE: Duration = Duration::from_secs(1800);
+    const MOST_BYTES: u64 = 1 << 30;
+    let site = Site::start("entries", Release::V1, Line::OPEN, "")?;
+    let directory = tempfile::tempdir_in(site.root.path())?;
+    let layout = layout::write_large(
+        directory.path(),
+        |tar| {
+            // Few names, so that the file system can hold them; each entry is one all the same.
+            let files = (0..1000).map(|at| Entry::file(format!("odd/{at}"), at.to_string()));
+            let files: Vec<_> = files.map(|entry| entry.bytes()).collect();
+            for file in files.iter().cycle().take(ENTRIES) {
+                tar.write_all(file)?;
+            }
+            tar.write_all(&[0; 1024])
+        },
+        &["/none"],
+    )?;
+    let (host, direct) = (site.registry.host(), site.registry.direct());
+    images::push_layout(&layout, &format!("{direct}/entries:1"))?;
+    let image = format!("{host}/entries:1");
+
+    for arguments in [
+        &["convert", &image, &format!("{host}/entries:2")][..],
+        &["index", &image],
+    ] {
+        let mut command = site.daemon.sluice()?;
+        let output = command::run(command.args(arguments), PATIENCE)?;
+        println!("sluice {}: {output:?}", arguments[0]);
+        let text = format!("{}{}", output.stdout, output.stderr);
+        ensure!(text.contains("more than 4194304 entries"), "{output:?}");
+    }
+
+    let pull = |snapshotter: &str| {
+        let mut command = site.containerd.ctr()?;
+        let arguments = ["-n", snapshotter, "images", "pull", "--plain-http"];
+        let unpack = ["--snapshotter", snapshotter, &image];
+        command::run_ok(command.args(arguments).args(unpack), PATIENCE)
+    };
+    let chain_id = http::chain_id(&direct, "entries", "1")?;
+    let mut trees = Vec::new();
+    for snapshotter in ["overlayfs", "sluice"] {
+        let output = pull(snapshotter)?;
+        println!("pulled for {snapshotter} in {:?}", output.elapsed);
+        trees.push(site.files(snapshotter, snapshotter, &chain_id, true)?);
+    }
+    ensure!(trees[0].len() >= 1000, "{} files", trees[0].len());
+    let since = SystemTime::now() - PATIENCE;
+    same_but_touched(&trees[0], &trees[1], since)?;
+    let why = site.why("sluice", &image)?;
+    ensure!(why.iter().all(|layer| !layer.lazy), "{why:?}");
+    let peak = peak_bytes(site.daemon.pid()?)?;
+    println!("sluiced: {peak} bytes at its peak");
+    ensure!(peak < MOST_BYTES, "sluiced took {peak} bytes");
+    Ok(())
 }

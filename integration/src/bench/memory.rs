@@ -8,10 +8,9 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-use super::process::Usage;
+use super::process::{Usage, peak_bytes};
 use super::{DEADLINE, NAMESPACE, files, incomplete_over, synthetic};
 use crate::harness::containerd::Release;
 use crate::harness::daemon::shims;
@@ -202,14 +201,7 @@ fn daemon_usage(site: &Site, when: &str) -> Result<Value> {
     if when != "no image" {
         verdict("the daemon", usage.pss_bytes, DAEMON_GOAL_BYTES, "");
     }
-    Ok(json!({"now": usage, "peak_rss_bytes": peak(pid)?}))
-}
-
-fn peak(pid: Pid) -> Result<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-    super::process::field(&status, "VmHWM")
-        .map(|kib| kib * 1024)
-        .context("VmHWM")
+    Ok(json!({"now": usage, "peak_rss_bytes": peak_bytes(pid)?}))
 }
 
 fn verdict(who: &str, bytes: u64, goal: u64, per: &str) {

@@ -7,6 +7,13 @@ use anyhow::{Context, Result};
 use nix::unistd::Pid;
 use serde::Serialize;
 
+/// The most memory that a process ever had in its page tables.
+pub fn peak_bytes(pid: Pid) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let kib = field(&status, "VmHWM").context("VmHWM")?;
+    Ok(kib * 1024)
+}
+
 /// What a process takes, or several together.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Usage {

@@ -82,6 +82,15 @@ pub(super) fn cases() -> Vec<Case> {
             "nul-in-a-record",
             &[file.clone().pax("path", b"odd/\0file")],
         ),
+        // Nothing of an entry but its content may be long: all else is held in memory.
+        refused(
+            "record-of-2-mib",
+            &[file.clone().pax("comment", vec![b'c'; 2 << 20])],
+        ),
+        refused(
+            "name-of-2-mib",
+            &[Entry::file(vec![b'n'; 2 << 20], "n").style(Style::Gnu)],
+        ),
         refused(
             "links-in-circles",
             &[

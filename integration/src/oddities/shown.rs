@@ -15,6 +15,7 @@ pub(super) fn cases() -> Vec<Case> {
     cases.extend(hidden());
     cases.extend(attributes());
     cases.extend(ends());
+    cases.push(bomb());
     cases.extend(ordinary());
     cases
 }
@@ -363,6 +364,12 @@ fn ends() -> Vec<Case> {
             .concat(),
         ),
     ]
+}
+
+/// A thousand times its blob. By itself: nobody wants to write it for each client.
+fn bomb() -> Case {
+    let zeros = Entry::file("odd/bomb/zeros", vec![0; 128 << 20]);
+    Case::whole("bomb", Outcome::Lazy, ended(&zeros.bytes()))
 }
 
 /// Shown by containerd, but no run of a tar holds it, or no layer alone says what it is.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use sluice_blockindex::digest::ChainId;
-use sluice_fetcher::source::{Priority, ReadContext};
+use sluice_fetcher::source::{Priority, RangesSource, ReadContext};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -59,6 +59,8 @@ impl UnpackJob {
         let source = parts
             .layers
             .source(self.blob.blob, self.blob.blob_bytes, &self.origins);
+        // All of it is wanted, and containerd waits.
+        let source = Arc::new(RangesSource::new(source));
         let cancel = CancellationToken::new();
         // Dropped with this future: blocking work then stops at its next step.
         let _guard = cancel.clone().drop_guard();

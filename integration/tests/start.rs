@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The budget of a start, in round trips (docs/start.md): how often a pull and the first output of a container wait for
+//! the registry one after the other, and how often they ask it at all.
+//!
+//! The line is as far away as another planet and as wide as a local one, so that all else is small beside the waits.
+#![allow(clippy::unwrap_used, reason = "a test may stop where it stands")]
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use sluice_integration::harness::command::run_observed;
+use sluice_integration::harness::containerd::Release;
+use sluice_integration::harness::layout::{self, Attributes, Layer};
+use sluice_integration::harness::proxy::Line;
+use sluice_integration::harness::site::Site;
+
+/// For each new connection, and for the first byte of each answer.
+const ROUND_TRIP: Duration = Duration::from_millis(500);
+const FAR: Line = Line {
+    latency: ROUND_TRIP,
+    ..Line::OPEN
+};
+const LAYERS: usize = 8;
+
+// The budget. Of the pull, six are containerd's: HTTPS is tried, a connection, the manifest asked for and fetched, the
+// config; two are ours: a connection, and one wave for the indexes of all layers.
+const PULL_ROUND_TRIPS: u64 = 9;
+const PULL_REQUESTS: u64 = 3 + LAYERS as u64;
+// A program of 2 MB: a connection, and windows that double.
+const FIRST_ROUND_TRIPS: u64 = 6;
+const FIRST_REQUESTS: u64 = 5;
+// And a file of each layer, one after the other as the program reads them.
+const READY_ROUND_TRIPS: u64 = FIRST_ROUND_TRIPS + LAYERS as u64 + 1;
+const READY_REQUESTS: u64 = FIRST_REQUESTS + LAYERS as u64 + 1;
+
+/// What one phase took.
+#[derive(Debug, Clone, Copy)]
+struct Phase {
+    took: Duration,
+    requests: u64,
+    bytes: u64,
+}
+
+impl Phase {
+    /// Waits one after the other.
+    fn round_trips(self) -> u64 {
+        (self.took.as_millis() / ROUND_TRIP.as_millis()) as u64
+    }
+}
+
+/// Sums up a phase when it ends.
+struct Clock<'s> {
+    site: &'s Site,
+    began: Instant,
+    requests: u64,
+    bytes: u64,
+}
+
+impl<'s> Clock<'s> {
+    fn start(site: &'s Site) -> Self {
+        let line = &site.registry.line;
+        let (requests, bytes) = (line.requests(), line.bytes());
+        Self {
+            site,
+            began: Instant::now(),
+            requests,
+            bytes,
+        }
+    }
+
+    fn phase(&self) -> Phase {
+        let line = &self.site.registry.line;
+        Phase {
+            took: self.began.elapsed(),
+            requests: line.requests() - self.requests,
+            bytes: line.bytes() - self.bytes,
+        }
+    }
+}
+
+/// An image of several layers whose program reads a file of each.
+fn image() -> Result<Vec<Layer>> {
+    let mut layers = Vec::new();
+    for at in 0..LAYERS {
+        let mut layer = Layer::new();
+        if at == 0 {
+            layer.directory("bin", Attributes::root(0o755))?;
+            layer.file("bin/busybox", Attributes::root(0o755), &layout::busybox()?)?;
+            layer.symlink("bin/sh", "busybox")?;
+        }
+        let content: Vec<u8> = (0..400_000_u32)
+            .map(|it| (it.wrapping_mul(2_654_435_761) >> 13) as u8)
+            .map(|byte| byte ^ at as u8)
+            .collect();
+        layer.file(&format!("data/{at}"), Attributes::root(0o644), &content)?;
+        layers.push(layer);
+    }
+    Ok(layers)
+}
+
+#[test]
+fn a_start_keeps_to_its_budget_of_round_trips() -> Result<()> {
+    let site = Site::start("start", Release::V1, Line::OPEN, "")?;
+    let directory = tempfile::tempdir()?;
+    let command = "for i in 0 1 2 3 4 5 6 7; do /bin/busybox md5sum /data/$i; done";
+    let command = ["/bin/sh", "-c", command];
+    let layout = layout::write(directory.path(), &mut image()?, &command)?;
+    let [_, reference] = site.push_and_convert(&layout, "start/image")?;
+    site.registry.line.set_line(FAR);
+    let nerdctl = site.nerdctl("start");
+
+    let clock = Clock::start(&site);
+    nerdctl.ok(&["pull", "--quiet", &reference])?;
+    let pull = clock.phase();
+
+    let clock = Clock::start(&site);
+    let mut run = nerdctl.command()?;
+    run.args(["run", "--rm", "--net", "none", &reference]);
+    let mut first = None;
+    let output = run_observed(&mut run, Duration::from_secs(120), |_| {
+        first.get_or_insert_with(|| clock.phase());
+    })?;
+    ensure!(output.ok(), "{output:?}\n{}", site.daemon.log_tail());
+    let first = first.unwrap();
+    let ready = clock.phase();
+    for (name, phase, round_trips, requests) in [
+        ("pull", pull, PULL_ROUND_TRIPS, PULL_REQUESTS),
+        ("first output", first, FIRST_ROUND_TRIPS, FIRST_REQUESTS),
+        ("all read", ready, READY_ROUND_TRIPS, READY_REQUESTS),
+    ] {
+        let (waited, asked) = (phase.round_trips(), phase.requests);
+        println!(
+            "{name:<14} {waited:>2} round trips of {round_trips}, {asked:>2} requests of {requests}, {} bytes, {:?}",
+            phase.bytes, phase.took
+        );
+        ensure!(
+            waited <= round_trips && asked <= requests,
+            "{name} takes more than its budget\n{}",
+            site.daemon.log_tail()
+        );
+    }
+    Ok(())
+}
