@@ -44,6 +44,12 @@ pub enum EncodeFrameError {
         /// zstd's words.
         reason: String,
     },
+    /// zlib refused.
+    #[error("compress chunk: {reason}")]
+    Gzip {
+        /// zlib's words.
+        reason: String,
+    },
 }
 
 /// A frame that is not what the chunk map says. All of these mean damaged or forged bytes.
@@ -168,7 +174,8 @@ pub fn encode_chunk(
     Ok(EncodedChunk { record, frame })
 }
 
-fn compress(bytes: &[u8], level: i32) -> Result<Vec<u8>, EncodeFrameError> {
+/// Compresses into one frame that names its content size and has no checksum.
+pub(crate) fn compress(bytes: &[u8], level: i32) -> Result<Vec<u8>, EncodeFrameError> {
     let zstd = |error: std::io::Error| EncodeFrameError::Zstd {
         reason: error.to_string(),
     };

@@ -33,7 +33,8 @@ use std::fmt;
 use crate::extent::{DeviceSpace, Extent};
 use crate::tree::{Timestamp, Tree};
 
-pub(crate) use apply::{Applied, Apply, Entry};
+pub use apply::Entry;
+pub(crate) use apply::{Applied, Apply};
 use header::{BLOCK, RawHeader};
 
 /// The most bytes of one PAX or GNU record that is read; Go's reader has the same limit.
@@ -225,6 +226,9 @@ pub trait TarSink {
     fn content(&mut self, bytes: &[u8]);
     /// The content is complete.
     fn content_end(&mut self);
+    /// All bytes of an entry's header and records were passed on, and it was applied; its content, if it
+    /// has any, comes next. `again` when the same path had an entry before.
+    fn entry(&mut self, _entry: &Entry, _again: bool) {}
 }
 
 impl TarSink for () {
@@ -271,6 +275,7 @@ pub struct Scanner {
     header_offset: u64,
     pending: Pending,
     apply: Apply,
+    has_global_records: bool,
 }
 
 /// What records said of the next entry.
@@ -299,7 +304,13 @@ impl Scanner {
             header_offset: 0,
             pending: Pending::default(),
             apply: Apply::default(),
+            has_global_records: false,
         }
+    }
+
+    /// Whether there was a global PAX header, which is no entry here and is one for some readers.
+    pub fn has_global_records(&self) -> bool {
+        self.has_global_records
     }
 
     /// How many bytes were taken.
@@ -465,6 +476,7 @@ impl Scanner {
                 field: "size",
             })?;
         let applied = self.apply.entry(&entry, content)?;
+        sink.entry(&entry, self.apply.again);
         if bytes == 0 {
             return Ok(State::Header);
         }
@@ -487,6 +499,7 @@ impl Scanner {
                 // containerd ignores global records, and Go's reader forgets all before them.
                 pax::parse(&self.special, self.header_offset)?;
                 self.pending = Pending::default();
+                self.has_global_records = true;
             }
             b'L' => self.pending.long_name = header::until_nul(&self.special).to_vec(),
             _ => self.pending.long_link = header::until_nul(&self.special).to_vec(),
@@ -524,8 +537,9 @@ fn is_header_only(kind: u8) -> bool {
 /// What the records make of a header.
 fn merge(raw: RawHeader, pending: &Pending, offset: u64) -> Result<Entry, ScanError> {
     let records = &pending.records;
+    let mut other_fields = raw.other_times;
     for ignored in ["atime", "ctime"] {
-        records.time(ignored, offset)?;
+        other_fields |= records.time(ignored, offset)?.is_some();
     }
     let or = |long: &[u8], keyword, short: Vec<u8>| match (long, records.get(keyword)) {
         ([], None) => short,
@@ -541,11 +555,13 @@ fn merge(raw: RawHeader, pending: &Pending, offset: u64) -> Result<Entry, ScanEr
         (0, _) => b'0',
         (kind, _) => kind,
     };
+    let size = records.number("size", offset)?.unwrap_or(raw.size);
+    other_fields |= size != 0 && is_header_only(kind);
     Ok(Entry {
         kind,
         name,
         link_name,
-        size: records.number("size", offset)?.unwrap_or(raw.size),
+        size,
         mode: raw.mode,
         uid: records.number("uid", offset)?.unwrap_or(raw.uid),
         gid: records.number("gid", offset)?.unwrap_or(raw.gid),
@@ -560,6 +576,7 @@ fn merge(raw: RawHeader, pending: &Pending, offset: u64) -> Result<Entry, ScanEr
             .map(|(name, value)| (name.to_vec(), value.to_vec()))
             .collect(),
         sparse: raw.kind == b'S' || records.is_sparse(),
+        other_fields,
     })
 }
 

@@ -20,7 +20,8 @@
 //! Nothing in a TOC is believed because it is pinned: all its numbers are checked, and what it can make a reader
 //! hold or do is bounded. The document is read entry by entry, never as a whole structure.
 //!
-//! `docs/decisions/042-toc-layers.md` has the reasons.
+//! [`write`](mod@write) makes such blobs. `docs/decisions/042-toc-layers.md` and `044-writing-other-formats.md` have the
+//! reasons.
 
 mod build;
 mod chunks;
@@ -29,13 +30,17 @@ mod error;
 mod footer;
 mod open;
 mod pin;
+pub mod write;
 
 use crate::digest::{BlobDigest, DiffId};
 use crate::extent::{BlobSpace, Extent};
 
 pub use error::TocError;
 pub use footer::TocPlace;
-pub use pin::{ESTARGZ_DIGEST, TocPin, ZSTD_CHUNKED_CHECKSUM, ZSTD_CHUNKED_POSITION};
+pub use pin::{
+    ESTARGZ_DIGEST, ESTARGZ_TAR_BYTES, TocPin, ZSTD_CHUNKED_CHECKSUM, ZSTD_CHUNKED_HEADERS,
+    ZSTD_CHUNKED_POSITION,
+};
 
 /// The most bytes that a TOC may take in a blob: some million files.
 pub const TOC_MAX_BYTES: u64 = 64 * 1024 * 1024;

@@ -40,19 +40,34 @@ const LATEST: Timestamp = Timestamp {
 
 /// An entry with all that its header and records say.
 #[derive(Debug)]
-pub(crate) struct Entry {
+pub struct Entry {
+    /// Type flag, `0` for all that stand for regular files.
     pub kind: u8,
+    /// Path as it is written.
     pub name: Vec<u8>,
+    /// Target of a link.
     pub link_name: Vec<u8>,
+    /// Bytes of the content, if this type has one.
     pub size: i64,
+    /// Permissions, with whatever other bits there are.
     pub mode: i64,
+    /// User.
     pub uid: i64,
+    /// Group.
     pub gid: i64,
+    /// Time of modification.
     pub mtime: Timestamp,
+    /// Major device number.
     pub major: i64,
+    /// Minor device number.
     pub minor: i64,
+    /// Extended attributes: name and value.
     pub xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Whether its content is the parts of a sparse file.
     pub sparse: bool,
+    /// Whether it says what no field here holds and others may look at: times of access or change, or the
+    /// size of what has no content.
+    pub other_fields: bool,
 }
 
 /// What became of an entry.
@@ -71,6 +86,9 @@ pub(crate) struct Apply {
     /// Path and time of each directory entry, for rule 6.
     directories: Vec<(Box<[u8]>, Timestamp)>,
     pub(super) budget: Budget,
+    /// Whether the path of the entry applied last had an entry before.
+    pub(super) again: bool,
+    root_is_named: bool,
 }
 
 impl Apply {
@@ -82,6 +100,7 @@ impl Apply {
     ) -> Result<Applied, NotLazy> {
         let path = || shown(&entry.name);
         self.budget.entry()?;
+        self.again = false;
         if entry.sparse {
             return Err(NotLazy::Sparse { path: path() });
         }
@@ -90,10 +109,12 @@ impl Apply {
             return Err(NotLazy::PathTooLong { path: path() });
         }
         let Some((name, parents)) = components.split_last() else {
+            self.again = std::mem::replace(&mut self.root_is_named, true);
             return Ok(Applied::Other);
         };
         let directory = self.parent(parents, entry)?;
         if *name == OPAQUE_NAME {
+            self.again = self.tree.inode(directory).is_opaque();
             self.tree.inode_mut(directory).set_opaque();
             return Ok(Applied::Other);
         }
@@ -102,6 +123,7 @@ impl Apply {
             return Ok(Applied::Other);
         }
         let existing = self.tree.child(directory, name);
+        self.again = existing.is_some_and(|existing| !self.tree.inode(existing).implicit);
         let merges = entry.kind == b'5'
             && existing.is_some_and(|existing| self.tree.inode(existing).is_directory());
         let kind = match entry.kind {
@@ -239,7 +261,10 @@ impl Apply {
             return Ok(());
         }
         match self.tree.child(directory, hidden) {
-            Some(existing) if self.tree.inode(existing).is_whiteout() => Ok(()),
+            Some(existing) if self.tree.inode(existing).is_whiteout() => {
+                self.again = true;
+                Ok(())
+            }
             Some(_) => Err(NotLazy::WhiteoutOfOwn {
                 path: shown(&entry.name),
             }),

@@ -43,6 +43,8 @@ pub(super) struct RawHeader {
     pub mtime: i64,
     pub major: i64,
     pub minor: i64,
+    /// Whether it has times of access or change.
+    pub other_times: bool,
 }
 
 enum Format {
@@ -73,6 +75,7 @@ pub(super) fn parse(block: &[u8; BLOCK], offset: u64) -> Result<RawHeader, ScanE
         mtime: number(MTIME, "mtime")?,
         major: 0,
         minor: 0,
+        other_times: false,
     };
     let format = format(block);
     if matches!(format, Format::V7) {
@@ -86,9 +89,13 @@ pub(super) fn parse(block: &[u8; BLOCK], offset: u64) -> Result<RawHeader, ScanE
         Format::Star => {
             number(476..488, "atime")?;
             number(488..500, "ctime")?;
+            header.other_times = true;
             until_nul(&block[STAR_PREFIX])
         }
-        Format::Gnu => gnu_prefix(block),
+        Format::Gnu => {
+            header.other_times = block[GNU_ATIME.start] != 0 || block[GNU_CTIME.start] != 0;
+            gnu_prefix(block)
+        }
     };
     if !prefix.is_empty() {
         header.name = [prefix, b"/", &header.name].concat();

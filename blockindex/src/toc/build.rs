@@ -109,6 +109,7 @@ impl Toc {
             minor: 0,
             xattrs: Vec::new(),
             sparse: false,
+            other_fields: false,
         };
         apply.entry(&entry, run)?;
         let mut hasher = Sha256Hasher::new();

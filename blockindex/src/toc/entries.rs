@@ -111,6 +111,7 @@ impl RawEntry {
             minor: self.dev_minor,
             xattrs: self.xattrs()?,
             sparse: false,
+            other_fields: false,
         })
     }
 

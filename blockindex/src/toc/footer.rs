@@ -164,9 +164,8 @@ fn offset(text: &[u8]) -> Option<u64> {
     hex.then(|| u64::from_str_radix(digits, 16).ok())?
 }
 
-/// The footer that a writer of today puts behind a TOC at `toc_start`.
-#[cfg(test)]
-pub(super) fn write_newer(toc_start: u64) -> Vec<u8> {
+/// The footer of an eStargz blob whose TOC stands at `toc_start`: an empty gzip member.
+pub(super) fn estargz_footer(toc_start: u64) -> Vec<u8> {
     let mut footer = [
         GZIP_EXTRA,
         &[0, 0, 0, 0, 0, 0xff],
@@ -175,5 +174,14 @@ pub(super) fn write_newer(toc_start: u64) -> Vec<u8> {
     .concat();
     footer.extend_from_slice(format!("{toc_start:016x}STARGZ").as_bytes());
     footer.extend_from_slice(&[1, 0, 0, 0xff, 0xff, 0, 0, 0, 0, 0, 0, 0, 0]);
+    footer
+}
+
+/// The payload of the last frame of a zstd:chunked blob: TOC and headers of the tar, each by first byte, bytes,
+/// and bytes decompressed.
+pub(super) fn zstd_chunked_footer(toc: [u64; 3], headers: [u64; 3]) -> Vec<u8> {
+    let numbers = toc.into_iter().chain([POSITION_TYPE]).chain(headers);
+    let mut footer: Vec<u8> = numbers.flat_map(u64::to_le_bytes).collect();
+    footer.extend_from_slice(ZSTD_MAGICS[0]);
     footer
 }

@@ -11,6 +11,10 @@ pub const ESTARGZ_DIGEST: &str = "containerd.io/snapshot/stargz/toc.digest";
 pub const ZSTD_CHUNKED_CHECKSUM: &str = "io.github.containers.zstd-chunked.manifest-checksum";
 /// Where it stands: offset, bytes, bytes of the JSON, and type, with colons.
 pub const ZSTD_CHUNKED_POSITION: &str = "io.github.containers.zstd-chunked.manifest-position";
+/// Where the headers of its tar stand, as tar-split keeps them: offset, bytes, bytes decompressed, with colons.
+pub const ZSTD_CHUNKED_HEADERS: &str = "io.github.containers.zstd-chunked.tarsplit-position";
+/// Bytes of the tar of an eStargz layer.
+pub const ESTARGZ_TAR_BYTES: &str = "io.containers.estargz.uncompressed-size";
 /// The same two as the tools of eStargz name them.
 const OTHER_CHECKSUM: &str = "io.containers.zstd-chunked.manifest-checksum";
 const OTHER_POSITION: &str = "io.containers.zstd-chunked.manifest-position";

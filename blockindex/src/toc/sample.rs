@@ -8,7 +8,7 @@ use base64::engine::general_purpose::STANDARD;
 use flate2::write::GzEncoder;
 use serde_json::{Value, json};
 
-use super::footer::write_newer;
+use super::footer::estargz_footer;
 use super::{TocFormat, TocPin};
 use crate::digest::BlobDigest;
 
@@ -261,7 +261,7 @@ pub(crate) fn with_toc(mut sample: Sample, format: TocFormat, toc: Value) -> Sam
             builder.append(&header, &json[..]).unwrap();
             let member = compress(format, &builder.into_inner().unwrap());
             sample.blob.extend(member);
-            sample.blob.extend(write_newer(sample.toc_start));
+            sample.blob.extend(estargz_footer(sample.toc_start));
             sample.pin = TocPin::Footer {
                 json_digest: of(&json),
             };

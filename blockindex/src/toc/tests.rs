@@ -43,7 +43,7 @@ fn open(sample: &Sample) -> Result<Toc, TocError> {
     Toc::open(&sample.pin, &place, slice(&sample.blob, place.extent))
 }
 
-fn index(sample: &Sample) -> Result<Index<Vec<u8>>, TocError> {
+pub(super) fn index(sample: &Sample) -> Result<Index<Vec<u8>>, TocError> {
     let built = open(sample)?.index(&layer(sample))?;
     Ok(UncheckedIndex::parse_contents(built.file)?.validate()?)
 }
@@ -57,7 +57,7 @@ fn decode(sample: &Sample, chunk: &Chunk) -> Vec<u8> {
     device_bytes_of(content, chunk).unwrap()
 }
 
-fn device(sample: &Sample, index: &Index<Vec<u8>>) -> Vec<u8> {
+pub(super) fn device(sample: &Sample, index: &Index<Vec<u8>>) -> Vec<u8> {
     let mut device = Vec::new();
     for chunk in index.chunk_map().chunks() {
         let chunk = chunk.unwrap();
@@ -74,7 +74,7 @@ fn device(sample: &Sample, index: &Index<Vec<u8>>) -> Vec<u8> {
 }
 
 /// All that a tree says, with contents instead of places.
-fn listing(tree: &Tree, device: &[u8]) -> Vec<String> {
+pub(super) fn listing(tree: &Tree, device: &[u8]) -> Vec<String> {
     let mut lines = Vec::new();
     let mut pending = vec![(String::new(), tree.root())];
     while let Some((path, id)) = pending.pop() {
@@ -426,7 +426,7 @@ fn footers_of_both_kinds_are_read() {
     let pin = TocPin::Footer {
         json_digest: [0; 32],
     };
-    let newer = super::footer::write_newer(0x1234);
+    let newer = super::footer::estargz_footer(0x1234);
     let mut legacy = newer.clone();
     legacy.splice(10..16, [22, 0]);
     for (footer, bytes) in [(&newer, 51), (&legacy, 47)] {
