@@ -24,8 +24,9 @@ use crate::image::{
 };
 use crate::pack::{BodyParts, Caps, Input, PackError, Packed, feed, pack};
 use crate::plan::{
-    Action, Finish, INDEX_DEPTH_MAX, ImagePlan, Outcome, PlanError, PlannedLayer, Recipe, Reusable,
-    finish_image, finish_index, is_image, plan_image, require_platform, select,
+    Action, Finish, INDEX_DEPTH_MAX, ImagePlan, LayerFormat, Outcome, PlanError, PlannedLayer,
+    Recipe, Reusable, aim, finish_image, finish_index, is_image, plan_image, require_platform,
+    select,
 };
 use crate::pool::{ByteBudget, Pool};
 use crate::push::Pusher;
@@ -34,6 +35,7 @@ use crate::report::{Event, LayerReporter, Reporter, Summary, Transfer};
 mod copy;
 mod known;
 mod signed;
+mod toc;
 
 pub use known::Known;
 use signed::Renamed;
@@ -185,7 +187,8 @@ async fn convert_open(
 ) -> Result<Summary, ConvertError> {
     let started = std::time::Instant::now();
     let root = source.root().await?;
-    let root = read_tree(&*source, root, &options.platforms).await?;
+    let mut root = read_tree(&*source, root, &options.platforms).await?;
+    root.aim(options.recipe.format);
     // What is there may be nothing, of another kind, or not readable for us: only a chance is lost.
     let existing = destination.root().await.ok();
     let mut reusable = Reusable::new(options.recipe);
@@ -310,6 +313,17 @@ async fn remember(destination: &dyn ImageWriter, existing: &Document, reusable: 
 }
 
 impl Node {
+    /// Has all layers planned for this format.
+    fn aim(&mut self, format: LayerFormat) {
+        match self {
+            Self::Index { children, .. } => {
+                children.iter_mut().for_each(|(_, it)| it.aim(format));
+            }
+            Self::Image(plan) => aim(plan, format),
+            Self::Opaque(_) => {}
+        }
+    }
+
     /// All images, in their order.
     pub(crate) fn images(&self) -> Vec<&ImagePlan> {
         match self {
@@ -416,6 +430,7 @@ impl Conversion {
             Outcome::NotLazy {
                 blob, blob_bytes, ..
             } => (*blob, *blob_bytes),
+            Outcome::Toc(toc) => (toc.blob, toc.blob_bytes),
             Outcome::Foreign => return Ok(Some(outcome)),
         };
         Ok(self.pusher.has(blob, bytes).await?.then_some(outcome))
@@ -427,6 +442,9 @@ impl Conversion {
         layer: &PlannedLayer,
         reporter: LayerReporter<'_>,
     ) -> Result<(Outcome, Transfer, How), ConvertError> {
+        if let LayerFormat::Toc(format) = self.options.recipe.format {
+            return self.pack_toc_and_send(plan, layer, format, reporter).await;
+        }
         let (pool, budget) = (Arc::clone(&self.pool), Arc::clone(&self.budget));
         let descriptor = &layer.descriptor;
         // What is zstd already stays if it cannot be lazy, which only its end tells.
@@ -536,9 +554,6 @@ impl Conversion {
                 Ok(document.clone())
             }
             Node::Image(plan) => {
-                self.pusher
-                    .copy(&plan.config, LayerReporter::silent())
-                    .await?;
                 let mut ordered = Vec::with_capacity(plan.layers.len());
                 for layer in &plan.layers {
                     let found = outcomes.get(&(layer.descriptor.digest, layer.diff_id));
@@ -546,6 +561,15 @@ impl Conversion {
                         found.ok_or_else(|| ConvertError::Run("a layer was lost".into()))?;
                     ordered.push(with_config(found, plan.config_digest));
                 }
+                let changed = self.with_diff_ids(plan, &ordered).await?;
+                let plan = match &changed {
+                    Some(changed) => changed,
+                    None => {
+                        let config = &plan.config;
+                        self.pusher.copy(config, LayerReporter::silent()).await?;
+                        plan
+                    }
+                };
                 let document = finish_image(plan, &ordered, self.options.finish());
                 self.rename(&plan.source, &document);
                 summary.images += 1;
@@ -599,6 +623,7 @@ fn layer_done(descriptor: &Descriptor, outcome: &Outcome, transfer: Transfer, ho
             blob_bytes,
             ..
         } => (*blob, *blob_bytes, Some(reason.clone())),
+        Outcome::Toc(toc) => (toc.blob, toc.blob_bytes, toc.toc.clone().err()),
         Outcome::Foreign => {
             let reason = "its bytes live outside the registry".to_owned();
             (descriptor.digest, descriptor.size, Some(reason))

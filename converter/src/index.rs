@@ -393,6 +393,8 @@ fn decided(action: &Action) -> Option<Option<String>> {
     match action {
         Action::Convert => None,
         Action::Foreign => Some(Some("its bytes live outside the registry".to_owned())),
+        // Only a conversion to another format plans that.
+        Action::Copy(Outcome::Toc(_)) => None,
         Action::Copy(Outcome::Lazy(_)) => Some(None),
         Action::Copy(Outcome::NotLazy { reason, .. }) => Some(Some(reason_of(reason))),
         Action::Copy(Outcome::Foreign) => Some(Some("its bytes live elsewhere".to_owned())),

@@ -19,7 +19,7 @@ use std::fs::File;
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use bytes::Bytes;
 use futures::StreamExt as _;
@@ -34,8 +34,10 @@ use crate::verify::Verifier;
 mod check;
 mod encode;
 mod inflate;
+mod toc;
 
 pub use check::check;
+pub use toc::{PackedToc, pack_toc};
 
 #[cfg(test)]
 mod tests;
@@ -233,9 +235,31 @@ pub fn pack(
     budget: &Arc<ByteBudget>,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<Packed, PackError> {
+    let (frames_tx, frames_rx) = sync_channel(PENDING_FRAMES);
+    let ((plan, _claim), written) = pipeline(
+        input,
+        body,
+        progress,
+        |tar| encode::encode(tar, frames_tx, pool, budget, input.encode.clone()),
+        || encode::write_frames(frames_rx, spool),
+    )?;
+    checked_diff_id(input, plan.diff_id())?;
+    encode::finish(plan, written)
+}
+
+/// Runs the threads up to the one that writes: `encode` gets the tar and returns on this thread, `write`
+/// takes what that sends, on another.
+///
+/// **Errors**: the first real cause among what they report.
+fn pipeline<P, W: Send>(
+    input: &Input,
+    body: BodyParts,
+    progress: &(dyn Fn(u64) + Sync),
+    encode: impl FnOnce(Receiver<Bytes>) -> Result<P, PackError>,
+    write: impl FnOnce() -> Result<W, PackError> + Send,
+) -> Result<(P, W), PackError> {
     let (blob_tx, blob_rx) = sync_channel(CHANNEL_PARTS);
     let (tar_tx, tar_rx) = sync_channel(CHANNEL_PARTS);
-    let (frames_tx, frames_rx) = sync_channel(PENDING_FRAMES);
     let drain = AtomicBool::new(false);
     let cap = input.caps.for_blob(input.blob_bytes);
     let outcome = std::thread::scope(|scope| {
@@ -249,8 +273,8 @@ pub fn pack(
             })
         });
         let inflate = scope.spawn(|| inflate::inflate(blob_rx, cap, tar_tx, &drain));
-        let write = scope.spawn(|| encode::write_frames(frames_rx, spool));
-        let plan = encode::encode(tar_rx, frames_tx, pool, budget, input.encode.clone());
+        let write = scope.spawn(write);
+        let plan = encode(tar_rx);
         (join(source), join(inflate), plan, join(write))
     });
     let (source, inflate, plan, written) = outcome;
@@ -263,15 +287,16 @@ pub fn pack(
     if let Some(error) = first_error(errors) {
         return Err(error);
     }
-    let (plan, _claim) = plan?;
-    let actual = plan.diff_id();
-    if actual != input.diff_id {
-        return Err(PackError::DiffId {
-            expected: input.diff_id,
-            actual,
-        });
+    Ok((plan?, written?))
+}
+
+/// That the tar is the one that the config names.
+fn checked_diff_id(input: &Input, actual: DiffId) -> Result<(), PackError> {
+    let expected = input.diff_id;
+    match actual == expected {
+        true => Ok(()),
+        false => Err(PackError::DiffId { expected, actual }),
     }
-    encode::finish(plan, written?)
 }
 
 /// The first real cause among what the threads report, the source first.

@@ -7,7 +7,8 @@
 //! that converting twice gives the same digests, and so that a layer that the destination already
 //! has, annotated with its source and the recipe, need not be converted again ([`Reusable`]).
 //!
-//! Never changed: the config's bytes, and with them diff IDs, history and the config digest.
+//! Never changed: the config's bytes, and with them diff IDs, history and the config digest; but for eStargz,
+//! whose diff IDs are others ([`with_diff_ids`]).
 
 use std::collections::BTreeMap;
 
@@ -19,8 +20,10 @@ use sluice_blockindex::digest::{BlobDigest, ConfigDigest, DiffId};
 use crate::image::document::{DOCKER_CONFIG, OCI_CONFIG, OCI_INDEX, OCI_LAYER_ZSTD, OCI_MANIFEST};
 use crate::image::{Descriptor, Document, DocumentKind, Platform};
 
+mod format;
 mod recipe;
 
+pub use format::{LayerFormat, TocBlob, aim, media_type};
 pub use recipe::Recipe;
 
 #[cfg(test)]
@@ -47,6 +50,8 @@ const LAYOUT_ANNOTATIONS: &[&str] = &[
     "io.containers.zstd-chunked.",
     SOURCE,
     RECIPE_NAME,
+    format::DIFF,
+    format::NO_TOC,
 ];
 
 /// Docker's annotation of an attestation: the digest of the manifest it speaks of.
@@ -118,6 +123,8 @@ pub enum Action {
 pub enum Outcome {
     /// It has an index.
     Lazy(LayerAnnotations),
+    /// It is in a format that others read too, with a table of contents or without.
+    Toc(TocBlob),
     /// It has none.
     NotLazy {
         /// Why, for the user.
@@ -344,9 +351,21 @@ impl Finish {
     /// Whether a layer that was converted before was made anew. Its bytes may be the same nonetheless.
     pub fn remakes(&self, layer: &PlannedLayer) -> bool {
         self.exact_recipe
-            && matches!(layer.action, Action::Copy(Outcome::Lazy(_)))
+            && matches!(
+                layer.action,
+                Action::Copy(Outcome::Lazy(_) | Outcome::Toc(_))
+            )
             && !self.recipe.made(&layer.descriptor)
     }
+}
+
+/// The config of an image whose layers have these diff IDs now; all else in it stays as it is.
+///
+/// **Errors**: it is no JSON with a list of diff IDs, which [`plan_image`] has read before.
+pub fn with_diff_ids(config: &[u8], diff_ids: &[DiffId]) -> Result<Vec<u8>, serde_json::Error> {
+    let mut value: Value = serde_json::from_slice(config)?;
+    value["rootfs"]["diff_ids"] = diff_ids.iter().map(ToString::to_string).collect();
+    serde_json::to_vec(&value)
 }
 
 /// The manifest of a converted image. `outcomes` are those of `plan.layers`, in order.
@@ -401,6 +420,7 @@ pub fn finish_layer(layer: &PlannedLayer, outcome: &Outcome, finish: Finish) -> 
     let recipe = finish.recipe;
     let mut descriptor = layer.descriptor.clone();
     let (mark, media_type, blob, blob_bytes) = match outcome {
+        Outcome::Toc(toc) => return finish_toc(layer, toc, finish),
         Outcome::Foreign => {
             descriptor.media_type = oci_layer_type(&descriptor.media_type);
             return descriptor;
@@ -467,6 +487,31 @@ pub fn finish_layer(layer: &PlannedLayer, outcome: &Outcome, finish: Finish) -> 
     descriptor.media_type = media_type;
     descriptor.digest = blob;
     descriptor.size = blob_bytes;
+    descriptor
+}
+
+fn finish_toc(layer: &PlannedLayer, toc: &TocBlob, finish: Finish) -> Descriptor {
+    let mut descriptor = layer.descriptor.clone();
+    if matches!(&layer.action, Action::Copy(Outcome::Toc(copied)) if copied == toc)
+        && !finish.remakes(layer)
+    {
+        descriptor.media_type = oci_layer_type(&descriptor.media_type);
+        return descriptor;
+    }
+    descriptor.annotations.retain(|name, _| {
+        let of_layout = LAYOUT_ANNOTATIONS.iter();
+        !of_layout.copied().any(|prefix| name.starts_with(prefix))
+    });
+    descriptor.annotations.extend(toc.to_map(layer.diff_id));
+    let made = [
+        (SOURCE, layer.descriptor.digest.to_string()),
+        (RECIPE_NAME, finish.recipe.to_string()),
+    ];
+    let made = made.map(|(name, value)| (name.to_owned(), value));
+    descriptor.annotations.extend(made);
+    descriptor.other.remove("data");
+    descriptor.media_type.clone_from(&toc.media_type);
+    (descriptor.digest, descriptor.size) = (toc.blob, toc.blob_bytes);
     descriptor
 }
 
@@ -545,6 +590,7 @@ pub struct Reusable {
     annotated: BTreeMap<(BlobDigest, DiffId), LayerAnnotations>,
     /// Layers that are not lazy carry no diff ID; the config stands for it.
     not_lazy: BTreeMap<(BlobDigest, BlobDigest), Outcome>,
+    toc: BTreeMap<(BlobDigest, DiffId), TocBlob>,
 }
 
 impl Reusable {
@@ -572,6 +618,12 @@ impl Reusable {
                 continue;
             };
             if !self.recipe.made(&descriptor) {
+                continue;
+            }
+            if self.recipe.format != LayerFormat::Sluice {
+                if let Some((diff_id, toc)) = TocBlob::of_annotations(&descriptor) {
+                    self.toc.insert((source, diff_id), toc);
+                }
                 continue;
             }
             match LayerMark::parse(get) {
@@ -606,6 +658,9 @@ impl Reusable {
     /// What `layer` of the image with `config` would become, if the destination has it.
     pub fn find(&self, layer: &PlannedLayer, config: &ImagePlan) -> Option<Outcome> {
         let source = layer.descriptor.digest;
+        if let Some(found) = self.toc.get(&(source, layer.diff_id)) {
+            return Some(Outcome::Toc(found.clone()));
+        }
         if let Some(found) = self.lazy.get(&(source, layer.diff_id)) {
             let config = config.config_digest;
             return Some(Outcome::Lazy(LayerAnnotations {

@@ -20,7 +20,8 @@ use serde::{Deserialize, Serialize};
 use sluice_blockindex::annotations::LayerMark;
 use sluice_blockindex::digest::{BlobDigest, DiffId};
 
-use crate::plan::{Outcome, Recipe};
+use crate::image::Descriptor;
+use crate::plan::{LayerFormat, Outcome, Recipe, TocBlob};
 
 /// The most records. One takes a block of the disk, so this is 32 MiB; a registry of a thousand images
 /// has some thousands of layers.
@@ -110,11 +111,20 @@ impl Records {
 }
 
 fn record(key: &Key, outcome: &Outcome) -> Option<Record> {
-    let (mark, media_type, blob, blob_bytes) = match outcome {
+    let (annotations, media_type, blob, blob_bytes) = match outcome {
+        Outcome::Toc(toc) => {
+            let annotations = toc.to_map(key.diff_id);
+            (
+                annotations,
+                toc.media_type.as_str(),
+                toc.blob,
+                toc.blob_bytes,
+            )
+        }
         Outcome::Lazy(found) => {
             let media_type = crate::image::document::OCI_LAYER_ZSTD;
             let mark = LayerMark::Lazy(found.clone());
-            (mark, media_type, found.blob, found.blob_bytes)
+            (mark.to_map(), media_type, found.blob, found.blob_bytes)
         }
         Outcome::NotLazy {
             reason,
@@ -123,7 +133,7 @@ fn record(key: &Key, outcome: &Outcome) -> Option<Record> {
             blob_bytes,
         } => {
             let mark = LayerMark::NotLazy(reason.clone());
-            (mark, media_type.as_str(), *blob, *blob_bytes)
+            (mark.to_map(), media_type.as_str(), *blob, *blob_bytes)
         }
         Outcome::Foreign => return None,
     };
@@ -135,7 +145,7 @@ fn record(key: &Key, outcome: &Outcome) -> Option<Record> {
         media_type: media_type.to_owned(),
         blob: blob.to_string(),
         blob_bytes,
-        annotations: mark.to_map().into_iter().collect(),
+        annotations,
     })
 }
 
@@ -152,6 +162,12 @@ fn outcome(record: &Record, key: &Key) -> Option<Outcome> {
         return None;
     }
     let blob: BlobDigest = record.blob.parse().ok()?;
+    if key.recipe.format != LayerFormat::Sluice {
+        let mut descriptor = Descriptor::new(&record.media_type, blob, record.blob_bytes);
+        descriptor.annotations = record.annotations.clone();
+        let (source_diff, toc) = TocBlob::of_annotations(&descriptor)?;
+        return (source_diff == key.diff_id).then_some(Outcome::Toc(toc));
+    }
     let annotation = |name: &str| record.annotations.get(name).map(String::as_str);
     match LayerMark::parse(annotation).ok()? {
         LayerMark::Lazy(found) => {

@@ -83,6 +83,17 @@ pub enum Event {
         /// Digest now.
         digest: String,
     },
+    /// Layers have other diff IDs than before, and with them the image has another config.
+    DiffIdsChanged {
+        /// For which platform.
+        platform: String,
+        /// How many layers.
+        layers: u64,
+        /// Digest of the config at the source.
+        config_before: String,
+        /// Digest now.
+        config: String,
+    },
     /// A manifest was signed, and the signature is of what it was.
     Signed {
         /// The image at the source.

@@ -648,6 +648,8 @@ fn help_and_bad_arguments_behave() {
         &["convert", "x"][..],
         &["convert", "http://x/y", "oci:z"],
         &["convert", "a", "b", "--platform", "linux"],
+        &["convert", "a", "b", "--format", "zip"],
+        &["convert", "a", "b", "--format", "estargz", "--level", "10"],
         &["nonsense"],
     ] {
         assert_eq!(sluice(bad).status.code(), Some(2), "{bad:?}");

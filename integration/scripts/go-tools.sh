@@ -3,14 +3,15 @@
 # Builds the Go programs that tests need from their modules into DIR (kept there between runs):
 #   nerdctl 1.7.7 (for containerd 1.6), nerdctl 2.1.2 and containerd 2.x with its shim and ctr,
 #   containerd's snapshotter test suite (integration/gosuite), the conformance tests of the
-#   distribution specification, and crictl. Only when named: Spegel, for a long test.
-# Usage: go-tools.sh DIR [TOOL ...]; TOOL: nerdctl1 nerdctl2 containerd2 suite conformance crictl spegel
+#   distribution specification, crictl, and integration/toccheck, which reads what `sluice convert --format` writes with
+#   the code of others. Only when named: Spegel, for a long test.
+# Usage: go-tools.sh DIR [TOOL ...]; TOOL: nerdctl1 nerdctl2 containerd2 suite conformance crictl toccheck spegel
 #   (default: all but spegel).
 set -euo pipefail
 dir=${1:?usage: go-tools.sh DIR [TOOL ...]}
 shift
 dir=$(mkdir -p "$dir" && cd "$dir" && pwd)
-[ $# -gt 0 ] || set -- nerdctl1 nerdctl2 containerd2 suite conformance crictl
+[ $# -gt 0 ] || set -- nerdctl1 nerdctl2 containerd2 suite conformance crictl toccheck
 command -v go >/dev/null || { echo "go-tools: Go is missing (https://go.dev, or Debian's golang); nerdctl tests need it" >&2; exit 1; }
 
 # build MODULE VERSION OUT=PACKAGE ...
@@ -41,6 +42,12 @@ for tool in "$@"; do
     if [ ! -e "$dir/snapshotter-suite" ] || [ -n "$(find "$suite" -newer "$dir/snapshotter-suite" -type f)" ]; then
       echo "   go: containerd's snapshotter test suite"
       (cd "$suite" && CGO_ENABLED=0 go test -c -mod=readonly -o "$dir/snapshotter-suite" .)
+    fi ;;
+  toccheck)
+    toccheck=$(dirname "$(readlink -f "$0")")/../toccheck
+    if [ ! -e "$dir/toccheck" ] || [ -n "$(find "$toccheck" -newer "$dir/toccheck" -type f)" ]; then
+      echo "   go: toccheck"
+      (cd "$toccheck" && CGO_ENABLED=0 go build -mod=readonly -trimpath -ldflags '-s -w' -o "$dir/toccheck" .)
     fi ;;
   *) echo "go-tools: unknown tool $tool" >&2; exit 2 ;;
   esac

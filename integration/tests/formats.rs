@@ -1,37 +1,43 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Images that other tools made seekable, as those tools write them: lazy at their first pull by the table of contents
-//! that their manifests pin.
+//! Images in formats of other tools, as those tools write them and as `sluice convert` does: lazy at their first pull by
+//! the table of contents that their manifests pin.
 
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::daemon::quick_reaper_with;
 use sluice_integration::harness::proxy::Line;
+use sluice_integration::harness::root::Root;
 use sluice_integration::harness::site::{REGISTRY, Site};
 use sluice_integration::harness::wait::eventually;
-use sluice_integration::harness::{http, images};
+use sluice_integration::harness::{command, http, images, tools};
 
 const NAMESPACE: &str = "formats";
 /// Where images are converted: nothing of it is left when they are pulled.
 const WORKSHOP: &str = "workshop";
 const REPOSITORY: &str = "formats/python";
 
-/// A format, as nerdctl's option, this project's word for people, and the label of the metric.
+/// A format, as nerdctl's option, the value of `sluice convert --format`, this project's word for people, and the label
+/// of the metric.
 #[derive(Debug, Clone, Copy)]
 struct Format {
     option: &'static str,
+    name: &'static str,
     words: &'static str,
     label: &'static str,
 }
 
 const ESTARGZ: Format = Format {
     option: "--estargz",
+    name: "estargz",
     words: "eStargz",
     label: "index=\"estargz\"",
 };
 const ZSTD_CHUNKED: Format = Format {
     option: "--zstdchunked",
+    name: "zstd-chunked",
     words: "zstd:chunked",
     label: "index=\"zstd_chunked\"",
 };
@@ -49,7 +55,52 @@ fn site(name: &str, extra: &str) -> Result<Site> {
     Site::start(name, Release::V2, Line::OPEN, &config)
 }
 
-/// Has nerdctl convert the test image and push it; gives its reference and the bytes of its layers.
+/// The image's reference, and the bytes of its layers.
+fn pushed(site: &Site, format: Format) -> Result<(String, u64)> {
+    let target = format!("{}/{REPOSITORY}:{}", site.registry.host(), format.tag());
+    let manifest = http::manifest(&site.registry.direct(), REPOSITORY, format.tag())?;
+    let layers = manifest["layers"].as_array().into_iter().flatten();
+    let bytes = layers.filter_map(|layer| layer["size"].as_u64()).sum();
+    Ok((target, bytes))
+}
+
+/// Has `sluice convert` write the test image to the registry; gives what [`pushed`] does.
+fn converted_by_sluice(site: &Site, format: Format) -> Result<(String, u64)> {
+    let source = format!("oci:{}:latest", images::python_layout()?.display());
+    let target = format!(
+        "docker://{}/{REPOSITORY}:{}",
+        site.registry.direct(),
+        format.tag()
+    );
+    let arguments = ["convert", "--json", "--format", format.name];
+    let said = site
+        .daemon
+        .sluice_ok(&[&arguments[..], &[&source, &target]].concat())?;
+    let lines: Vec<serde_json::Value> = said
+        .stdout
+        .lines()
+        .map(serde_json::from_str)
+        .collect::<Result<_, _>>()?;
+    let changes = lines
+        .iter()
+        .find(|line| line["event"] == "diff-ids-changed");
+    ensure!(
+        changes.is_some() == (format.name == ESTARGZ.name),
+        "{said:?}"
+    );
+    if let Some(changes) = changes {
+        let manifest = http::manifest(&site.registry.direct(), REPOSITORY, format.tag())?;
+        ensure!(
+            manifest["config"]["digest"] == changes["config"],
+            "{changes}"
+        );
+    }
+    let summary = lines.last().context("a summary")?;
+    ensure!(summary["layers_not_lazy"] == 0, "{summary}");
+    pushed(site, format)
+}
+
+/// Has nerdctl convert the test image and push it; gives what [`pushed`] does.
 fn converted(site: &Site, format: Format) -> Result<(String, u64)> {
     let (host, direct) = (site.registry.host(), site.registry.direct());
     let original = format!("{host}/{REPOSITORY}:original");
@@ -74,10 +125,7 @@ fn converted(site: &Site, format: Format) -> Result<(String, u64)> {
         let left = site.containerd.ctr_ok(WORKSHOP, &["content", "ls", "-q"])?;
         Ok(left.stdout.trim().is_empty())
     })?;
-    let manifest = http::manifest(&direct, REPOSITORY, format.tag())?;
-    let layers = manifest["layers"].as_array().into_iter().flatten();
-    let bytes = layers.filter_map(|layer| layer["size"].as_u64()).sum();
-    Ok((target, bytes))
+    pushed(site, format)
 }
 
 /// All files of the image as a snapshotter shows them, a line each.
@@ -94,9 +142,12 @@ fn runs(site: &Site, reference: &str) -> Result<()> {
     Ok(())
 }
 
-fn is_lazy_as_it_is(format: Format) -> Result<()> {
-    let mut site = site(format.tag(), "")?;
-    let (reference, image_bytes) = converted(&site, format)?;
+/// How the image gets to the registry.
+type Make = fn(&Site, Format) -> Result<(String, u64)>;
+
+fn is_lazy_as_it_is(name: &str, format: Format, make: Make) -> Result<()> {
+    let mut site = site(name, "")?;
+    let (reference, image_bytes) = make(&site, format)?;
     let before = site.registry.line.bytes();
     site.nerdctl(NAMESPACE)
         .ok(&["pull", "--quiet", &reference])?;
@@ -141,12 +192,72 @@ fn is_lazy_as_it_is(format: Format) -> Result<()> {
 
 #[test]
 fn an_estargz_image_is_lazy_as_it_is() -> Result<()> {
-    is_lazy_as_it_is(ESTARGZ)
+    is_lazy_as_it_is("estargz", ESTARGZ, converted)
 }
 
 #[test]
 fn a_zstd_chunked_image_is_lazy_as_it_is() -> Result<()> {
-    is_lazy_as_it_is(ZSTD_CHUNKED)
+    is_lazy_as_it_is("zstdchunked", ZSTD_CHUNKED, converted)
+}
+
+#[test]
+fn an_estargz_image_of_sluice_is_lazy_and_unpacks() -> Result<()> {
+    is_lazy_as_it_is("our-estargz", ESTARGZ, converted_by_sluice)
+}
+
+#[test]
+fn a_zstd_chunked_image_of_sluice_is_lazy_and_unpacks() -> Result<()> {
+    is_lazy_as_it_is("our-zstdchunked", ZSTD_CHUNKED, converted_by_sluice)
+}
+
+/// `toccheck` reads layouts with the code of stargz-snapshotter and tar-split, and must find mistakes.
+#[test]
+fn others_verify_every_chunk_and_file() -> Result<()> {
+    let root = Root::new("toccheck")?;
+    let source = format!("oci:{}:latest", images::python_layout()?.display());
+    let minutes = Duration::from_secs(300);
+    for format in [ESTARGZ, ZSTD_CHUNKED] {
+        let layout = root.join(format.name)?;
+        let target = format!("oci:{}:latest", layout.display());
+        let mut convert = Command::new(tools::binary("sluice")?);
+        convert.args([
+            "convert",
+            "--force",
+            "--format",
+            format.name,
+            &source,
+            &target,
+        ]);
+        command::run_ok(convert.env("SLUICE_STATE", root.path()), minutes)?;
+        let check = || -> Result<_> {
+            let mut check = Command::new(tools::go_tool("toccheck")?);
+            command::run(check.arg(&layout), minutes)
+        };
+        let checked = check()?;
+        ensure!(checked.status.success(), "{checked:?}");
+        ensure!(checked.stdout.lines().count() >= 5, "{checked:?}");
+        println!("{}", checked.stdout);
+        damage_the_largest_blob(&layout)?;
+        let checked = check()?;
+        ensure!(!checked.status.success(), "{checked:?}");
+    }
+    Ok(())
+}
+
+/// Flips a bit in the middle of the largest blob.
+fn damage_the_largest_blob(layout: &std::path::Path) -> Result<()> {
+    use std::os::unix::fs::FileExt;
+    let mut blobs = Vec::new();
+    for entry in std::fs::read_dir(layout.join("blobs/sha256"))? {
+        let entry = entry?;
+        blobs.push((entry.metadata()?.len(), entry.path()));
+    }
+    let (bytes, path) = blobs.into_iter().max().context("a blob")?;
+    let file = std::fs::File::options().read(true).write(true).open(path)?;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, bytes / 2)?;
+    file.write_all_at(&[byte[0] ^ 1], bytes / 2)?;
+    Ok(())
 }
 
 #[test]

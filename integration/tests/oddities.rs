@@ -196,3 +196,31 @@ fn long_ten_million_entries() -> Result<()> {
     ensure!(peak < MOST_BYTES, "sluiced took {peak} bytes");
     Ok(())
 }
+
+/// Converted to formats that others read too. What those cannot say is not lazy, and is unpacked the same.
+#[test]
+fn each_oddity_is_the_same_in_formats_of_others() -> Result<()> {
+    let config = "\n[index]\nnode = \"off\"\nreferrer = \"off\"\n";
+    let config = format!("{config}\n[registry.hosts.\"{REGISTRY}\"]\n");
+    let site = Site::start("oddities3", Release::V2, Line::OPEN, &config)?;
+    each(&site, |_, case| {
+        let image = push(&site, case, Coding::Gzip, "original")?;
+        let original = format!("{image}:original");
+        for format in ["zstd-chunked", "estargz"] {
+            let reference = format!("{image}:{format}");
+            let arguments = ["convert", "--json", "--format", format];
+            let arguments = [&arguments[..], &[&original, &reference]].concat();
+            let mut convert = site.daemon.sluice()?;
+            let said = command::run(convert.args(arguments), Duration::from_secs(60))?;
+            ensure!(said.ok() || case.outcome == Outcome::Refused, "{said:?}");
+            if !said.ok() {
+                continue;
+            }
+            let summary = said.stdout.lines().last().context("a summary")?;
+            let summary: serde_json::Value = serde_json::from_str(summary)?;
+            let listed = summary["layers_not_lazy"] == 0;
+            compare(&site, case, &[(&reference, listed)]).context(format)?;
+        }
+        Ok(())
+    })
+}

@@ -13,7 +13,7 @@ use super::open::{CapsArguments, ContainerdArguments, RegistryArguments, locatio
 use super::show::ShowArguments;
 use crate::convert::{Known, Options, convert};
 use crate::image::{Location, Platform, Prefix};
-use crate::plan::Recipe;
+use crate::plan::{LayerFormat, Recipe};
 use crate::records::Records;
 use crate::report::{Event, Reporter};
 
@@ -38,7 +38,11 @@ pub(super) struct Convert {
     /// Threads that compress. Default: one per core.
     #[arg(long, alias = "threads", value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     jobs: Option<u16>,
-    /// zstd level of the layers. Default: 3. Layers that were converted with another are converted again.
+    /// Format of the layers: sluice, zstd-chunked or estargz. eStargz changes diff IDs and config digest, which
+    /// is said.
+    #[arg(long, value_name = "FORMAT", default_value = "sluice", value_parser = LayerFormat::parse)]
+    format: LayerFormat,
+    /// Level of compression: of zstd 1 to 22, default 3; of eStargz, which is gzip, 1 to 9, default 6. Layers that were converted with another are converted again.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=22))]
     level: Option<i32>,
     /// About how much of a layer is fetched at once, such as 64K: 16K to 512K, in steps of 4K. Default:
@@ -93,6 +97,13 @@ fn chunk_size(text: &str) -> Result<u64, String> {
 impl Convert {
     /// What goes where. **Errors**: a message about the arguments.
     fn pairs(&self) -> Result<Vec<(Location, Location)>, String> {
+        let most = self.format.level_max();
+        if let Some(level) = self.level.filter(|level| *level > most) {
+            let format = self.format;
+            return Err(format!(
+                "--level {level}: of {format} the highest is {most}"
+            ));
+        }
         let Some(to) = &self.to else {
             let [destination] = self.rest.as_slice() else {
                 let message = "want one SOURCE and one DESTINATION; several images go --to a place";
@@ -116,14 +127,16 @@ impl Convert {
 
     fn options(&self) -> Options {
         let defaults = Options::default();
+        let usual = Recipe::of(self.format);
         let state = self.state.clone().or_else(state_directory);
         let records = state.map(|state| Records::open(&state.join("layers")));
         Options {
             platforms: self.platform.clone(),
             threads: self.jobs.map_or(defaults.threads, usize::from),
             recipe: Recipe {
-                level: self.level.unwrap_or(defaults.recipe.level),
-                chunk_bytes: self.chunk_size.unwrap_or(defaults.recipe.chunk_bytes),
+                format: self.format,
+                level: self.level.unwrap_or(usual.level),
+                chunk_bytes: self.chunk_size.unwrap_or(usual.chunk_bytes),
             },
             exact_recipe: self.level.is_some() || self.chunk_size.is_some(),
             memory_bytes: u64::from(self.memory) * 1024 * 1024,

@@ -90,7 +90,10 @@ struct Lines;
 impl Reporter for Lines {
     fn event(&self, event: &Event) {
         if let Some(line) = describe(event) {
-            let _ = writeln!(io::stderr().lock(), "{line}");
+            let _ = match is_result(event) {
+                true => writeln!(io::stdout().lock(), "{line}"),
+                false => writeln!(io::stderr().lock(), "{line}"),
+            };
         }
     }
 
@@ -136,6 +139,7 @@ impl Reporter for Bars {
             }
             Event::LayerProgress { .. }
             | Event::ManifestDone { .. }
+            | Event::DiffIdsChanged { .. }
             | Event::Signed { .. }
             | Event::Summary(_)
             | Event::ImageFailed { .. }
@@ -145,7 +149,12 @@ impl Reporter for Bars {
             | Event::PullSummary { .. } => {}
         }
         if let Some(line) = describe(event) {
-            let _ = self.all.println(line);
+            if is_result(event) {
+                let show = || writeln!(io::stdout().lock(), "{line}");
+                let _ = self.all.suspend(show);
+            } else {
+                let _ = self.all.println(line);
+            }
         }
     }
 
@@ -162,6 +171,11 @@ impl Reporter for Bars {
             bar.set_position(sent_bytes);
         }
     }
+}
+
+/// Whether somebody who keeps what the call gives must not miss it.
+fn is_result(event: &Event) -> bool {
+    matches!(event, Event::DiffIdsChanged { .. })
 }
 
 /// An event in words; nothing for those that only start something.
@@ -203,6 +217,14 @@ fn describe(event: &Event) -> Option<String> {
         Event::ManifestDone {
             platform, digest, ..
         } => format!("image {platform}: {digest}"),
+        Event::DiffIdsChanged {
+            platform,
+            layers,
+            config_before,
+            config,
+        } => format!(
+            "image {platform}: the diff IDs of {layers} layers change: config {config_before} -> {config}"
+        ),
         Event::Signed {
             image,
             manifest,

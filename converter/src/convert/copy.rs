@@ -9,7 +9,10 @@
 //!   destination's present image has the blob and says the same of it;
 //! - when the blob moves through here, or with `--force`, its tar must have the diff ID. A blob that
 //!   the destination has or can mount is not read for that.
+//!
+//! Of a layer that has a table of contents, for a conversion to its format, the same is done with that.
 
+use super::toc::toc_is_sound;
 use super::{Conversion, ConvertError, ImagePlan, LayerReporter, Outcome, PlannedLayer, Transfer};
 use crate::inspect::{InspectError, read_index};
 use crate::pack::check;
@@ -48,8 +51,10 @@ impl Conversion {
         layer: &PlannedLayer,
         annotated: &Outcome,
     ) -> Result<bool, ConvertError> {
-        let Outcome::Lazy(annotations) = annotated else {
-            return Ok(true);
+        let annotations = match annotated {
+            Outcome::Lazy(annotations) => annotations,
+            Outcome::Toc(toc) => return toc_is_sound(&*self.source, toc).await,
+            Outcome::NotLazy { .. } | Outcome::Foreign => return Ok(true),
         };
         let descriptor = &layer.descriptor;
         if self.reusable.confirms(annotations)

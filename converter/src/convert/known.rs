@@ -10,9 +10,9 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use sluice_blockindex::annotations::LayerAnnotations;
 use sluice_blockindex::digest::{BlobDigest, DiffId};
 
+use super::toc::toc_is_sound;
 use super::{
     Conversion, ConvertError, How, ImagePlan, LayerReporter, Outcome, PlannedLayer, Transfer,
 };
@@ -31,7 +31,7 @@ pub struct Known {
 /// A layer of an image before.
 #[derive(Debug, Clone)]
 struct Converted {
-    annotations: LayerAnnotations,
+    outcome: Outcome,
     at: Arc<dyn ImageReader>,
 }
 
@@ -79,12 +79,14 @@ impl Conversion {
         reporter: LayerReporter<'_>,
     ) -> Result<Option<Brought>, ConvertError> {
         let known = self.options.known.converted().get(&layer.diff_id).cloned();
-        let Some(Converted { annotations, at }) = known else {
+        let Some(Converted { outcome, at }) = known else {
             return Ok(None);
         };
-        let blob = descriptor_of(&annotations);
+        let Some(blob) = descriptor_of(&outcome) else {
+            return Ok(None);
+        };
         let transfer = self.pusher.copy_from(&*at, &blob, reporter).await?;
-        Ok(Some((Outcome::Lazy(annotations), transfer, How::Shared)))
+        Ok(Some((outcome, transfer, How::Shared)))
     }
 
     /// What an earlier call made of the layer, if the destination has it and it is sound.
@@ -96,20 +98,20 @@ impl Conversion {
         let Some(outcome) = records.find(&self.key(layer)) else {
             return Ok(None);
         };
-        let annotations = match &outcome {
-            Outcome::Lazy(annotations) => annotations,
-            Outcome::NotLazy {
-                blob, blob_bytes, ..
-            } => {
-                let there = self.pusher.has(*blob, *blob_bytes).await?;
-                return Ok(there.then_some(outcome));
-            }
-            Outcome::Foreign => return Ok(None),
+        let Some(blob) = descriptor_of(&outcome) else {
+            return Ok(None);
         };
-        let blob = descriptor_of(annotations);
         if !self.pusher.has(blob.digest, blob.size).await? {
             return Ok(None);
         }
+        let annotations = match &outcome {
+            Outcome::Lazy(annotations) => annotations,
+            Outcome::Toc(toc) => {
+                let sound = toc_is_sound(&*self.destination, toc).await?;
+                return Ok(sound.then_some(outcome));
+            }
+            Outcome::NotLazy { .. } | Outcome::Foreign => return Ok(Some(outcome)),
+        };
         match read_index(&*self.destination, &blob, annotations, false).await {
             Ok(_) => Ok(Some(outcome)),
             Err(InspectError::Image(error)) => Err(error.into()),
@@ -136,11 +138,11 @@ impl Conversion {
                 recorded.is_some_and(|recorded| blob_of(&recorded) == blob_of(outcome))
             }
         };
-        if let Outcome::Lazy(annotations) = outcome
+        if let Outcome::Lazy(_) | Outcome::Toc(_) = outcome
             && checked()
         {
             let converted = Converted {
-                annotations: annotations.clone(),
+                outcome: outcome.clone(),
                 at: Arc::<dyn crate::image::ImageWriter>::clone(&self.destination),
             };
             known.converted().entry(layer.diff_id).or_insert(converted);
@@ -160,13 +162,23 @@ impl Conversion {
 }
 
 fn blob_of(outcome: &Outcome) -> Option<BlobDigest> {
-    match outcome {
-        Outcome::Lazy(annotations) => Some(annotations.blob),
-        Outcome::NotLazy { blob, .. } => Some(*blob),
-        Outcome::Foreign => None,
-    }
+    descriptor_of(outcome).map(|blob| blob.digest)
 }
 
-fn descriptor_of(annotations: &LayerAnnotations) -> Descriptor {
-    Descriptor::new(OCI_LAYER_ZSTD, annotations.blob, annotations.blob_bytes)
+/// The blob that a layer became; `None` for one that is elsewhere.
+fn descriptor_of(outcome: &Outcome) -> Option<Descriptor> {
+    match outcome {
+        Outcome::Lazy(annotations) => {
+            let (blob, bytes) = (annotations.blob, annotations.blob_bytes);
+            Some(Descriptor::new(OCI_LAYER_ZSTD, blob, bytes))
+        }
+        Outcome::Toc(toc) => Some(toc.descriptor()),
+        Outcome::NotLazy {
+            media_type,
+            blob,
+            blob_bytes,
+            ..
+        } => Some(Descriptor::new(media_type, *blob, *blob_bytes)),
+        Outcome::Foreign => None,
+    }
 }

@@ -14,6 +14,8 @@ use crate::image::document::{
 use crate::image::memory::MemoryImage;
 use crate::report::Silent;
 
+mod formats;
+
 const DOCKER_LAYER: &str = "application/vnd.docker.image.rootfs.diff.tar.gzip";
 
 fn tar_of(seed: u32, files: u32) -> Vec<u8> {
@@ -243,7 +245,11 @@ async fn another_recipe_converts_again_and_the_same_does_not() {
     builder.ordinary();
     let destination = MemoryImage::new("destination");
     let by = |level, chunk_bytes| Options {
-        recipe: Recipe { level, chunk_bytes },
+        recipe: Recipe {
+            level,
+            chunk_bytes,
+            ..Recipe::default()
+        },
         exact_recipe: true,
         ..options(2)
     };

@@ -7,6 +7,7 @@ use sluice_blockindex::extent::Extent;
 use crate::image::document::{DOCKER_INDEX, DOCKER_MANIFEST, OCI_LAYER_GZIP};
 
 const USUAL: Recipe = Recipe {
+    format: LayerFormat::Sluice,
     level: 3,
     chunk_bytes: 128 * 1024,
 };
@@ -300,6 +301,7 @@ fn artifacts_are_not_images() {
 fn a_recipe_names_what_is_not_as_usual() {
     assert_eq!(Recipe::default(), USUAL);
     let other = Recipe {
+        format: LayerFormat::Sluice,
         level: 19,
         chunk_bytes: 65_536,
     };
