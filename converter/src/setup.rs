@@ -95,15 +95,24 @@ pub fn apply(text: &str, wanted: &Wanted) -> Result<String, SetupError> {
     // Read by the transfer service of containerd 2; other versions ignore it.
     set(exports, "enable_remote_snapshot_annotations", "true".into());
     if wanted.cri {
-        let path: &[&str] = match version {
-            1 => &["plugins", "cri", "containerd"],
-            2 => &["plugins", "io.containerd.grpc.v1.cri", "containerd"],
-            // Version 4, of containerd 2.3, kept what version 3 has for us.
-            _ => &["plugins", "io.containerd.cri.v1.images"],
+        // Version 4, of containerd 2.3, kept what version 3 has for us.
+        let images: &[&str] = &["plugins", "io.containerd.cri.v1.images"];
+        let paths: &[&[&str]] = match version {
+            1 => &[&["plugins", "cri", "containerd"]],
+            // containerd 2 drops these two keys of version 2 when it finds no runtimes beside them, and reads those of
+            // version 3 in any version.
+            2 if modern => &[
+                &["plugins", "io.containerd.grpc.v1.cri", "containerd"],
+                images,
+            ],
+            2 => &[&["plugins", "io.containerd.grpc.v1.cri", "containerd"]],
+            _ => &[images],
         };
-        let cri = table_at(root, path)?;
-        set(cri, "snapshotter", PLUGIN.into());
-        set(cri, "disable_snapshot_annotations", false.into());
+        for path in paths {
+            let cri = table_at(root, path)?;
+            set(cri, "snapshotter", PLUGIN.into());
+            set(cri, "disable_snapshot_annotations", false.into());
+        }
     }
     if modern {
         add_unpack_config(root)?;

@@ -102,6 +102,26 @@ fn apply_says_what_is_wanted_and_keeps_the_rest() {
 }
 
 #[test]
+fn containerd_2_reads_the_snapshotter_of_version_2_where_there_are_no_runtimes() {
+    let on_2 = Wanted {
+        containerd_major: Some(2),
+        ..wanted(true)
+    };
+    for (name, text) in SAMPLES {
+        let after = apply(text, &on_2).expect(name);
+        let doc: DocumentMut = after.parse().expect(name);
+        if config_version(&doc).expect(name) >= 2 {
+            let images = &doc["plugins"]["io.containerd.cri.v1.images"];
+            assert_eq!(images["snapshotter"].as_str(), Some("sluice"), "{name}");
+            let off = images["disable_snapshot_annotations"].as_bool();
+            assert_eq!(off, Some(false), "{name}");
+        }
+        assert_eq!(apply(&after, &on_2).expect(name), after, "{name}");
+        assert_eq!(&undo(&after).expect(name), text, "{name}");
+    }
+}
+
+#[test]
 fn the_transfer_service_of_containerd_2_unpacks_for_both() {
     for (name, text) in SAMPLES
         .iter()
