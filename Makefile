@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup tools images build install demo test unit e2e fuzz check deny bench simulate soak clean
+.PHONY: help setup tools images build install place demo test unit e2e fuzz check deny bench simulate soak clean
 PROFILE_DIR := target/debug
 FUZZ_SECONDS ?= 10
 PREFIX ?= /usr
@@ -31,8 +31,13 @@ build: setup ## build all programs
 install: setup ## build for production and install below $(DESTDIR)$(PREFIX) (default /usr)
 	@echo "== install: sluice, sluiced, sluice-shim and the systemd unit below $(DESTDIR)$(PREFIX)"
 	@cargo build --release --locked -p sluice-snapshotter -p sluice-converter --bins
+	@$(MAKE) --no-print-directory place BUILT=target/release
+
+# The second half of install: what stands in BUILT to its places.
+place:
 	@install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib/systemd/system
-	@install -m 755 target/release/sluice target/release/sluiced target/release/sluice-shim $(DESTDIR)$(PREFIX)/bin/
+	@install -d $(DESTDIR)/etc/sluice
+	@install -m 755 $(BUILT)/sluice $(BUILT)/sluiced $(BUILT)/sluice-shim $(DESTDIR)$(PREFIX)/bin/
 	@sed 's|/usr/bin/|$(PREFIX)/bin/|' packaging/systemd/sluiced.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/sluiced.service
 
 demo: build images ## the whole job on real software: convert, run lazily, compare, clean up
@@ -45,7 +50,7 @@ unit: setup ## unit, model, contract and fault tests of all crates
 	@cargo test --locked
 
 # One selection of packages for all of it: another would resolve other features and build everything again.
-E2E := identity lazy start boot prewarm crash storm faults mixed content budget stuck doctor contract harness cluster mirror mirrors unmodified oddities matrix clients registries convert formats
+E2E := identity lazy start boot prewarm crash storm faults mixed content budget stuck doctor contract harness cluster mirror mirrors unmodified oddities matrix clients registries convert formats docs
 e2e: tools images ## end-to-end tests on real containerd (short form)
 	@echo "== e2e: real containerd 1.6 and 2.x, runc, registry, kernel mounts"
 	@cargo test --locked --workspace $(addprefix --test ,$(E2E)) -- --nocapture
@@ -97,6 +102,9 @@ soak: tools images ## the full matrix: long end-to-end forms, ten minutes per fu
 	@echo "== soak: chunks through Spegel"
 	@integration/scripts/go-tools.sh target/tools spegel
 	@cargo test --locked --workspace --test mirrors -- --ignored --nocapture long_
+	@echo "== soak: nerdctl build on a lazy image"
+	@integration/scripts/go-tools.sh target/tools buildkit
+	@cargo test --locked --workspace --test builds -- --ignored --nocapture long_
 	@$(MAKE) --no-print-directory fuzz FUZZ_SECONDS=600
 
 clean: ## remove everything that was built or cached

@@ -4,9 +4,9 @@
 #   nerdctl 1.7.7 (for containerd 1.6), nerdctl 2.1.2 and containerd 2.x with its shim and ctr,
 #   containerd's snapshotter test suite (integration/gosuite), the conformance tests of the
 #   distribution specification, crictl, and integration/toccheck, which reads what `sluice convert --format` writes with
-#   the code of others. Only when named: Spegel, for a long test.
-# Usage: go-tools.sh DIR [TOOL ...]; TOOL: nerdctl1 nerdctl2 containerd2 suite conformance crictl toccheck spegel
-#   (default: all but spegel).
+#   the code of others. Only when named: Spegel and BuildKit, for long tests.
+# Usage: go-tools.sh DIR [TOOL ...]; TOOL: nerdctl1 nerdctl2 containerd2 suite conformance crictl toccheck buildkit
+#   spegel (default: all but buildkit and spegel).
 set -euo pipefail
 dir=${1:?usage: go-tools.sh DIR [TOOL ...]}
 shift
@@ -36,6 +36,7 @@ for tool in "$@"; do
   containerd2) build github.com/containerd/containerd/v2 v2.3.7 containerd2=/cmd/containerd ctr2=/cmd/ctr containerd-shim-runc-v2=/cmd/containerd-shim-runc-v2 ;;
   conformance) build github.com/opencontainers/distribution-spec/conformance v0.0.0-20260831232431-97274622c111 oci-conformance= ;;
   crictl) build sigs.k8s.io/cri-tools v1.34.0 crictl=/cmd/crictl ;;
+  buildkit) build github.com/moby/buildkit v0.34.2 buildkitd=/cmd/buildkitd buildctl=/cmd/buildctl ;;
   spegel) build github.com/spegel-org/spegel v0.7.3 spegel= ;;
   suite)
     suite=$(dirname "$(readlink -f "$0")")/../gosuite

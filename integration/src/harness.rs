@@ -22,4 +22,6 @@ pub mod rootfs;
 pub mod service_manager;
 pub mod site;
 pub mod tools;
+pub mod units;
 pub mod wait;
+pub mod world;

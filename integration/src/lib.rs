@@ -11,5 +11,6 @@ pub mod bench;
 pub mod cluster;
 pub mod harness;
 pub mod oddities;
+pub mod pages;
 pub mod simulate;
 pub mod tree;

@@ -34,6 +34,7 @@ type Stored = Arc<Mutex<Vec<(String, OwnedFd)>>>;
 pub struct ServiceManager {
     socket: PathBuf,
     stored: Stored,
+    ready: Arc<AtomicBool>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -41,26 +42,46 @@ pub struct ServiceManager {
 impl ServiceManager {
     /// Listens below `root`.
     pub fn start(root: &Root) -> Result<Self> {
-        let socket = root.join("notify.sock")?;
-        let receiver = UnixDatagram::bind(&socket).context("bind the notify socket")?;
+        Self::listen(&root.join("notify.sock")?)
+    }
+
+    /// Listens at `socket`.
+    pub fn listen(socket: &Path) -> Result<Self> {
+        let receiver = UnixDatagram::bind(socket).context("bind the notify socket")?;
         receiver.set_read_timeout(Some(LOOK_AROUND))?;
         let (stored, stop) = (Stored::default(), Arc::new(AtomicBool::new(false)));
+        let ready = Arc::new(AtomicBool::new(false));
         let thread = {
-            let (stored, stop) = (stored.clone(), stop.clone());
+            let (stored, stop, ready) = (stored.clone(), stop.clone(), ready.clone());
             std::thread::spawn(move || {
                 while !stop.load(Ordering::Relaxed) {
                     if let Some((text, fd)) = receive(&receiver) {
+                        if text.lines().any(|line| line == "READY=1") {
+                            ready.store(true, Ordering::Relaxed);
+                        }
                         apply(&stored, &text, fd);
                     }
                 }
             })
         };
         Ok(Self {
-            socket,
+            socket: socket.to_owned(),
             stored,
+            ready,
             stop,
             thread: Some(thread),
         })
+    }
+
+    /// Whether the daemon has said that it is ready.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Relaxed)
+    }
+
+    /// For a daemon's next process, which is not ready yet.
+    pub fn forget_ready(&self) {
+        self.ready.store(false, Ordering::Relaxed);
     }
 
     /// How many descriptors stand in the store.
@@ -87,9 +108,12 @@ impl ServiceManager {
         command
             .args(["-c", "LISTEN_PID=$$ exec \"$@\"", "sh"])
             .arg(program)
-            .env("NOTIFY_SOCKET", &self.socket)
-            .env("LISTEN_FDS", names.len().to_string())
-            .env("LISTEN_FDNAMES", names.join(":"));
+            .env("NOTIFY_SOCKET", &self.socket);
+        if !names.is_empty() {
+            command
+                .env("LISTEN_FDS", names.len().to_string())
+                .env("LISTEN_FDNAMES", names.join(":"));
+        }
         command.fd_mappings(mappings)?;
         Ok(command)
     }
