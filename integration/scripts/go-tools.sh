@@ -3,15 +3,15 @@
 # Builds the Go programs that tests need from their modules into DIR (kept there between runs):
 #   nerdctl 1.7.7 (for containerd 1.6), nerdctl 2.1.2 and containerd 2.x with its shim and ctr,
 #   containerd's snapshotter test suite (integration/gosuite), the conformance tests of the
-#   distribution specification, crictl, and integration/toccheck, which reads what `sluice convert --format` writes with
-#   the code of others. Only when named: Spegel and BuildKit, for long tests.
-# Usage: go-tools.sh DIR [TOOL ...]; TOOL: nerdctl1 nerdctl2 containerd2 suite conformance crictl toccheck buildkit
-#   spegel (default: all but buildkit and spegel).
+#   distribution specification, crictl, a runc that makes idmapped mounts, and integration/toccheck, which reads what
+#   `sluice convert --format` writes with the code of others. Only when named: Spegel and BuildKit, for long tests.
+# Usage: go-tools.sh DIR [TOOL ...]; TOOL: nerdctl1 nerdctl2 containerd2 suite conformance crictl runc toccheck
+#   buildkit spegel (default: all but buildkit and spegel).
 set -euo pipefail
 dir=${1:?usage: go-tools.sh DIR [TOOL ...]}
 shift
 dir=$(mkdir -p "$dir" && cd "$dir" && pwd)
-[ $# -gt 0 ] || set -- nerdctl1 nerdctl2 containerd2 suite conformance crictl toccheck
+[ $# -gt 0 ] || set -- nerdctl1 nerdctl2 containerd2 suite conformance crictl runc toccheck
 command -v go >/dev/null || { echo "go-tools: Go is missing (https://go.dev, or Debian's golang); nerdctl tests need it" >&2; exit 1; }
 
 # build MODULE VERSION OUT=PACKAGE ...
@@ -24,7 +24,7 @@ build() {
   echo "   go: $module@$version"
   ( cd "$tmp" && go mod init sluice.invalid/tools >/dev/null 2>&1 && go get "$module@$version" >"$tmp/log" 2>&1 || { tail -20 "$tmp/log" >&2; exit 1; }
     for pair in "$@"; do
-      CGO_ENABLED=0 go build -mod=mod -trimpath -ldflags '-s -w' -o "$dir/${pair%%=*}" "$module${pair#*=}" >"$tmp/log" 2>&1 || { tail -20 "$tmp/log" >&2; exit 1; }
+      CGO_ENABLED=${cgo:-0} go build -mod=mod -trimpath -ldflags '-s -w' -o "$dir/${pair%%=*}" "$module${pair#*=}" >"$tmp/log" 2>&1 || { tail -20 "$tmp/log" >&2; exit 1; }
     done ) || { rm -rf "$tmp"; return 1; }
   rm -rf "$tmp"
   touch "$stamp"
@@ -36,6 +36,7 @@ for tool in "$@"; do
   containerd2) build github.com/containerd/containerd/v2 v2.3.7 containerd2=/cmd/containerd ctr2=/cmd/ctr containerd-shim-runc-v2=/cmd/containerd-shim-runc-v2 ;;
   conformance) build github.com/opencontainers/distribution-spec/conformance v0.0.0-20260831232431-97274622c111 oci-conformance= ;;
   crictl) build sigs.k8s.io/cri-tools v1.34.0 crictl=/cmd/crictl ;;
+  runc) cgo=1 build github.com/opencontainers/runc v1.3.6 runc-idmap= ;;
   buildkit) build github.com/moby/buildkit v0.34.2 buildkitd=/cmd/buildkitd buildctl=/cmd/buildctl ;;
   spegel) build github.com/spegel-org/spegel v0.7.3 spegel= ;;
   suite)

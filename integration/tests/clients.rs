@@ -195,7 +195,7 @@ fn images_are_volumes_of_pods_and_mounts_of_ctr() -> Result<()> {
     kubernetes.pull(&model)?;
     let volume =
         json!([{"container_path": "/volume", "image": {"image": model}, "readonly": true}]);
-    let said = kubernetes.run_with("volume", &program, &volume)?;
+    let said = kubernetes.run_with("volume", &program, &volume, None)?;
     ensure!(said == "weights\n", "{said}\n{}", site.daemon.log_tail());
     is_lazy(&site, "k8s.io", &model)?;
 
@@ -306,5 +306,32 @@ fn containers_with_users_of_their_own_share_the_mount() -> Result<()> {
     let below = mounts::below(&site.daemon.state().join("mnt"));
     let trees = below.iter().filter(|it| it.kind == "erofs").count();
     ensure!(trees <= 1, "{below:?}");
+    Ok(())
+}
+
+#[test]
+fn pods_with_users_of_their_own_share_the_mount() -> Result<()> {
+    let site = site("podusers", Release::V2)?;
+    let show = "stat -c '%u %g %n' /data/mark /bin/sh; cat /proc/self/uid_map";
+    let reference = push(&site, "podusers", &[base("users of a pod")?], show)?;
+    let kubernetes = site.kubernetes();
+    kubernetes.pull(&reference)?;
+    is_lazy(&site, "k8s.io", &reference)?;
+    for first in [100_000, 300_000] {
+        let name = format!("users-{first}");
+        let ran = kubernetes.run_with(&name, &reference, &json!([]), Some(first));
+        let said = ran.with_context(|| site.daemon.log_tail())?;
+        let lines: Vec<&str> = said.lines().collect();
+        ensure!(
+            lines[..2] == ["1000 1000 /data/mark", "0 0 /bin/sh"],
+            "{said}"
+        );
+        let map = ["0", &first.to_string(), "65536"];
+        ensure!(lines[2].split_whitespace().eq(map), "{said}");
+    }
+    let below = mounts::below(&site.daemon.state().join("mnt"));
+    // The image and that of the pods' first process, which each pod has.
+    let trees = below.iter().filter(|it| it.kind == "erofs").count();
+    ensure!(trees <= 2, "{below:?}");
     Ok(())
 }

@@ -197,6 +197,9 @@ const DISABLED: &[&str] = &[
     "io.containerd.nri.v1.nri",
 ];
 
+/// The runtime of pods with users of their own: containerd wants idmapped mounts of it, which Debian's runc 1.1 cannot make.
+pub const IDMAP: &str = "idmap";
+
 /// Kubernetes' plugin, in all its names.
 const CRI: &[&str] = &[
     "io.containerd.grpc.v1.cri",
@@ -257,7 +260,12 @@ disabled_plugins = {disabled:?}
   [plugins."io.containerd.cri.v1.runtime".cni]
     bin_dirs = ["/nonexistent"]
     conf_dir = "/nonexistent"
-"#
+  [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{IDMAP}]
+    runtime_type = "io.containerd.runc.v2"
+    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{IDMAP}.options]
+      BinaryName = "{}"
+"#,
+                tools::target().join("tools/runc-idmap").display()
             ),
         };
     }

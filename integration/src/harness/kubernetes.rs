@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 
 use super::command::{self, Output};
-use super::containerd::Containerd;
+use super::containerd::{Containerd, IDMAP};
 use super::images;
 use super::layout::{self, Attributes, Layer};
 use super::registry::Registry;
@@ -61,15 +61,17 @@ impl<'a> Kubernetes<'a> {
     /// Runs an image's own command to its end in a pod of its own, in the host's network; gives what it wrote to
     /// its output. The image is there already.
     pub fn run(&self, name: &str, reference: &str) -> Result<String> {
-        self.run_with(name, reference, &json!([]))
+        self.run_with(name, reference, &json!([]), None)
     }
 
-    /// The same, with these mounts in CRI's form.
+    /// The same, with these mounts in CRI's form, and if `first_user` is there, with 65536 users of its own from that one on (in
+    /// a pod's words: `hostUsers: false`).
     pub fn run_with(
         &self,
         name: &str,
         reference: &str,
         mounts: &serde_json::Value,
+        first_user: Option<u32>,
     ) -> Result<String> {
         let logs = self.root.directory(&format!("pods/{name}"))?;
         let write = |what: &str, text: &serde_json::Value| -> Result<String> {
@@ -77,23 +79,35 @@ impl<'a> Kubernetes<'a> {
             std::fs::write(&path, text.to_string())?;
             Ok(path.display().to_string())
         };
+        // 2 is the node's own.
+        let mut namespaces = json!({"network": 2});
+        if let Some(first) = first_user {
+            let map = json!([{"host_id": first, "container_id": 0, "length": 65536}]);
+            namespaces["userns_options"] = json!({"mode": 0, "uids": map, "gids": map});
+        }
+        let linux = json!({"security_context": {"namespace_options": namespaces}});
         let pod = write(
             "pod",
             &json!({
                 "metadata": {"name": name, "namespace": "default", "uid": name, "attempt": 1},
-                "log_directory": logs,
-                // 2 is the node's own.
-                "linux": {"security_context": {"namespace_options": {"network": 2}}},
+                "log_directory": logs, "linux": linux,
             }),
         )?;
+        // Where users are those of the pod, both must say so.
+        let container = first_user.map_or_else(|| json!({}), |_| linux.clone());
         let container = write(
             "container",
             &json!({
                 "metadata": {"name": "main"}, "image": {"image": reference},
-                "log_path": "main.log", "linux": {}, "mounts": mounts,
+                "log_path": "main.log", "linux": container, "mounts": mounts,
             }),
         )?;
-        let sandbox = self.ok(&["runp", &pod])?.stdout.trim().to_owned();
+        let runtime: &[&str] = match first_user {
+            Some(_) => &["--runtime", IDMAP],
+            None => &[],
+        };
+        let sandbox = self.ok(&[&["runp"], runtime, &[&pod]].concat())?;
+        let sandbox = sandbox.stdout.trim().to_owned();
         let ran = self.run_in(&sandbox, &container, &pod);
         self.ok(&["rmp", "-f", &sandbox])?;
         ran?;
