@@ -13,6 +13,10 @@ shift
 dir=$(mkdir -p "$dir" && cd "$dir" && pwd)
 [ $# -gt 0 ] || set -- nerdctl1 nerdctl2 containerd2 suite conformance crictl runc toccheck
 command -v go >/dev/null || { echo "go-tools: Go is missing (https://go.dev, or Debian's golang); nerdctl tests need it" >&2; exit 1; }
+# What the compiler caches is gigabytes, and of no use once the programs stand in DIR.
+GOCACHE=$(mktemp -d "${TMPDIR:-/tmp}/sluice-gocache.XXXXXX")
+export GOCACHE
+trap 'rm -rf "$GOCACHE"' EXIT
 
 # build MODULE VERSION OUT=PACKAGE ...
 build() {
