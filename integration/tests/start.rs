@@ -44,7 +44,7 @@ struct Phase {
 impl Phase {
     /// Waits one after the other.
     fn round_trips(self) -> u64 {
-        (self.took.as_millis() / ROUND_TRIP.as_millis()) as u64
+        u64::try_from(self.took.as_millis() / ROUND_TRIP.as_millis()).unwrap_or(u64::MAX)
     }
 }
 
@@ -88,9 +88,9 @@ fn image() -> Result<Vec<Layer>> {
             layer.file("bin/busybox", Attributes::root(0o755), &layout::busybox()?)?;
             layer.symlink("bin/sh", "busybox")?;
         }
-        let content: Vec<u8> = (0..400_000_u32)
-            .map(|it| (it.wrapping_mul(2_654_435_761) >> 13) as u8)
-            .map(|byte| byte ^ at as u8)
+        let content: Vec<u8> = (0..100_000)
+            .map(|it: usize| (it + at).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32)
+            .flat_map(|it| it.to_le_bytes().into_iter().take(4))
             .collect();
         layer.file(&format!("data/{at}"), Attributes::root(0o644), &content)?;
         layers.push(layer);
