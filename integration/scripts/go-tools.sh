@@ -4,9 +4,10 @@
 #   nerdctl 1.7.7 (for containerd 1.6), nerdctl 2.1.2 and containerd 2.x with its shim and ctr,
 #   containerd's snapshotter test suite (integration/gosuite), the conformance tests of the
 #   distribution specification, crictl, a runc that makes idmapped mounts, and integration/toccheck, which reads what
-#   `sluice convert --format` writes with the code of others. Only when named: Spegel and BuildKit, for long tests.
+#   `sluice convert --format` writes with the code of others. Only when named: Spegel and BuildKit, for long tests, and
+#   what `bench start` compares with: stargz-snapshotter and SOCI (integration/peers) and nydus-snapshotter.
 # Usage: go-tools.sh DIR [TOOL ...]; TOOL: nerdctl1 nerdctl2 containerd2 suite conformance crictl runc toccheck
-#   buildkit spegel (default: all but buildkit and spegel).
+#   buildkit spegel stargz soci nydus (default: up to toccheck).
 set -euo pipefail
 dir=${1:?usage: go-tools.sh DIR [TOOL ...]}
 shift
@@ -33,6 +34,14 @@ build() {
   rm -rf "$tmp"
   touch "$stamp"
 }
+# peer NAME: a program of integration/peers; cgo, for zlib.
+peer() {
+  local source
+  source=$(dirname "$(readlink -f "$0")")/../peers/$1
+  [ -e "$dir/$1-peer" ] && [ -z "$(find "$source" -newer "$dir/$1-peer" -type f)" ] && return 0
+  echo "   go: $1, for benchmarks"
+  (cd "$source" && go build -mod=readonly -trimpath -ldflags '-s -w' -o "$dir/$1-peer" .)
+}
 for tool in "$@"; do
   case $tool in
   nerdctl1) build github.com/containerd/nerdctl v1.7.7 nerdctl1=/cmd/nerdctl ;;
@@ -55,6 +64,8 @@ for tool in "$@"; do
       echo "   go: toccheck"
       (cd "$toccheck" && CGO_ENABLED=0 go build -mod=readonly -trimpath -ldflags '-s -w' -o "$dir/toccheck" .)
     fi ;;
+  stargz | soci) peer "$tool" ;;
+  nydus) build github.com/containerd/nydus-snapshotter v0.16.1 containerd-nydus-grpc=/cmd/containerd-nydus-grpc ;;
   *) echo "go-tools: unknown tool $tool" >&2; exit 2 ;;
   esac
 done

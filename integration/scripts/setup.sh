@@ -8,7 +8,7 @@ needed=(gcc=build-essential g++=g++ make=make protoc=protobuf-compiler git=git c
   debootstrap=debootstrap zstd=zstd gzip=gzip fsck.erofs=erofs-utils setcap=libcap2-bin mount=mount ip=iproute2
   faketime=faketime pigz=pigz tc=iproute2 iptables=iptables ebtables=iptables openssl=openssl unshare=util-linux)
 # Packages with no program of their own name to look for.
-files=(/usr/bin/busybox=busybox-static /usr/lib/cni/bridge=containernetworking-plugins)
+files=(/usr/bin/busybox=busybox-static /usr/lib/cni/bridge=containernetworking-plugins /usr/include/zlib.h=zlib1g-dev)
 export PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin:$HOME/.cargo/bin:/usr/local/go/bin
 missing=()
 for pair in "${needed[@]}"; do
