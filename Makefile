@@ -76,11 +76,13 @@ check: setup deny ## formatting, lints, unit and model tests, docs, licences and
 	@cargo test --locked
 	@RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --workspace
 
-# BENCH names some of the benchmarks, e.g. BENCH=memory (target/release/bench --help lists them).
-bench: tools images ## conversion, file systems, first reads, memory; release build; writes docs/benchmarks/node.json
-	@echo "== bench: conversion and file systems against their peers, first reads, memory"
+# BENCH names some of the benchmarks and START gives options of cold starts, e.g. BENCH=start START='--images nginx --runs 3'
+# (target/release/bench --help lists them). QUICK=1: a few cold starts and a verdict, in less than five minutes.
+bench: tools images ## conversion, file systems, first reads, memory, cold starts beside other snapshotters; release build; writes docs/benchmarks
+	@echo "== bench: conversion and file systems against their peers, first reads, memory, cold starts"
+	@integration/scripts/go-tools.sh target/tools stargz soci
 	@cargo build --release --workspace --bins --locked
-	@target/release/bench --json docs/benchmarks/node.json $(BENCH)
+	@target/release/bench $(if $(QUICK),--quick,--json docs/benchmarks/node.json --report docs/benchmarks) $(START) $(BENCH)
 
 # SIMULATE adds options, e.g. SIMULATE='--scenario mine.json' (target/debug/simulate --help lists them).
 simulate: build ## clusters of 10 to 10,000 simulated nodes: registry egress, start times, load; draws docs/benchmarks

@@ -5,6 +5,7 @@
 //! - `files`: a complete image, mounted, against its unpacked layers.
 //! - `memory`: what the shim takes per 100 layers mounted, and the daemon with 100 images.
 //! - `first_read`: the first read of a small file, against the registry's own round trip.
+//! - `start`: cold starts of real images, against what users would pick instead.
 //!
 //! Contenders take turns in one set-up and medians are compared: the machine may be shared. Mounts are read
 //! by `fstime`, a child with a deadline.
@@ -15,6 +16,7 @@ pub mod first_read;
 pub mod memory;
 pub mod process;
 pub mod report;
+pub mod start;
 pub mod synthetic;
 
 /// Containerd's namespace of all benchmarks.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use serde_json::json;
-use sluice_integration::bench::{conversion, files, first_read, memory, report};
+use sluice_integration::bench::{conversion, files, first_read, memory, report, start};
 use sluice_integration::cluster::cpu::Account;
 use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::images;
@@ -23,6 +23,8 @@ enum Benchmark {
     Memory,
     /// The first read of a file.
     FirstRead,
+    /// Cold starts of real images, side by side; not with --json.
+    Start,
 }
 
 #[derive(Debug, Parser)]
@@ -34,7 +36,9 @@ struct Arguments {
     json: Option<PathBuf>,
     /// Images of the daemon's figure.
     #[arg(long, default_value_t = 100)]
-    images: usize,
+    memory_images: usize,
+    #[command(flatten, next_help_heading = "Cold starts")]
+    start: start::Options,
 }
 
 fn main() -> Result<()> {
@@ -43,6 +47,8 @@ fn main() -> Result<()> {
     let _precedence = Account::open("sluice-bench");
     let all = Benchmark::value_variants();
     let chosen = match arguments.benchmarks.as_slice() {
+        // The quick form is of cold starts only.
+        [] if arguments.start.quick => &[Benchmark::Start],
         [] => all,
         some => some,
     };
@@ -62,8 +68,12 @@ fn main() -> Result<()> {
                 }
                 figures
             }
-            Benchmark::Memory => memory::measure(arguments.images)?,
+            Benchmark::Memory => memory::measure(arguments.memory_images)?,
             Benchmark::FirstRead => first_read::measure()?,
+            Benchmark::Start => {
+                start::measure(arguments.start.clone())?;
+                continue;
+            }
         };
         if let (Some(path), Some(name)) = (&arguments.json, benchmark.to_possible_value()) {
             report::store(path, name.get_name(), figures)?;

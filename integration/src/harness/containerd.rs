@@ -47,14 +47,21 @@ pub struct Containerd {
 impl Containerd {
     /// Starts it below `root` with Sluice's snapshots socket as a proxy plugin.
     pub fn start(root: &Root, release: Release, snapshots_socket: &Path) -> Result<Self> {
+        Self::start_with(root, release, &[("sluice", snapshots_socket)])
+    }
+
+    /// Starts it below `root` with these snapshotters, each with its socket, beside its own.
+    pub fn start_with(root: &Root, release: Release, plugins: &[(&str, &Path)]) -> Result<Self> {
         let config = config_path(root)?;
         if !config.exists() {
-            let text = config_text(release, root, None)?;
-            let socket = snapshots_socket.display();
-            let plugin = format!(
-                "\n[proxy_plugins.sluice]\n  type = \"snapshot\"\n  address = \"{socket}\"\n"
-            );
-            std::fs::write(&config, text + &plugin)?;
+            let mut text = config_text(release, root, None)?;
+            for (name, socket) in plugins {
+                let socket = socket.display();
+                text += &format!(
+                    "\n[proxy_plugins.{name}]\n  type = \"snapshot\"\n  address = \"{socket}\"\n"
+                );
+            }
+            std::fs::write(&config, text)?;
         }
         Self::start_configured(root, release)
     }
