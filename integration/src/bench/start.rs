@@ -119,15 +119,14 @@ pub fn measure(options: Options) -> Result<()> {
     }
     let mut scenes = Vec::new();
     for image in &options.images {
-        for scene in of_image(*image, &options, &present, &absent)? {
+        // What was measured is not lost when a later start fails.
+        let done = |scene: Scene| {
             print!("{}", report::table(&scene));
             document.put(scene.clone());
-            // What was measured is not lost when a later image fails.
-            if let Some(directory) = directory {
-                keep(directory, &document)?;
-            }
             scenes.push(scene);
-        }
+            directory.map_or(Ok(()), |directory| keep(directory, &document))
+        };
+        of_image(*image, &options, (&present, &absent), done)?;
     }
     print!("{}", report::ratios(&scenes));
     if options.quick {
@@ -151,9 +150,9 @@ fn keep(directory: &Path, document: &Document) -> Result<()> {
 fn of_image(
     image: Image,
     options: &Options,
-    present: &[(Contender, String)],
-    absent: &BTreeMap<Contender, String>,
-) -> Result<Vec<Scene>> {
+    (present, absent): (&[(Contender, String)], &BTreeMap<Contender, String>),
+    mut done: impl FnMut(Scene) -> Result<()>,
+) -> Result<()> {
     let lab = Lab::open()?;
     let (layers, bytes) = lab.push(image)?;
     println!(
@@ -172,7 +171,6 @@ fn of_image(
             }
         }
     }
-    let mut scenes = Vec::new();
     for rate in &options.rate {
         lab.registry.line.set_line(Line {
             bytes_per_second: rate * 1_000_000 / 8,
@@ -180,9 +178,17 @@ fn of_image(
         });
         let mut scene = Scene::new(image, *rate, layers, bytes, absent.clone());
         rounds(&lab, options.runs, &ready, &mut scene)?;
-        scenes.push(scene);
+        scene.load = load()?;
+        done(scene)?;
     }
-    Ok(scenes)
+    Ok(())
+}
+
+/// How many processes wanted to run on average in the last minute.
+fn load() -> Result<f64> {
+    let text = std::fs::read_to_string("/proc/loadavg")?;
+    let first = text.split(' ').next().context("an average")?;
+    Ok(first.parse()?)
 }
 
 fn rounds(

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Ends the processes of a set-up's containers, also when containerd cannot be asked any more.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -25,25 +25,43 @@ impl Containers {
 
     /// Ends all their processes at once, as a power cut would.
     pub fn kill(&self) {
-        // Each shim of containerd leads its own process group and writes its pid into its bundle.
-        let Ok(namespaces) = std::fs::read_dir(self.state.join("io.containerd.runtime.v2.task"))
-        else {
-            return;
-        };
-        for bundle in namespaces
-            .flatten()
-            .filter_map(|n| std::fs::read_dir(n.path()).ok())
-            .flatten()
-            .flatten()
-        {
-            for file in ["init.pid", "shim.pid"] {
-                let text = std::fs::read_to_string(bundle.path().join(file)).unwrap_or_default();
-                if let Some(pid) = text.trim().parse().ok().filter(|p| *p > 1) {
-                    kill(Pid::from_raw(pid), Signal::SIGKILL).ok();
-                }
-            }
+        let bundles = self.state.join("io.containerd.runtime.v2.task");
+        let mut pids: Vec<Pid> = files_of_pids(&bundles).collect();
+        pids.extend(shims(&bundles));
+        for pid in pids {
+            kill(pid, Signal::SIGKILL).ok();
         }
     }
+}
+
+/// What shims of containerd 1 write into the bundles, and what runc does.
+fn files_of_pids(bundles: &Path) -> impl Iterator<Item = Pid> {
+    let entries = |path: &Path| std::fs::read_dir(path).into_iter().flatten().flatten();
+    let bundles: Vec<PathBuf> = entries(bundles)
+        .flat_map(|namespace| entries(&namespace.path()))
+        .map(|bundle| bundle.path())
+        .collect();
+    bundles.into_iter().flat_map(|bundle| {
+        ["init.pid", "shim.pid"]
+            .into_iter()
+            .filter_map(move |name| {
+                let text = std::fs::read_to_string(bundle.join(name)).ok()?;
+                let pid = text.trim().parse().ok().filter(|pid| *pid > 1)?;
+                Some(Pid::from_raw(pid))
+            })
+    })
+}
+
+/// Shims work in their bundle; those of containerd 2 write their process ID nowhere.
+fn shims(bundles: &Path) -> impl Iterator<Item = Pid> {
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes.filter_map(move |process| {
+        let pid = process.file_name().to_str()?.parse().ok()?;
+        let name = std::fs::read_to_string(process.path().join("comm")).ok()?;
+        let directory = std::fs::read_link(process.path().join("cwd")).ok()?;
+        let ours = name.starts_with("containerd-shim") && directory.starts_with(bundles);
+        ours.then(|| Pid::from_raw(pid))
+    })
 }
 
 impl Drop for Containers {

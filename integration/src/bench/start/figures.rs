@@ -27,7 +27,7 @@ pub struct Scene {
     pub layers: usize,
     /// Their bytes in the registry, as gzip.
     pub image_bytes: u64,
-    /// The machine's load, by all that ran, at the end.
+    /// The machine's average load in the last minute, by all that ran.
     pub load: f64,
     /// Who started it.
     pub outcomes: BTreeMap<Contender, Outcome>,

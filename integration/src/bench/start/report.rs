@@ -30,10 +30,10 @@ pub fn markdown(document: &Document) -> String {
     let _ = writeln!(
         out,
         "\nLinux {kernel}, {cores} cores, which other work shared: compare within one table only. All samples are in \
-         [start.json](start.json).\n"
+         [start.json](start.json)."
     );
     for (speed, scenes) in document.by_speed() {
-        let _ = writeln!(out, "## {speed} Mbit/s\n");
+        let _ = writeln!(out, "\n## {speed} Mbit/s");
         let scenes: Vec<Scene> = scenes.into_iter().cloned().collect();
         out += &ratios(&scenes);
         for scene in &scenes {
