@@ -25,6 +25,7 @@ pub mod contender;
 pub mod figures;
 pub mod images;
 pub mod lab;
+pub mod parents;
 pub mod probe;
 pub mod report;
 
@@ -54,6 +55,9 @@ pub struct Options {
     /// Keep start.json, start.md and start.svg in this directory; what is there of other images and speeds stays.
     #[arg(long, value_name = "DIRECTORY")]
     pub report: Option<PathBuf>,
+    /// Measure nothing: write start.md and start.svg again from start.json.
+    #[arg(long, requires = "report")]
+    pub redraw: bool,
 }
 
 impl Options {
@@ -104,6 +108,9 @@ pub fn measure(options: Options) -> Result<()> {
         Some(directory) => Document::read(&directory.join("start.json"))?,
         None => Document::default(),
     };
+    if let (true, Some(directory)) = (options.redraw, directory) {
+        return keep(directory, &document);
+    }
     document.look_around()?;
     let mut absent = BTreeMap::new();
     let mut present = Vec::new();
@@ -256,6 +263,7 @@ mod tests {
             rate: vec![100, 1000],
             quick,
             report: None,
+            redraw: false,
         }
     }
 

@@ -9,6 +9,7 @@ use anyhow::Result;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use super::parents;
 use super::probe::Probe;
 use crate::harness::{command, tools};
 
@@ -70,6 +71,11 @@ impl Image {
                 Command::new(script).arg(&directory).arg(self.name()),
                 DEADLINE,
             )?;
+        }
+        let whole = layout.join(".parents");
+        if !whole.exists() {
+            parents::complete(&layout)?;
+            std::fs::write(whole, "")?;
         }
         Ok(layout)
     }

@@ -181,8 +181,13 @@ impl Lab {
             return images::push_layout(&layout, &direct);
         }
         make(self)?;
-        if layout.exists() {
-            std::fs::remove_dir_all(&layout)?;
+        // Also what was made of an older image, or by an older version.
+        let prefix = format!("{}.{}.", image.name(), contender.name());
+        for entry in std::fs::read_dir(layout.parent().context("a directory")?)? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().starts_with(&prefix) {
+                std::fs::remove_dir_all(entry.path())?;
+            }
         }
         let mut copy = Command::new(tools::on_path("skopeo")?);
         copy.args(["--insecure-policy", "copy", "--preserve-digests"]);

@@ -125,6 +125,9 @@ mod tests {
                 let mut stream = stream.unwrap();
                 stream.read(&mut [0; 4096]).unwrap();
                 stream.write_all(answer).ok();
+                // To close it with something unread would take the answer back.
+                stream.shutdown(std::net::Shutdown::Write).ok();
+                std::io::copy(&mut stream, &mut std::io::sink()).ok();
             }
         });
         address

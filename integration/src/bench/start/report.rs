@@ -29,7 +29,8 @@ pub fn markdown(document: &Document) -> String {
     let (kernel, cores) = (&document.kernel, document.cores);
     let _ = writeln!(
         out,
-        "\nLinux {kernel}, {cores} cores, which other work shared: compare within one table only. All samples are in \
+        "\nLinux {kernel}, {cores} cores, which other work shared: compare within one table only. The benchmark and what \
+         it starts have precedence by a control group. All samples are in \
          [start.json](start.json)."
     );
     for (speed, scenes) in document.by_speed() {
