@@ -185,7 +185,7 @@ fn of_image(
         });
         let mut scene = Scene::new(image, *rate, layers, bytes, absent.clone());
         rounds(&lab, options.runs, &ready, &mut scene)?;
-        scene.load = load()?;
+        scene.load = Some(load()?);
         done(scene)?;
     }
     Ok(())

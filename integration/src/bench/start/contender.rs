@@ -164,6 +164,7 @@ impl Contender {
                 }
                 let daemon = Daemon::start(root, &containerd, &config)?;
                 let socket = daemon.snapshots_socket();
+                let daemon = Box::new(daemon);
                 Ok(Service::Sluice { daemon, socket })
             }
             Self::Stargz | Self::StargzOptimized => peer("stargz-peer", &|command| {
@@ -207,7 +208,7 @@ pub enum Service {
     /// sluiced and its shim.
     Sluice {
         /// The daemon.
-        daemon: Daemon,
+        daemon: Box<Daemon>,
         /// Where containerd connects.
         socket: PathBuf,
     },

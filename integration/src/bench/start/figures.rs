@@ -28,7 +28,7 @@ pub struct Scene {
     /// Their bytes in the registry, as gzip.
     pub image_bytes: u64,
     /// The machine's average load in the last minute, by all that ran.
-    pub load: f64,
+    pub load: Option<f64>,
     /// Who started it.
     pub outcomes: BTreeMap<Contender, Outcome>,
     /// Who could not, and why.
@@ -122,7 +122,7 @@ impl Scene {
             mbit_per_second,
             layers,
             image_bytes,
-            load: 0.0,
+            load: None,
             outcomes: BTreeMap::new(),
             absent,
         }
