@@ -123,7 +123,7 @@ mod tests {
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 let mut stream = stream.unwrap();
-                stream.read(&mut [0; 4096]).unwrap();
+                assert!(stream.read(&mut [0; 4096]).unwrap() > 0);
                 stream.write_all(answer).ok();
                 // To close it with something unread would take the answer back.
                 stream.shutdown(std::net::Shutdown::Write).ok();
