@@ -12,6 +12,7 @@ use sluice_blockindex::digest::IndexDigest;
 use sluice_blockindex::dump::dump;
 use sluice_blockindex::erofs::{TreeLimits, validate};
 use sluice_blockindex::index::{INDEX_FILE_MAX_BYTES, Index, UncheckedIndex, decompress_index};
+use sluice_blockindex::toc::TocPin;
 
 use crate::image::{Descriptor, ImageError, ImageReader};
 
@@ -162,7 +163,10 @@ pub async fn inspect_layer(
         tree: None,
     };
     match LayerMark::parse(|name| layer.annotations.get(name).map(String::as_str)) {
-        Ok(LayerMark::Unmarked) => report.reason = Some("not converted".to_owned()),
+        Ok(LayerMark::Unmarked) => {
+            let (reason, broken) = without_mark(layer);
+            (report.reason, report.broken) = (Some(reason), broken);
+        }
         Ok(LayerMark::NotLazy(reason)) => report.reason = Some(reason),
         Err(e) => (report.reason, report.broken) = (Some(e.to_string()), true),
         Ok(LayerMark::Lazy(annotations)) => {
@@ -182,6 +186,19 @@ pub async fn inspect_layer(
         }
     }
     report
+}
+
+/// What there is to say of a layer that Sluice has no index of, and whether it is damage.
+fn without_mark(layer: &Descriptor) -> (String, bool) {
+    let get = |name: &str| layer.annotations.get(name).map(String::as_str);
+    let format = match TocPin::of_annotations(get) {
+        Ok(None) => return ("not converted".to_owned(), false),
+        Ok(Some(TocPin::Footer { .. })) => "eStargz",
+        Ok(Some(TocPin::Position { .. })) => "zstd:chunked",
+        Err(error) => return (error.to_string(), true),
+    };
+    let reason = format!("lazy by its own table of contents ({format}), where [index] toc is on");
+    (reason, false)
 }
 
 /// Reads the index that the annotations of a layer pin, and proves that it is sound and theirs.

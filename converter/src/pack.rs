@@ -25,7 +25,7 @@ use bytes::Bytes;
 use futures::StreamExt as _;
 use sluice_blockindex::annotations::LayerAnnotations;
 use sluice_blockindex::digest::{BlobDigest, ConfigDigest, DiffId, Sha256Hasher};
-use sluice_blockindex::encode::EncodeOptions;
+use sluice_blockindex::encode::{EncodeOptions, LayerEncoder};
 
 use crate::image::{BlobBody, ImageError};
 use crate::pool::{ByteBudget, Pool};
@@ -34,6 +34,7 @@ use crate::verify::Verifier;
 mod check;
 mod encode;
 mod inflate;
+mod jobs;
 mod toc;
 
 pub use check::check;
@@ -235,12 +236,13 @@ pub fn pack(
     budget: &Arc<ByteBudget>,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<Packed, PackError> {
+    let encoder = LayerEncoder::new(input.encode.clone()).map_err(jobs::failed)?;
     let (frames_tx, frames_rx) = sync_channel(PENDING_FRAMES);
     let ((plan, _claim), written) = pipeline(
         input,
         body,
         progress,
-        |tar| encode::encode(tar, frames_tx, pool, budget, input.encode.clone()),
+        |tar| jobs::encode(encoder, tar, frames_tx, pool, budget),
         || encode::write_frames(frames_rx, spool),
     )?;
     checked_diff_id(input, plan.diff_id())?;

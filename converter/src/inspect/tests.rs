@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use sluice_blockindex::digest::{BlobDigest, ConfigDigest, DiffId};
+use sluice_blockindex::toc::{ESTARGZ_DIGEST, ZSTD_CHUNKED_CHECKSUM, ZSTD_CHUNKED_POSITION};
 
 use crate::image::document::{OCI_LAYER_GZIP, OCI_LAYER_ZSTD};
 use crate::image::memory::MemoryImage;
@@ -188,6 +189,40 @@ async fn layers_of_images_are_lazy_or_say_why_not() {
         (report.reason.as_deref(), report.broken),
         (Some("not converted"), false)
     );
+
+    let digest_text = digest.to_string();
+    for (annotations, words, broken) in [
+        (
+            vec![(ESTARGZ_DIGEST, digest_text.as_str())],
+            "contents (eStargz)",
+            false,
+        ),
+        (
+            vec![
+                (ZSTD_CHUNKED_CHECKSUM, digest_text.as_str()),
+                (ZSTD_CHUNKED_POSITION, "100:20:30:1"),
+            ],
+            "contents (zstd:chunked)",
+            false,
+        ),
+        (
+            vec![(ZSTD_CHUNKED_CHECKSUM, digest_text.as_str())],
+            ZSTD_CHUNKED_POSITION,
+            true,
+        ),
+    ] {
+        let mut listed = plain.clone();
+        let owned = annotations
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        listed.annotations = owned.collect();
+        let report = inspect_layer(&store, &listed, false).await;
+        let reason = report.reason.unwrap();
+        assert!(
+            reason.contains(words) && report.broken == broken,
+            "{reason}"
+        );
+    }
 
     let mut bad = blob;
     bad[usize::try_from(annotations.index_extent.start()).unwrap() + 9] ^= 1;

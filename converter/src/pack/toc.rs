@@ -4,16 +4,16 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, sync_channel};
 
-use bytes::Bytes;
 use sluice_blockindex::digest::{BlobDigest, DiffId};
 use sluice_blockindex::toc::write::{
-    TocEncoder, TocFrames, TocJob, TocOptions, TocPlan, TocRecords, TocWriteError,
+    TocEncoder, TocFrames, TocJob, TocOptions, TocPlan, TocRecords,
 };
 
+use super::jobs::{self, Encoder, Job, Pending, checked_length, failed};
 use super::{BodyParts, Input, PENDING_FRAMES, PackError, SpoolWriter, checked_diff_id, pipeline};
-use crate::pool::{ByteBudget, LargeClaim, Pool, Reservation};
+use crate::pool::{ByteBudget, Pool};
 
 /// A layer as it was packed: verified, and not yet anywhere.
 #[derive(Debug)]
@@ -30,12 +30,32 @@ pub struct PackedToc {
     pub toc: Result<BTreeMap<String, String>, String>,
 }
 
-/// Frames that are being made: their receiver closes without a value if the job died.
-type Pending = Receiver<(Result<TocFrames, TocWriteError>, Reservation)>;
+impl Job for TocJob {
+    type Made = TocFrames;
 
-fn failed(error: impl ToString) -> PackError {
-    PackError::Encode {
-        reason: error.to_string(),
+    fn tar_bytes(&self) -> u64 {
+        TocJob::tar_bytes(self)
+    }
+
+    fn run(self) -> Result<TocFrames, PackError> {
+        TocJob::run(&self).map_err(failed)
+    }
+}
+
+impl Encoder for TocEncoder {
+    type Job = TocJob;
+    type Plan = TocPlan;
+
+    fn push(&mut self, bytes: &[u8], jobs: &mut Vec<TocJob>) -> Result<(), PackError> {
+        TocEncoder::push(self, bytes, jobs).map_err(failed)
+    }
+
+    fn held_bytes(&self) -> u64 {
+        TocEncoder::held_bytes(self)
+    }
+
+    fn finish(self, jobs: &mut Vec<TocJob>) -> Result<TocPlan, PackError> {
+        TocEncoder::finish(self, jobs).map_err(failed)
     }
 }
 
@@ -51,24 +71,20 @@ pub fn pack_toc(
     (pool, budget): (&Pool, &Arc<ByteBudget>),
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<PackedToc, PackError> {
+    let encoder = TocEncoder::new(options).map_err(failed)?;
     let (frames_tx, frames_rx) = sync_channel(PENDING_FRAMES);
     let ((plan, _claim), (mut writer, records)) = pipeline(
         input,
         body,
         progress,
-        |tar| encode(tar, frames_tx, pool, budget, options),
+        |tar| jobs::encode(encoder, tar, frames_tx, pool, budget),
         || write(frames_rx, spool),
     )?;
     checked_diff_id(input, plan.diff_id())?;
     let trailer = plan.assemble(&records).map_err(failed)?;
     writer.append(&trailer.bytes)?;
     let (spool, blob, blob_bytes) = writer.finish()?;
-    if blob_bytes != trailer.blob_bytes {
-        let (made, said) = (blob_bytes, trailer.blob_bytes);
-        return Err(failed(format!(
-            "blob of {made} bytes, the encoder says {said}"
-        )));
-    }
+    checked_length(blob_bytes, trailer.blob_bytes)?;
     Ok(PackedToc {
         blob,
         blob_bytes,
@@ -78,56 +94,14 @@ pub fn pack_toc(
     })
 }
 
-fn encode<'a>(
-    tar: Receiver<Bytes>,
-    frames: SyncSender<Pending>,
-    pool: &Pool,
-    budget: &'a Arc<ByteBudget>,
-    options: TocOptions,
-) -> Result<(TocPlan, Option<LargeClaim<'a>>), PackError> {
-    let mut claim = None;
-    let mut encoder = TocEncoder::new(options).map_err(failed)?;
-    let mut jobs = Vec::new();
-    for part in tar {
-        encoder.push(&part, &mut jobs).map_err(failed)?;
-        submit(&mut jobs, &frames, pool, budget)?;
-        if claim.is_none() && budget.is_large(encoder.held_bytes()) {
-            claim = Some(budget.claim_large());
-        }
-    }
-    let plan = encoder.finish(&mut jobs).map_err(failed)?;
-    submit(&mut jobs, &frames, pool, budget)?;
-    Ok((plan, claim))
-}
-
-fn submit(
-    jobs: &mut Vec<TocJob>,
-    frames: &SyncSender<Pending>,
-    pool: &Pool,
-    budget: &Arc<ByteBudget>,
-) -> Result<(), PackError> {
-    for job in jobs.drain(..) {
-        // The pieces, and frames that can be about as large.
-        let reservation = budget.reserve(job.tar_bytes() * 2);
-        let (done, pending) = sync_channel(1);
-        pool.run(move || {
-            let result = job.run();
-            // Nobody waits if the layer has failed elsewhere.
-            let _ = done.send((result, reservation));
-        });
-        frames.send(pending).map_err(|_| PackError::Stopped)?;
-    }
-    Ok(())
-}
-
-fn write(frames: Receiver<Pending>, spool: File) -> Result<(SpoolWriter, TocRecords), PackError> {
-    let mut writer = SpoolWriter::new(spool);
+fn write(
+    frames: Receiver<Pending<TocJob>>,
+    spool: File,
+) -> Result<(SpoolWriter, TocRecords), PackError> {
     let mut records = TocRecords::default();
-    for pending in frames {
-        let (made, _reservation) = pending.recv().map_err(|_| failed("a worker died"))?;
-        let made = made.map_err(failed)?;
-        writer.append(&made.bytes)?;
+    let writer = jobs::write::<TocJob>(frames, spool, |made, writer| {
         records.add(&made);
-    }
+        writer.append(&made.bytes)
+    })?;
     Ok((writer, records))
 }
