@@ -44,6 +44,8 @@ use crate::snapshots::BlobOrigin;
 
 /// Label of a manifest in containerd's content store: the digest of its config.
 pub const CONFIG_LABEL: &str = "containerd.io/gc.ref.content.config";
+/// The same of manifests that BuildKit writes, which numbers all that a manifest names, the config first.
+const BUILT_CONFIG_LABEL: &str = "containerd.io/gc.ref.content.0";
 /// Labels of contents: `<prefix><host>` = the repositories they came from, separated by commas.
 pub const SOURCE_LABEL_PREFIX: &str = "containerd.io/distribution.source.";
 /// The largest manifest or config that is read. Registries take 4 MiB at most; a larger one would
@@ -285,6 +287,22 @@ async fn read_if_good(
     }
 }
 
+/// The contents whose labels say that they are manifests of this config (`sha256:<hex>`), unread.
+pub async fn manifests_naming(
+    content: &dyn ContentReader,
+    namespace: &str,
+    config: &str,
+) -> Result<Vec<ContentInfo>, ContentError> {
+    for key in [CONFIG_LABEL, BUILT_CONFIG_LABEL] {
+        let query = ContentQuery::LabelIs { key, value: config };
+        let found = content.find(namespace, query).await?;
+        if !found.is_empty() {
+            return Ok(found);
+        }
+    }
+    Ok(Vec::new())
+}
+
 /// Finds everything that the namespace knows about the image with this config.
 ///
 /// **Errors** as [`ResolveError`]; a manifest that cannot be read or parsed is passed over.
@@ -294,11 +312,7 @@ pub async fn resolve_image(
     config: ConfigDigest,
 ) -> Result<ResolvedImage, ResolveError> {
     let wanted = config.to_string();
-    let query = ContentQuery::LabelIs {
-        key: CONFIG_LABEL,
-        value: &wanted,
-    };
-    let infos = content.find(namespace, query).await?;
+    let infos = manifests_naming(content, namespace, &wanted).await?;
     let mut repositories = BTreeSet::new();
     let mut manifests = Vec::new();
     for info in infos.into_iter().take(MANIFEST_CAP) {

@@ -8,7 +8,8 @@ use sluice_fetcher::registry::ImageReference;
 
 use super::{ControlError, ControlService};
 use crate::resolve::{
-    ContentError, DOCUMENT_CAP_BYTES, Manifest, ManifestList, port_hints, repositories_of,
+    ContentError, DOCUMENT_CAP_BYTES, Manifest, ManifestList, manifests_naming, port_hints,
+    repositories_of,
 };
 use crate::snapshots::BlobOrigin;
 
@@ -68,11 +69,7 @@ impl ControlService {
     ) -> Result<BTreeSet<String>, ContentError> {
         if image.starts_with("sha256:") {
             let mut targets = BTreeSet::from([image.to_owned()]);
-            let query = crate::resolve::ContentQuery::LabelIs {
-                key: crate::resolve::CONFIG_LABEL,
-                value: image,
-            };
-            let manifests = self.content.find(namespace, query).await?;
+            let manifests = manifests_naming(&*self.content, namespace, image).await?;
             targets.extend(manifests.into_iter().map(|info| info.digest));
             return Ok(targets);
         }

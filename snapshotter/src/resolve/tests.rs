@@ -111,6 +111,22 @@ async fn the_lazy_manifest_comes_first_and_all_repositories_are_known() {
 }
 
 #[tokio::test]
+async fn a_manifest_is_found_by_the_labels_of_who_built_it() {
+    let content = MemoryContent::default();
+    let diff_ids = vec![DiffId::of(b"0")];
+    let digest = content.put(NS, config_bytes(&diff_ids), &[]);
+    let layers = || vec![layer("l", diff_ids[0], None)];
+    // The first of another's numbered contents may be anything.
+    let number = ("containerd.io/gc.ref.content.0", digest.as_str());
+    content.put(NS, "not a manifest", &[number]);
+    let config: ConfigDigest = digest.parse().unwrap();
+    assert!(resolve_image(&content, NS, config).await.is_err());
+    let built = content.put(NS, manifest(&digest, layers()), &[number]);
+    let image = resolve_image(&content, NS, config).await.unwrap();
+    assert_eq!(image.manifests[0].digest.to_string(), built);
+}
+
+#[tokio::test]
 async fn namespaces_do_not_see_each_other() {
     let images = images();
     let error = resolve_image(&images.content, "other", images.config)
