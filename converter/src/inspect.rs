@@ -38,7 +38,7 @@ pub enum InspectError {
     Content(String),
 }
 
-fn wrong(what: impl ToString) -> InspectError {
+pub(crate) fn wrong(what: impl ToString) -> InspectError {
     InspectError::Content(what.to_string())
 }
 

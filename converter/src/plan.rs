@@ -470,24 +470,29 @@ pub fn finish_layer(layer: &PlannedLayer, outcome: &Outcome, finish: Finish) -> 
         }
         descriptor.annotations.extend(mark.to_map());
     } else {
-        descriptor.annotations.retain(|name, _| {
-            !LAYOUT_ANNOTATIONS
-                .iter()
-                .any(|prefix| name.starts_with(prefix))
-        });
-        descriptor.annotations.extend(mark.to_map());
-        let source = layer.descriptor.digest.to_string();
-        descriptor.annotations.insert(SOURCE.to_owned(), source);
-        descriptor
-            .annotations
-            .insert(RECIPE_NAME.to_owned(), recipe.to_string());
-        // Inlined content would be that of the old blob.
-        descriptor.other.remove("data");
+        remake(&mut descriptor, mark.to_map(), recipe);
     }
     descriptor.media_type = media_type;
     descriptor.digest = blob;
     descriptor.size = blob_bytes;
     descriptor
+}
+
+/// Has the descriptor of a blob speak of what was made of that, by this recipe.
+fn remake(descriptor: &mut Descriptor, said: BTreeMap<String, String>, recipe: Recipe) {
+    let source = descriptor.digest.to_string();
+    descriptor.annotations.retain(|name, _| {
+        !LAYOUT_ANNOTATIONS
+            .iter()
+            .any(|prefix| name.starts_with(prefix))
+    });
+    descriptor.annotations.extend(said);
+    descriptor.annotations.insert(SOURCE.to_owned(), source);
+    descriptor
+        .annotations
+        .insert(RECIPE_NAME.to_owned(), recipe.to_string());
+    // Inlined content would be that of the old blob.
+    descriptor.other.remove("data");
 }
 
 fn finish_toc(layer: &PlannedLayer, toc: &TocBlob, finish: Finish) -> Descriptor {
@@ -498,18 +503,7 @@ fn finish_toc(layer: &PlannedLayer, toc: &TocBlob, finish: Finish) -> Descriptor
         descriptor.media_type = oci_layer_type(&descriptor.media_type);
         return descriptor;
     }
-    descriptor.annotations.retain(|name, _| {
-        let of_layout = LAYOUT_ANNOTATIONS.iter();
-        !of_layout.copied().any(|prefix| name.starts_with(prefix))
-    });
-    descriptor.annotations.extend(toc.to_map(layer.diff_id));
-    let made = [
-        (SOURCE, layer.descriptor.digest.to_string()),
-        (RECIPE_NAME, finish.recipe.to_string()),
-    ];
-    let made = made.map(|(name, value)| (name.to_owned(), value));
-    descriptor.annotations.extend(made);
-    descriptor.other.remove("data");
+    remake(&mut descriptor, toc.to_map(layer.diff_id), finish.recipe);
     descriptor.media_type.clone_from(&toc.media_type);
     (descriptor.digest, descriptor.size) = (toc.blob, toc.blob_bytes);
     descriptor

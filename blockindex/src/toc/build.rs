@@ -4,7 +4,6 @@
 use super::chunks::{Placed, Placement};
 use super::entries::{RawEntry, for_each};
 use super::open::ESTARGZ_NAME;
-use super::pin::SKIPPABLE_HEADER_BYTES;
 use super::{Toc, TocError, TocFormat, TocLayer};
 use crate::chunkmap::DeviceForm;
 use crate::digest::{FileDigest, Sha256Hasher, StrongAlgorithm};
@@ -12,6 +11,7 @@ use crate::erofs::{DeviceSlot, write_tree};
 use crate::extent::Extent;
 use crate::index::{FileContent, UnmodifiedBlob, UnmodifiedParts, device_tag};
 use crate::indexer::BuiltIndex;
+use crate::seektable::SKIPPABLE_HEADER_BYTES;
 use crate::tar::{Applied, Apply, Entry};
 use crate::tree::Timestamp;
 use crate::units::{

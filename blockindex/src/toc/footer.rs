@@ -5,9 +5,10 @@
 //! bare text there (47 bytes), newer ones a subfield `SG`, as the gzip format wants it (51 bytes). A zstd:chunked blob
 //! ends with a skippable frame of numbers: offset, bytes, bytes of the JSON, type.
 
-use super::pin::{POSITION_TYPE, SKIPPABLE_HEADER_BYTES};
+use super::pin::POSITION_TYPE;
 use super::{TOC_JSON_MAX_BYTES, TOC_MAX_BYTES, TocError, TocFormat, TocPin};
 use crate::extent::{BlobSpace, Extent};
+use crate::seektable::SKIPPABLE_HEADER_BYTES;
 
 /// Offset and magic, as both footers have them.
 const TEXT_BYTES: usize = 22;
@@ -23,7 +24,7 @@ const ZSTD_FOOTER_BYTES: [usize; 2] = [40, 64];
 /// What it ends with: as podman writes it, and as the tools of eStargz do.
 const ZSTD_MAGICS: [&[u8]; 2] = [b"GNUlInUx", b"GnUlInUx"];
 /// The skippable frame that tools write it into.
-const SKIPPABLE_MAGIC: &[u8] = &[0x50, 0x2a, 0x4d, 0x18];
+pub(super) const SKIPPABLE_MAGIC: &[u8] = &[0x50, 0x2a, 0x4d, 0x18];
 /// What ends a blob whose TOC is elsewhere.
 const EXTERNAL_MAGIC: &[u8] = b"STARGZEXTERNALTOC";
 

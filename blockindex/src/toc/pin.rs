@@ -4,6 +4,7 @@
 use super::{TOC_JSON_MAX_BYTES, TOC_MAX_BYTES, TocError};
 use crate::digest::{BlobDigest, DIGEST_BYTES};
 use crate::extent::{BlobSpace, Extent};
+use crate::seektable::SKIPPABLE_HEADER_BYTES;
 
 /// sha256 of the TOC's JSON: eStargz layers, and the zstd:chunked ones of the same tools.
 pub const ESTARGZ_DIGEST: &str = "containerd.io/snapshot/stargz/toc.digest";
@@ -21,8 +22,6 @@ const OTHER_POSITION: &str = "io.containers.zstd-chunked.manifest-position";
 
 /// The one type of TOC that is known.
 pub(super) const POSITION_TYPE: u64 = 1;
-/// Bytes of the header of a skippable frame, which stands before the TOC.
-pub(super) const SKIPPABLE_HEADER_BYTES: u64 = 8;
 
 /// The TOC of a layer as its manifest pins it.
 #[derive(Debug, Clone, PartialEq, Eq)]

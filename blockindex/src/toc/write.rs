@@ -324,7 +324,6 @@ impl TarSink for Assembly {
         if self.drops_content {
             self.drops_bytes = padding_of(run.len());
         } else if self.lists.is_ok() {
-            self.pieces.begin_content();
             self.content = Some(Content::new(run.len(), self.options.chunk_bytes));
         }
     }
@@ -358,8 +357,8 @@ impl TarSink for Assembly {
         let (bytes, crc64) = (content.bytes(), content.crc64());
         lists.listing.content(content);
         if let Some(headers) = &mut lists.headers {
-            let name = lists.listing.last_name();
-            if let Err(error) = headers.file_of_text(name, bytes, crc64) {
+            let name = lists.listing.last_name().as_bytes();
+            if let Err(error) = headers.file(name, bytes, Some(crc64)) {
                 self.refuse(error.to_string());
             }
         }

@@ -42,7 +42,8 @@ pub(super) struct Convert {
     /// is said.
     #[arg(long, value_name = "FORMAT", default_value = "sluice", value_parser = LayerFormat::parse)]
     format: LayerFormat,
-    /// Level of compression: of zstd 1 to 22, default 3; of eStargz, which is gzip, 1 to 9, default 6. Layers that were converted with another are converted again.
+    /// Level of compression: of zstd 1 to 22, default 3; of eStargz, which is gzip, 1 to 9, default 6. Layers that
+    /// were converted with another are converted again.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=22))]
     level: Option<i32>,
     /// About how much of a layer is fetched at once, such as 64K: 16K to 512K, in steps of 4K. Default:

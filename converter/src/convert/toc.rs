@@ -4,6 +4,7 @@
 //! zstd:chunked keeps diff IDs. eStargz ends the tar with its TOC, so the diff IDs are others, and a config that names
 //! them takes the place of the image's.
 
+use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::sync::Arc;
 
@@ -13,7 +14,8 @@ use sluice_blockindex::toc::{Toc, TocFormat, TocLayer, TocPin};
 use super::{
     Conversion, ConvertError, How, ImagePlan, LayerReporter, Outcome, PlannedLayer, Transfer,
 };
-use crate::image::{Descriptor, ImageError, ImageReader, read_small};
+use crate::image::{ImageError, ImageReader, read_small};
+use crate::inspect::{InspectError, wrong};
 use crate::pack::{PackedToc, pack_toc};
 use crate::plan::{PlanError, TocBlob, media_type, with_diff_ids};
 use crate::report::Event;
@@ -109,59 +111,43 @@ pub(super) async fn toc_is_sound(
     let Ok(pins) = &toc.toc else {
         return Ok(true);
     };
-    let blob = toc.descriptor();
-    match checked(
-        reader,
-        &blob,
-        |name| pins.get(name).map(String::as_str),
-        toc,
-    )
-    .await?
-    {
+    match read_toc(reader, toc, pins).await {
         Ok(()) => Ok(true),
-        Err(reason) => {
-            let blob = blob.digest;
-            tracing::warn!(%blob, "layer is not as annotated, converting it: {reason}");
+        Err(InspectError::Image(error)) => Err(error.into()),
+        // Not the TOC's fault: whoever was to check it died.
+        Err(InspectError::Io(error)) => Err(ConvertError::Run(error.to_string())),
+        Err(InspectError::Content(error)) => {
+            let blob = toc.blob;
+            tracing::warn!(%blob, "layer is not as annotated, converting it: {error}");
             Ok(false)
         }
     }
 }
 
-async fn checked<'a>(
+/// Reads the TOC that these annotations pin, and makes an index of it as a node does.
+async fn read_toc(
     reader: &dyn ImageReader,
-    blob: &Descriptor,
-    get: impl Fn(&str) -> Option<&'a str>,
     toc: &TocBlob,
-) -> Result<Result<(), String>, ConvertError> {
-    let (digest, blob_bytes) = (blob.digest, blob.size);
-    let pin = match TocPin::of_annotations(get) {
-        Ok(Some(pin)) => pin,
-        Ok(None) => return Ok(Err("no table of contents is pinned".to_owned())),
-        Err(error) => return Ok(Err(error.to_string())),
-    };
-    let first = match pin.first_read(blob_bytes) {
-        Ok(first) => first,
-        Err(error) => return Ok(Err(error.to_string())),
-    };
-    let mut bytes = reader.range(digest, blob_bytes, first).await?;
-    let place = match pin.locate(&bytes, blob_bytes) {
-        Ok(place) => place,
-        Err(error) => return Ok(Err(error.to_string())),
-    };
+    pins: &BTreeMap<String, String>,
+) -> Result<(), InspectError> {
+    let (blob, blob_bytes, diff_id) = (toc.blob, toc.blob_bytes, toc.diff_id);
+    let pin = TocPin::of_annotations(|name| pins.get(name).map(String::as_str)).map_err(wrong)?;
+    let pin = pin.ok_or_else(|| wrong("no table of contents is pinned"))?;
+    let first = pin.first_read(blob_bytes).map_err(wrong)?;
+    let mut bytes = reader.range(blob, blob_bytes, first).await?;
+    let place = pin.locate(&bytes, blob_bytes).map_err(wrong)?;
     if place.extent != first {
-        bytes = reader.range(digest, blob_bytes, place.extent).await?;
+        bytes = reader.range(blob, blob_bytes, place.extent).await?;
     }
-    let diff_id = toc.diff_id;
     let checking = tokio::task::spawn_blocking(move || {
         let toc = Toc::open(&pin, &place, &bytes)?;
         toc.index(&TocLayer {
-            blob: digest,
+            blob,
             blob_bytes,
             diff_id,
             writer: "",
         })
     });
-    let checked = checking.await;
-    let checked = checked.map_err(|e| ConvertError::Run(e.to_string()))?;
-    Ok(checked.map(drop).map_err(|error| error.to_string()))
+    let checked = checking.await.map_err(std::io::Error::other)?;
+    checked.map(drop).map_err(wrong)
 }

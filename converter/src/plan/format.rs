@@ -140,12 +140,17 @@ impl TocBlob {
                 blob: descriptor.digest,
                 blob_bytes: descriptor.size,
                 diff_id: diff_id.ok()?.unwrap_or(source_diff),
-                toc: match annotations.get(NO_TOC) {
-                    Some(reason) => Err(reason.clone()),
-                    None => Ok(pins(descriptor)?),
-                },
+                toc: toc_of(descriptor)?,
             },
         ))
+    }
+}
+
+/// What a descriptor pins of a TOC, or why there is none; `None` where it says neither.
+fn toc_of(descriptor: &Descriptor) -> Option<Result<BTreeMap<String, String>, String>> {
+    match descriptor.annotations.get(NO_TOC) {
+        Some(reason) => Some(Err(reason.clone())),
+        None => pins(descriptor).map(Ok),
     }
 }
 
@@ -193,15 +198,11 @@ fn of_format(layer: &PlannedLayer, format: TocFormat) -> Option<TocBlob> {
     if !descriptor.media_type.ends_with(ending) {
         return None;
     }
-    let toc = match descriptor.annotations.get(NO_TOC) {
-        Some(reason) => Err(reason.clone()),
-        None => Ok(pins(descriptor)?),
-    };
     Some(TocBlob {
         media_type: descriptor.media_type.clone(),
         blob: descriptor.digest,
         blob_bytes: descriptor.size,
         diff_id: layer.diff_id,
-        toc,
+        toc: toc_of(descriptor)?,
     })
 }

@@ -86,16 +86,6 @@ impl HeadersWriter {
         ))
     }
 
-    /// The same for a name that is text, of a content that is not empty.
-    pub(super) fn file_of_text(
-        &mut self,
-        name: &str,
-        bytes: u64,
-        crc64: [u8; 8],
-    ) -> io::Result<()> {
-        self.file(name.as_bytes(), bytes, Some(crc64))
-    }
-
     fn line(&mut self, line: String) -> io::Result<()> {
         self.lines += 1;
         self.bytes += line.len() as u64;
@@ -207,7 +197,7 @@ mod tests {
         headers.segment(b"").unwrap();
         headers.file("a\"b".as_bytes(), 0, None).unwrap();
         headers
-            .file_of_text("c", 7, [0, 0, 0, 0, 0, 0, 0, 1])
+            .file(b"c", 7, Some([0, 0, 0, 0, 0, 0, 0, 1]))
             .unwrap();
         let headers = headers.finish().unwrap();
         let text = zstd::decode_all(headers.payload.as_slice()).unwrap();

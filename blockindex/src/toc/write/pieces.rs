@@ -70,12 +70,7 @@ impl Pieces {
         }
     }
 
-    /// What follows is a chunk of a content.
-    pub(super) fn begin_content(&mut self) {
-        self.end_piece();
-    }
-
-    /// Takes bytes of the open chunk.
+    /// Takes bytes of the open chunk, which the first of them begins.
     pub(super) fn content(&mut self, bytes: &[u8]) {
         if !self.chunk_is_open {
             self.end_piece();

@@ -10,7 +10,7 @@ use super::{LISTS_LEVEL_MAX, TocOptions, TocRecords, TocWriteError};
 use crate::digest::{BlobDigest, DiffId, Sha256Hasher};
 use crate::frames::compress;
 use crate::seektable::SKIPPABLE_HEADER_BYTES;
-use crate::toc::footer::{estargz_footer, zstd_chunked_footer};
+use crate::toc::footer::{SKIPPABLE_MAGIC, estargz_footer, zstd_chunked_footer};
 use crate::toc::open::ESTARGZ_NAME;
 use crate::toc::pin::POSITION_TYPE;
 use crate::toc::{
@@ -19,8 +19,6 @@ use crate::toc::{
 };
 
 const BLOCK: usize = 512;
-/// Header and length of a skippable frame.
-const SKIPPABLE_MAGIC: [u8; 4] = [0x50, 0x2a, 0x4d, 0x18];
 
 /// A layer whose tar has been read to its end.
 #[derive(Debug)]
@@ -246,7 +244,7 @@ impl Tail {
     fn skippable(&mut self, payload: &[u8]) -> Option<u64> {
         let length = u32::try_from(payload.len()).ok()?;
         let start = self.start + self.bytes.len() as u64 + SKIPPABLE_HEADER_BYTES;
-        self.bytes.extend_from_slice(&SKIPPABLE_MAGIC);
+        self.bytes.extend_from_slice(SKIPPABLE_MAGIC);
         self.bytes.extend_from_slice(&length.to_le_bytes());
         self.bytes.extend_from_slice(payload);
         Some(start)
