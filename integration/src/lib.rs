@@ -13,4 +13,5 @@ pub mod harness;
 pub mod oddities;
 pub mod pages;
 pub mod simulate;
+mod svg;
 pub mod tree;

@@ -28,29 +28,30 @@ struct Start {
 }
 
 fn start(site: &Site, reference: &str) -> Result<Start> {
-    let line = &site.registry.line;
-    let (requests, bytes) = (line.requests(), line.bytes());
+    let line = site.registry.line.tally();
+    let before = line.total();
     let nerdctl = site.nerdctl("boot");
     let began = Instant::now();
     nerdctl.ok(&["pull", "--quiet", reference])?;
     let pull = began.elapsed();
     let mut run = nerdctl.command()?;
     run.args(["run", "--rm", "--net", "none", reference]);
-    let (mut at_ready, mut total) = ((0, 0), Duration::ZERO);
+    let (mut at_ready, mut total) = (before, Duration::ZERO);
     let output = run_observed(&mut run, Duration::from_secs(120), |_| {
         total = began.elapsed();
-        at_ready = (line.requests() - requests, line.bytes() - bytes);
+        at_ready = line.total();
     })?;
     ensure!(
         output.ok() && output.stdout.contains("\"ready\": true"),
         "{output:?}\n{}",
         site.daemon.log_tail()
     );
+    let carried = at_ready.since(before);
     Ok(Start {
         pull,
         total,
-        requests: at_ready.0,
-        bytes: at_ready.1,
+        requests: carried.requests,
+        bytes: carried.bytes,
     })
 }
 

@@ -12,6 +12,7 @@ use sluice_integration::harness::command::run_observed;
 use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::layout::{self, Attributes, Layer};
 use sluice_integration::harness::proxy::Line;
+use sluice_integration::harness::proxy::tally::Traffic;
 use sluice_integration::harness::site::Site;
 
 /// For each new connection, and for the first byte of each answer.
@@ -37,8 +38,7 @@ const READY_REQUESTS: u64 = FIRST_REQUESTS + LAYERS as u64 + 1;
 #[derive(Debug, Clone, Copy)]
 struct Phase {
     took: Duration,
-    requests: u64,
-    bytes: u64,
+    line: Traffic,
 }
 
 impl Phase {
@@ -52,28 +52,23 @@ impl Phase {
 struct Clock<'s> {
     site: &'s Site,
     began: Instant,
-    requests: u64,
-    bytes: u64,
+    before: Traffic,
 }
 
 impl<'s> Clock<'s> {
     fn start(site: &'s Site) -> Self {
-        let line = &site.registry.line;
-        let (requests, bytes) = (line.requests(), line.bytes());
         Self {
             site,
+            before: site.registry.line.tally().total(),
             began: Instant::now(),
-            requests,
-            bytes,
         }
     }
 
     fn phase(&self) -> Phase {
-        let line = &self.site.registry.line;
+        let total = self.site.registry.line.tally().total();
         Phase {
             took: self.began.elapsed(),
-            requests: line.requests() - self.requests,
-            bytes: line.bytes() - self.bytes,
+            line: total.since(self.before),
         }
     }
 }
@@ -128,10 +123,10 @@ fn a_start_keeps_to_its_budget_of_round_trips() -> Result<()> {
         ("first output", first, FIRST_ROUND_TRIPS, FIRST_REQUESTS),
         ("all read", ready, READY_ROUND_TRIPS, READY_REQUESTS),
     ] {
-        let (waited, asked) = (phase.round_trips(), phase.requests);
+        let (waited, asked) = (phase.round_trips(), phase.line.requests);
         println!(
             "{name:<14} {waited:>2} round trips of {round_trips}, {asked:>2} requests of {requests}, {} bytes, {:?}",
-            phase.bytes, phase.took
+            phase.line.bytes, phase.took
         );
         ensure!(
             waited <= round_trips && asked <= requests,

@@ -11,12 +11,14 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::command::{self, Output};
-use super::process::Process;
+use super::process::{Process, tail};
 use super::registry::free_address;
 use super::root::Root;
 use super::service_manager::ServiceManager;
 use super::tools;
 
+/// How much of a log explains a failure.
+const TAIL_LINES: usize = 30;
 /// Config that frees unused mounts and data after a second instead of minutes.
 pub const QUICK_REAPER: &str = "[mount]\ngrace = \"1s\"\n\n[store]\ngrace = \"1s\"\n";
 
@@ -160,13 +162,13 @@ impl Daemon {
     /// The last lines of the log.
     #[must_use]
     pub fn log_tail(&self) -> String {
-        tail(&self.log())
+        tail(&self.log, TAIL_LINES)
     }
 
     /// The last lines of the shim's log.
     #[must_use]
     pub fn shim_log_tail(&self) -> String {
-        tail(&std::fs::read_to_string(self.run_dir.join("shim.log")).unwrap_or_default())
+        tail(&self.run_dir.join("shim.log"), TAIL_LINES)
     }
 
     /// Where its sockets are.
@@ -243,11 +245,6 @@ impl Daemon {
             std::thread::sleep(Duration::from_millis(10));
         }
     }
-}
-
-fn tail(log: &str) -> String {
-    let lines: Vec<&str> = log.lines().collect();
-    lines[lines.len().saturating_sub(30)..].join("\n")
 }
 
 /// The processes of the shim that serves `run_dir`.

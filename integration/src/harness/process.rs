@@ -106,10 +106,15 @@ impl Process {
     /// The last lines of its log.
     #[must_use]
     pub fn log_tail(&self) -> String {
-        let text = std::fs::read_to_string(&self.log).unwrap_or_default();
-        let lines: Vec<&str> = text.lines().collect();
-        lines[lines.len().saturating_sub(25)..].join("\n")
+        tail(&self.log, 25)
     }
+}
+
+/// The last so many lines of a log; nothing of one that cannot be read.
+pub(super) fn tail(log: &Path, count: usize) -> String {
+    let text = std::fs::read_to_string(log).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
 }
 
 impl Drop for Process {

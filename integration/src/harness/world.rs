@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use super::containerd::Release;
-use super::process::Process;
+use super::process::{Process, tail};
 use super::root::Root;
 use super::tools;
 
@@ -152,10 +152,7 @@ fn logs(root: &Root) -> String {
             if path.extension().is_none_or(|it| it != "log") {
                 continue;
             }
-            let log = std::fs::read_to_string(&path).unwrap_or_default();
-            let lines: Vec<&str> = log.lines().collect();
-            let tail = lines[lines.len().saturating_sub(12)..].join("\n");
-            text += &format!("-- {}\n{tail}\n", path.display());
+            text += &format!("-- {}\n{}\n", path.display(), tail(&path, 12));
         }
     }
     text

@@ -4,6 +4,7 @@
 use std::fmt::Write as _;
 
 use super::figures::Figures;
+use crate::svg;
 
 const WIDTH: f64 = 420.0;
 const HEIGHT: f64 = 260.0;
@@ -53,18 +54,14 @@ pub fn svg(figures: &[Figures]) -> String {
         },
     ];
     let (width, height) = (2.0 * STEP + 10.0, TOP + HEIGHT + 50.0);
-    let mut out = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" \
-         font-family=\"sans-serif\" font-size=\"12\">\n\
-         <rect width=\"{width}\" height=\"{height}\" fill=\"white\"/>\n"
-    );
+    let mut out = svg::open(width, height);
     for (panel, at) in panels.iter().zip(0u8..) {
         let x = LEFT + STEP * f64::from(at);
         let _ = writeln!(out, "<g transform=\"translate({x} {TOP})\">");
         panel.draw(&mut out);
         out += "</g>\n";
     }
-    out + "</svg>\n"
+    out + svg::CLOSE
 }
 
 impl Panel<'_> {

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 
 use super::contender::Contender;
 use super::figures::{Document, Scene};
+use crate::svg;
 
 const LABELS: f64 = 190.0;
 const BARS: f64 = 360.0;
@@ -29,11 +30,7 @@ pub fn svg(document: &Document) -> String {
         .map(|scenes| scenes.iter().map(|it| height(it)).sum::<f64>());
     let height = LEGEND + heights.fold(0.0, f64::max) + GAP;
     let width = PANEL * f64::from(u32::try_from(speeds.len().max(1)).unwrap_or(1));
-    let mut out = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" \
-         font-family=\"sans-serif\" font-size=\"12\">\n\
-         <rect width=\"{width}\" height=\"{height}\" fill=\"white\"/>\n"
-    );
+    let mut out = svg::open(width, height);
     for ((name, colour), at) in PHASES.iter().zip(OURS).zip(0u8..) {
         let x = 10.0 + 110.0 * f64::from(at);
         let _ = writeln!(
@@ -56,7 +53,7 @@ pub fn svg(document: &Document) -> String {
             top += self::height(scene);
         }
     }
-    out + "</svg>\n"
+    out + svg::CLOSE
 }
 
 fn height(scene: &Scene) -> f64 {

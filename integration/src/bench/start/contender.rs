@@ -10,7 +10,7 @@ use clap::ValueEnum;
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
-use super::super::process::field;
+use super::super::process::peak_bytes;
 use crate::harness::daemon::{self, Daemon};
 use crate::harness::process::Process;
 use crate::harness::registry::Registry;
@@ -247,12 +247,7 @@ impl Service {
 
     /// The most memory that each of its processes ever had in its page tables, added up: bytes.
     pub fn peak_rss_bytes(&self) -> Result<u64> {
-        let mut bytes = 0;
-        for pid in self.pids()? {
-            let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-            bytes += field(&status, "VmHWM").context("the peak of a process")? * 1024;
-        }
-        Ok(bytes)
+        self.pids()?.into_iter().map(peak_bytes).sum()
     }
 
     /// The end of its log.

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::cold::Sample;
 use super::contender::Contender;
 use super::images::Image;
+use crate::bench::report::Times;
 
 /// The most of overlayfs's time that Sluice may take in the quick form, on the geometric mean.
 const QUICK_OF_OVERLAYFS: f64 = 0.6;
@@ -55,40 +56,31 @@ impl Outcome {
     ///
     /// **Errors**: there are none.
     pub fn of(version: String, samples: Vec<Sample>, failed: usize) -> Result<Self> {
-        ensure!(!samples.is_empty(), "nothing measured");
-        let ready: Vec<f64> = samples.iter().map(|it| it.ready_s).collect();
-        let seconds = |figure: fn(&Sample) -> f64| median(samples.iter().map(figure));
+        let times = |figure: fn(&Sample) -> f64| Times::of(samples.iter().map(figure).collect());
+        let seconds = |figure| times(figure).map(|it| it.median_s);
+        let ready = times(|it| it.ready_s)?;
         let count = |figure: fn(&Sample) -> u64| {
             let mut counts: Vec<u64> = samples.iter().map(figure).collect();
             counts.sort_unstable();
             counts[counts.len() / 2]
         };
         let median = Sample {
-            pull_s: seconds(|it| it.pull_s),
-            create_s: seconds(|it| it.create_s),
-            output_s: seconds(|it| it.output_s),
-            ready_s: seconds(|it| it.ready_s),
+            pull_s: seconds(|it| it.pull_s)?,
+            create_s: seconds(|it| it.create_s)?,
+            output_s: seconds(|it| it.output_s)?,
+            ready_s: ready.median_s,
             bytes: count(|it| it.bytes),
             requests: count(|it| it.requests),
             peak_rss_bytes: count(|it| it.peak_rss_bytes),
         };
-        let least = ready.iter().copied().fold(f64::INFINITY, f64::min);
-        let most = ready.iter().copied().fold(0.0, f64::max);
         Ok(Self {
             version,
             median,
-            ready_range_s: [least, most],
+            ready_range_s: [ready.min_s, ready.max_s],
             failed,
             samples,
         })
     }
-}
-
-/// The middle one; the upper of two.
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 impl std::fmt::Display for Sample {
