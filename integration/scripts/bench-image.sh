@@ -156,7 +156,13 @@ SH
 ml)
   install python3 python3-pip ca-certificates libgomp1
   layer "python"
-  pip() { cp /etc/pip.conf "$root/etc/pip.conf" 2>/dev/null || true; inside python3 -m pip install -q --no-cache-dir --break-system-packages "$@"; rm -f "$root/etc/pip.conf"; }
+  # As the host trusts, and asks whom it asks: what it has for that leaves no trace in the image.
+  pip() {
+    cp /etc/pip.conf "$root/etc/pip.conf" 2>/dev/null || true
+    cp /etc/ssl/certs/ca-certificates.crt "$root/tmp/ca.crt"
+    inside env PIP_CERT=/tmp/ca.crt REQUESTS_CA_BUNDLE=/tmp/ca.crt python3 -m pip install -q --no-cache-dir --break-system-packages "$@"
+    rm -f "$root/etc/pip.conf" "$root/tmp/ca.crt"
+  }
   pip numpy scipy
   layer "numpy, scipy"
   pip pandas pyarrow
