@@ -26,7 +26,7 @@ pub(crate) use unmodified::decoder as unmodified_decoder;
 pub use unmodified::{decode_restarted_into, decompress_span_into};
 
 /// zstd level of chunks: see the measurement in `docs/decisions/003-zstd-level.md`.
-pub const DEFAULT_LEVEL: i32 = 3;
+pub const DEFAULT_LEVEL: i32 = 6;
 
 /// A chunk that cannot be compressed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -42,7 +42,7 @@ pub(super) struct Convert {
     /// is said.
     #[arg(long, value_name = "FORMAT", default_value = "sluice", value_parser = LayerFormat::parse)]
     format: LayerFormat,
-    /// Level of compression: of zstd 1 to 22, default 3; of eStargz, which is gzip, 1 to 9, default 6. Layers that
+    /// Level of compression: of zstd 1 to 22, default 6; of eStargz, which is gzip, 1 to 9, default 6. Layers that
     /// were converted with another are converted again.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(1..=22))]
     level: Option<i32>,

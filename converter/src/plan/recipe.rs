@@ -12,9 +12,9 @@ use crate::image::Descriptor;
 
 /// Names everything about the encoder that decides the bytes of a converted layer. To be changed with any
 /// change of it, of the default level or of the default chunk size: a stale value would keep old blobs.
-const ENCODER: &str = "2";
+const ENCODER: &str = "3";
 /// The same for the encoder of layers with a table of contents.
-const TOC_ENCODER: &str = "1";
+const TOC_ENCODER: &str = "2";
 
 /// What decides the bytes of a converted layer besides its input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -8,7 +8,7 @@ use crate::image::document::{DOCKER_INDEX, DOCKER_MANIFEST, OCI_LAYER_GZIP};
 
 const USUAL: Recipe = Recipe {
     format: LayerFormat::Sluice,
-    level: 3,
+    level: 6,
     chunk_bytes: 128 * 1024,
 };
 
@@ -310,9 +310,9 @@ fn a_recipe_names_what_is_not_as_usual() {
         ..Recipe::default()
     };
     for (recipe, text) in [
-        (USUAL, "2"),
-        (level, "2;level=1"),
-        (other, "2;level=19;chunk=65536"),
+        (USUAL, "3"),
+        (level, "3;level=1"),
+        (other, "3;level=19;chunk=65536"),
     ] {
         assert_eq!(recipe.to_string(), text);
     }
