@@ -20,7 +20,7 @@ use sluice_blockindex::chunkmap::Chunk;
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::scheduler::{Fetcher, LayerHandle, Limits, Transfer};
+use crate::scheduler::{Fetcher, LayerHandle, Transfer};
 use plan::{Listed, Piece, burst};
 
 /// A chunk of a list.
@@ -74,13 +74,9 @@ impl Fetcher {
     /// not in the layer is passed over. See [`crate::boot`].
     pub fn load_boot_list(&self, layers: &[Arc<LayerHandle>], list: &[BootRead]) -> BootBurst {
         let cancel = self.core.cancel.child_token();
-        let options = &self.core.options;
         // One request per transfer: a reader that joins it waits for no more than that.
-        let limits = Limits {
-            gap_bytes: options.boot_gap_bytes,
-            first_bytes: options.boot_request_bytes,
-            piece_bytes: options.boot_request_bytes,
-        };
+        let round_trip = self.core.pace.bytes_per_round_trip();
+        let limits = self.core.options.boot_limits(round_trip);
         let wanted = list.iter().filter_map(|read| {
             let handle = layers.get(read.layer)?;
             let chunk = handle.chunks().chunk(read.chunk)?;

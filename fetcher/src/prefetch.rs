@@ -4,8 +4,8 @@
 //! A job walks the missing chunks of its layers, layer by layer in the order given, in range requests of
 //! its own. Chunks that a container reads while it starts are loaded before, see [`crate::boot`]. It is the least
 //! urgent: while a reader's transfer is receiving, its bodies are not read and no request is opened;
-//! while a reader was about a moment ago it keeps to one small request at a time; and a reader that
-//! wants a chunk of its makes that transfer urgent. A layer that is complete is sealed.
+//! while readers are about it keeps to little of the line (`manners`); and a reader that wants a chunk of its
+//! makes that transfer urgent. A layer that is complete is sealed.
 //!
 //! A layer whose sources all back off is passed over until one may be asked again; the job has no
 //! deadline. It ends when every layer is sealed or has failed its seal, or when it is cancelled or
@@ -31,6 +31,10 @@ use crate::scheduler::{
 };
 use crate::source::Priority;
 use crate::store::StoreError;
+
+mod manners;
+
+use manners::{Manners, rest_after};
 
 /// How long a job waits when all it could do is done by others or cannot be done now.
 const IDLE: Duration = Duration::from_millis(200);
@@ -238,6 +242,16 @@ impl Layer {
     }
 }
 
+impl Layer {
+    fn blob_bytes_of(&self, chunks: &[u32]) -> u64 {
+        let chunk = |at: Option<&u32>| self.handle.chunks().chunk(*at?);
+        let (first, last) = (chunk(chunks.first()), chunk(chunks.last()));
+        first.zip(last).map_or(0, |(first, last)| {
+            last.blob.end().saturating_sub(first.blob.start())
+        })
+    }
+}
+
 /// Whether this node is the home of chunks, remembered for the piece that was asked for last.
 struct HomeOf<'a> {
     core: &'a Core,
@@ -313,29 +327,22 @@ impl Job {
         self.progress()
     }
 
-    fn limits(&self) -> (usize, Limits) {
+    /// How many requests may run now, of which size.
+    fn allowance(&self, now: Instant) -> (Manners, usize, Limits) {
         let core = &self.fetcher.core;
-        let limits = core.options.limits();
-        if core.gate.foreground_within(core.options.shy) {
-            let piece_bytes = core.options.shy_request_bytes;
-            (
-                1,
-                Limits {
-                    first_bytes: piece_bytes,
-                    piece_bytes,
-                    ..limits
-                },
-            )
-        } else {
-            let first_bytes = limits.piece_bytes;
-            (
-                core.options.prefetch_requests.max(1),
-                Limits {
-                    first_bytes,
-                    ..limits
-                },
-            )
-        }
+        let manners = Manners::of(&core.options, core.gate.quiet_since(), now);
+        let most = match manners {
+            Manners::Busy if core.background_rests(now) => 0,
+            Manners::Busy | Manners::Shy => 1,
+            Manners::Free => core.options.prefetch_requests.max(1),
+        };
+        let piece_bytes = manners.piece_bytes(&core.options, core.pace.bytes_per_round_trip());
+        let limits = Limits {
+            first_bytes: piece_bytes,
+            piece_bytes,
+            ..core.options.limits()
+        };
+        (manners, most, limits)
     }
 
     /// Starts requests up to the present limit. Returns when to look again even if nothing happens.
@@ -344,9 +351,14 @@ impl Job {
         events: &mut FuturesUnordered<BoxFuture<'static, Event>>,
     ) -> Option<Instant> {
         let now = clock::now();
-        let (most, limits) = self.limits();
+        let (manners, mut most, limits) = self.allowance(now);
         let mut running: usize = self.layers.iter().map(|layer| layer.running).sum();
-        let mut wake = clock::moment_after(IDLE);
+        let core = Arc::clone(&self.fetcher.core);
+        let look = match manners {
+            Manners::Busy => core.options.busy.min(IDLE),
+            Manners::Shy | Manners::Free => IDLE,
+        };
+        let mut wake = clock::moment_after(look);
         for at in 0..self.layers.len() {
             while running < most {
                 let layer = &mut self.layers[at];
@@ -355,13 +367,13 @@ impl Job {
                 }
                 // What another transfer passes over would only be handed over to it, and be as urgent.
                 let taken = layer.running > 0 || layer.handle.is_passed_over();
-                if taken && layer.is_serial(&self.fetcher.core) {
+                if taken && layer.is_serial(&core) {
                     break;
                 }
                 layer.not_before = match layer.handle.sources.choose(None, now) {
                     Choice::Use(..) => None,
                     Choice::Wait(until) => Some(until),
-                    Choice::Nobody => now.checked_add(self.fetcher.core.options.lookout),
+                    Choice::Nobody => now.checked_add(core.options.lookout),
                 };
                 // A sealed twin or chunks of before a reboot need no source.
                 let local = layer.handle.device().any_suspect()
@@ -369,16 +381,21 @@ impl Job {
                 if layer.not_before.is_some() && !local {
                     break;
                 }
-                let Some(chunks) = layer.next(&self.fetcher.core, &limits, now) else {
+                let Some(chunks) = layer.next(&core, &limits, now) else {
                     if layer.running == 0 {
                         // What is missing still is in flight elsewhere, or failed: look again.
                         layer.cursor = 0;
                     }
                     break;
                 };
+                let bytes = layer.blob_bytes_of(&chunks);
                 let transfer = Transfer::new(Priority::Background);
                 if layer.handle.claim(&transfer, chunks) == 0 {
                     continue;
+                }
+                if manners == Manners::Busy {
+                    core.rest_background(now, rest_after(bytes, core.pace.bytes_per_second()));
+                    most = 0;
                 }
                 layer.running += 1;
                 running += 1;

@@ -36,6 +36,7 @@ mod evict;
 mod flight;
 mod gate;
 mod layer;
+mod pace;
 mod pass;
 mod plan;
 mod prefix;
@@ -44,6 +45,7 @@ mod seal;
 mod slots;
 mod sources;
 mod transfer;
+mod volume;
 mod window;
 mod windows;
 
@@ -53,6 +55,7 @@ pub use layer::{LayerHandle, LayerSpec, LayerTraffic};
 pub use pass::Filled;
 
 pub(crate) use flight::Transfer;
+pub(crate) use gate::Quiet;
 pub(crate) use plan::{Limits, coalesce};
 pub(crate) use sources::Choice;
 
@@ -64,9 +67,11 @@ use crate::steps::StepKind;
 use crate::store::{DeviceKey, Store, StoreError, lock};
 use flight::{Flights, Waiter};
 use gate::Gate;
+use pace::Pace;
 use pass::{Held, Passing};
 use prefix::Fronts;
 use slots::{OriginSlots, SlotCounts, Slots};
+use volume::Volume;
 use window::{ReadAhead, WindowLimits};
 
 /// How the scheduler behaves. The defaults are meant for a registry 1 to 50 ms away.
@@ -79,15 +84,16 @@ pub struct FetcherOptions {
     pub first_request_bytes: u64,
     /// The most compressed bytes of one request.
     pub request_bytes: u64,
-    /// The same of a boot list: what a line of 100 Mbit/s carries in 20 ms. Its requests run beside each
-    /// other, and nobody waits for the first of its bytes alone.
+    /// The same of a boot list on a wide or long line, see [`Self::boot_limits`].
     pub boot_gap_bytes: u64,
-    /// The most compressed bytes of one request of a boot list: what a reader who wants the last chunk of
-    /// it may have to wait for. See docs/decisions/006-boot-lists.md.
+    /// The most compressed bytes of one request of a boot list on a wide or long line: what a reader who wants
+    /// the last chunk of it may have to wait for. See docs/decisions/006-boot-lists.md.
     pub boot_request_bytes: u64,
     /// The most compressed bytes of a background request while readers are about: what a reader's
-    /// request may have to share the line with.
+    /// request may have to share the line with. It is less on lines that carry less in a round trip.
     pub shy_request_bytes: u64,
+    /// The least that such a request brings.
+    pub shy_request_bytes_min: u64,
     /// Device bytes read ahead of a reader that nothing is known of: about 200 kB of a blob, what a line of
     /// 100 Mbit/s carries in a round trip of 20 ms. See docs/decisions/005-read-ahead.md.
     pub read_ahead_initial_bytes: u64,
@@ -101,9 +107,8 @@ pub struct FetcherOptions {
     pub lookout: Duration,
     /// Requests of readers that run at once at one origin.
     pub foreground_requests: usize,
-    /// Requests of boot lists, and for what is read ahead, that run at once at one origin: four of 2 MiB
-    /// keep a line of 100 Mbit/s busy at any distance, and one of 1 Gbit/s up to 60 ms. Each more is a
-    /// connection whose buffers fill before it stands still for a reader who wants something else.
+    /// Requests of boot lists, and for what is read ahead, that run at once at one origin. Fewer do where they are
+    /// large (`volume`).
     pub boot_requests: usize,
     /// Background requests that run at once at one origin.
     pub other_requests: usize,
@@ -111,6 +116,9 @@ pub struct FetcherOptions {
     pub prefetch_requests: usize,
     /// How long after a reader's last transfer a prefetch stays shy.
     pub shy: Duration,
+    /// A reader who asked so short a time ago is about to ask again: a prefetch takes a twentieth of the
+    /// line at most.
+    pub busy: Duration,
     /// Chunks decoded and verified at once; 0 means as many as there are processors.
     pub decodes: usize,
 }
@@ -124,16 +132,18 @@ impl Default for FetcherOptions {
             boot_gap_bytes: 256 << 10,
             boot_request_bytes: 2 << 20,
             shy_request_bytes: 1 << 20,
+            shy_request_bytes_min: 128 << 10,
             read_ahead_initial_bytes: 512 << 10,
             read_ahead_max_bytes: 8 << 20,
             stall: Duration::from_secs(10),
             lull: Duration::from_millis(100),
             lookout: Duration::from_secs(1),
             foreground_requests: 32,
-            boot_requests: 4,
+            boot_requests: 16,
             other_requests: 6,
             prefetch_requests: 4,
             shy: Duration::from_secs(1),
+            busy: Duration::from_millis(100),
             decodes: 0,
         }
     }
@@ -147,7 +157,30 @@ impl FetcherOptions {
             piece_bytes: self.request_bytes,
         }
     }
+
+    /// How the requests of a boot list are cut, where the line is known to carry so many bytes in a round trip.
+    /// They run beside each other, so that a request more costs its share of one.
+    pub(crate) fn boot_limits(&self, round_trip: Option<u64>) -> Limits {
+        let between = |bytes: u64, least: u64, most: u64| bytes.clamp(least.min(most), most);
+        let requests = u64::try_from(self.boot_requests).unwrap_or(1).max(1);
+        let round_trip = round_trip.unwrap_or(BOOT_ROUND_TRIP_BYTES);
+        let request_bytes = between(round_trip, BOOT_ROUND_TRIP_BYTES, self.boot_request_bytes);
+        Limits {
+            gap_bytes: between(
+                round_trip / requests,
+                BOOT_GAP_BYTES_MIN,
+                self.boot_gap_bytes,
+            ),
+            first_bytes: request_bytes,
+            piece_bytes: request_bytes,
+        }
+    }
 }
+
+/// What a line is taken to carry in a round trip before it is known: 200 Mbit/s, 20 ms.
+const BOOT_ROUND_TRIP_BYTES: u64 = 512 << 10;
+/// A gap of the size of a request's headers is never worth a request.
+const BOOT_GAP_BYTES_MIN: u64 = 16 << 10;
 
 /// What all transfers of a fetcher share.
 #[derive(Debug)]
@@ -156,6 +189,11 @@ pub(crate) struct Core {
     pub(crate) store: Arc<Store>,
     pub(crate) metrics: Metrics,
     pub(crate) gate: Arc<Gate>,
+    pub(crate) pace: Pace,
+    /// Until then no background request is opened beside readers who are busy.
+    background_rests: Mutex<Option<Instant>>,
+    /// Bytes of boot lists that are under way from origins.
+    pub(crate) listed: Volume,
     pub(crate) origins: OriginSlots,
     pub(crate) decodes: Slots,
     pub(crate) passing: Passing,
@@ -171,6 +209,16 @@ pub(crate) struct Core {
 impl Core {
     pub(crate) fn peers(&self) -> Option<&Arc<Peers>> {
         self.peers.get()
+    }
+
+    /// Whether background requests beside busy readers have had their share of the line.
+    pub(crate) fn background_rests(&self, now: Instant) -> bool {
+        lock(&self.background_rests).is_some_and(|until| now < until)
+    }
+
+    /// Has them wait for so long.
+    pub(crate) fn rest_background(&self, now: Instant, pause: Duration) {
+        *lock(&self.background_rests) = now.checked_add(pause);
     }
 
     /// Whether two chunks, neighbours in the blob, are better fetched by requests of their own: other
@@ -219,6 +267,9 @@ impl Fetcher {
             store,
             metrics,
             gate: Arc::new(Gate::new()),
+            pace: Pace::default(),
+            listed: Volume::new(),
+            background_rests: Mutex::default(),
             tasks: TaskTracker::new(),
             cancel: CancellationToken::new(),
             sealing: Semaphore::new(1),

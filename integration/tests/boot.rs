@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Boot lists: a start that was recorded makes the next one wait for fewer requests, on the node that
+//! Boot lists: a start that was recorded makes the next one wait for fewer bytes, on the node that
 //! recorded it and, once `sluice optimize` has attached it, on a node that never saw the image.
 #![allow(clippy::unwrap_used, reason = "a test may stop where it stands")]
 
@@ -114,7 +114,7 @@ fn row(name: &str, start: &Start) {
     );
 }
 
-/// A start that asks for at most half as much as one without a list, and is not later, in at most three: a machine
+/// A start that moves at most two thirds of what one without a list does, and is not later, in at most three: a machine
 /// that is busy for a moment makes readers overtake the burst, and never the other way round.
 fn quick_start(
     site: &mut Site,
@@ -125,7 +125,7 @@ fn quick_start(
     for _ in 0..3 {
         let this = start(site, reference)?;
         row(name, &this);
-        if this.requests * 2 <= without.requests && this.total <= without.total {
+        if this.bytes * 3 <= without.bytes * 2 && this.total <= without.total {
             return Ok(this);
         }
         remove(site, reference)?;

@@ -154,8 +154,8 @@ impl Default for RegistryOptions {
             retry: RetryPolicy::default(),
             // All requests that the scheduler runs at one origin (32 of readers, 4 of boot lists, 6 others),
             // and two for the rest: a reader that has a slot there must not queue here.
-            max_in_flight: 44,
-            kept_for_readers: 36,
+            max_in_flight: 56,
+            kept_for_readers: 48,
             // Signed URLs live for minutes at least; a minute saves nearly all redirects of a burst.
             redirect_ttl: Duration::from_secs(60),
             range_memory: Duration::from_secs(600),

@@ -10,8 +10,7 @@
 //! size of a background request and by socket buffers.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -33,6 +32,13 @@ pub(crate) const fn rank(priority: Priority) -> usize {
     }
 }
 
+/// Since when there was no reader.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Quiet {
+    Always,
+    Since(Instant),
+}
+
 /// How many transfers are receiving, by rank.
 type Receiving = [u32; 3];
 
@@ -40,7 +46,20 @@ type Receiving = [u32; 3];
 #[derive(Debug)]
 pub(crate) struct Gate {
     receiving: watch::Sender<Receiving>,
+    /// Requests of readers that are not answered yet.
+    asking: AtomicUsize,
     last_foreground: Mutex<Option<Instant>>,
+}
+
+/// A reader's request that is not answered; dropped, it is, or has failed.
+#[derive(Debug)]
+pub(crate) struct Asking<'a>(&'a Gate);
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        *lock(&self.0.last_foreground) = Some(clock::now());
+        self.0.asking.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 impl Gate {
@@ -48,6 +67,7 @@ impl Gate {
     pub(crate) fn new() -> Self {
         Self {
             receiving: watch::Sender::new([0; 3]),
+            asking: AtomicUsize::new(0),
             last_foreground: Mutex::new(None),
         }
     }
@@ -72,10 +92,16 @@ impl Gate {
         }
     }
 
-    /// Whether foreground was receiving within `span`, or is now.
-    pub(crate) fn foreground_within(&self, span: Duration) -> bool {
-        let now = self.receiving.borrow()[0] > 0;
-        now || lock(&self.last_foreground).is_some_and(|at| clock::now() - at < span)
+    /// Takes note that a reader's request goes out.
+    pub(crate) fn asks(&self) -> Asking<'_> {
+        self.asking.fetch_add(1, Ordering::AcqRel);
+        Asking(self)
+    }
+
+    /// Since when no reader has asked for anything, nor was receiving; `None` if one does now.
+    pub(crate) fn quiet_since(&self) -> Option<Quiet> {
+        let busy = self.receiving.borrow()[0] > 0 || self.asking.load(Ordering::Acquire) > 0;
+        (!busy).then(|| lock(&self.last_foreground).map_or(Quiet::Always, Quiet::Since))
     }
 
     fn shift(&self, from: Option<Priority>, to: Option<Priority>) {
@@ -196,6 +222,8 @@ const fn code(priority: Priority) -> u8 {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -245,9 +273,23 @@ mod tests {
         tokio::time::timeout(soon, gate.turn(&paused))
             .await
             .unwrap();
-        assert!(gate.foreground_within(Duration::from_secs(1)));
+        let now = clock::now();
+        assert_eq!(gate.quiet_since(), Some(Quiet::Since(now)));
         tokio::time::advance(Duration::from_secs(2)).await;
-        assert!(!gate.foreground_within(Duration::from_secs(1)));
+        assert_eq!(gate.quiet_since(), Some(Quiet::Since(now)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_that_waits_for_an_answer_is_about() {
+        let gate = Gate::new();
+        assert_eq!(gate.quiet_since(), Some(Quiet::Always));
+        let asking = gate.asks();
+        let second = gate.asks();
+        drop(asking);
+        assert_eq!(gate.quiet_since(), None);
+        tokio::time::advance(Duration::from_secs(2)).await;
+        drop(second);
+        assert_eq!(gate.quiet_since(), Some(Quiet::Since(clock::now())));
     }
     #[tokio::test(start_paused = true)]
     async fn a_reader_promotes_a_transfer_that_waits_already() {

@@ -208,6 +208,9 @@ impl<'a> Receiving<'a> {
         let priority = run.transfer.urgency.effective();
         run.core.metrics.arrived(self.kind, priority, count);
         run.layer.arrived(self.kind, count);
+        if self.kind == SourceKind::Origin {
+            run.core.pace.arrived(count, clock::now());
+        }
         if let Some(pass) = &mut self.pass {
             pass.push(bytes.clone());
         }

@@ -30,6 +30,7 @@ use super::layer::LayerHandle;
 use super::plan::{Piece, coalesce};
 use super::receive::{Lent, Receiving};
 use super::sources::{Choice, SourceId};
+use super::volume::Room;
 use super::windows::{Decodable, Lacking};
 use crate::clock;
 use crate::metrics::{FROM_STORE, priority_word};
@@ -219,6 +220,7 @@ impl Run {
         if passes && !self.become_whole() {
             return Ok(());
         }
+        let bytes = piece.extent.len();
         // Where all of the blob comes, all windows come by.
         if !source.whole_blob_only() {
             match self.decodable(piece) {
@@ -229,6 +231,7 @@ impl Run {
         }
         let most = self.core.peers().and_then(|peers| peers.origin_requests());
         let slots = self.core.origins.at_most(source.label(), most);
+        let _room = self.room_of_list(bytes).await?;
         let step = (urgency.effective() == Priority::Foreground)
             .then(|| self.enter(SLOT_STEP, source.label().to_owned()));
         let slot = self.unless_called_off(slots.take(urgency)).await?;
@@ -274,6 +277,22 @@ impl Run {
             }
         }
         result.map_err(|(_, failure)| failure)
+    }
+
+    /// Waits for room among what is under way of boot lists, if it is of one and no reader waits for it.
+    async fn room_of_list(&self, bytes: u64) -> Result<Option<Room<'_>>, FetchFailure> {
+        let urgency = &self.transfer.urgency;
+        if self.transfer.listed.is_none() || urgency.effective() != Priority::Boot {
+            return Ok(None);
+        }
+        self.unless_called_off(async {
+            tokio::select! {
+                biased;
+                room = self.core.listed.take(bytes, &self.core.pace) => Some(room),
+                () = urgency.differs(Priority::Boot) => None,
+            }
+        })
+        .await
     }
 
     /// Enters a step of this transfer.
@@ -395,6 +414,8 @@ impl Run {
         let stall = self.patience(id);
         let label: Arc<str> = source.label().into();
         let opening = async {
+            let _asking = (priority == Priority::Foreground).then(|| self.core.gate.asks());
+            let began = clock::now();
             let opening = source.open(&context, piece.extent);
             let in_time = tokio::time::timeout(stall, opening).await;
             let opened = in_time.unwrap_or_else(|_| {
@@ -404,6 +425,10 @@ impl Run {
                     offset: piece.extent.start(),
                 })
             });
+            if opened.is_ok() && source.kind() == SourceKind::Origin {
+                let now = clock::now();
+                self.core.pace.answered(now - began, now);
+            }
             let label = Arc::clone(&label);
             opened.map_err(|error| FetchFailure::Source { label, error })
         };

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+//! How much of the line a prefetch takes, by who else is about: pure.
+//!
+//! What is under way cannot be taken back: a reader who asks shares the line with it, or waits behind it. While readers
+//! ask one time after the other, background requests therefore have a twentieth of the line. In the pauses of readers
+//! there is one request at a time, of what the line carries in a round trip: the reader's own request takes as long.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::scheduler::{FetcherOptions, Quiet};
+
+/// While readers are busy a request is followed by a pause of so many times what it took of the line.
+pub(super) const BUSY_SHARE: u32 = 19;
+/// What a line is taken for that nothing is known of: bytes per second.
+pub(super) const SLOW_LINE: u64 = 1_000_000;
+/// Round trips that requests beside each other fill: enough for the line to be full always.
+const ROUND_TRIPS: u64 = 4;
+
+/// Towards readers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Manners {
+    /// One asks, or did a moment ago.
+    Busy,
+    /// One did a while ago.
+    Shy,
+    /// Nobody is about.
+    Free,
+}
+
+impl Manners {
+    /// By how long it has been quiet; `None` says that it is not.
+    pub(super) fn of(options: &FetcherOptions, quiet: Option<Quiet>, now: Instant) -> Self {
+        match quiet {
+            None => Self::Busy,
+            Some(Quiet::Always) => Self::Free,
+            Some(Quiet::Since(since)) => match now.duration_since(since) {
+                quiet if quiet < options.busy => Self::Busy,
+                quiet if quiet < options.shy => Self::Shy,
+                _ => Self::Free,
+            },
+        }
+    }
+
+    /// The most bytes of one request, where the line is known to carry so many in a round trip.
+    pub(super) fn piece_bytes(self, options: &FetcherOptions, round_trip: Option<u64>) -> u64 {
+        let (least, most) = (options.shy_request_bytes_min, options.shy_request_bytes);
+        let shy = round_trip.unwrap_or(most).clamp(least.min(most), most);
+        match self {
+            Self::Busy => least.min(most),
+            Self::Shy => shy,
+            Self::Free => {
+                let requests = u64::try_from(options.prefetch_requests).unwrap_or(1).max(1);
+                let share = round_trip.map_or(u64::MAX, |bytes| {
+                    bytes.saturating_mul(ROUND_TRIPS) / requests
+                });
+                share.clamp(shy.min(options.request_bytes), options.request_bytes)
+            }
+        }
+    }
+}
+
+/// How long a request of so many bytes rests others while readers are busy.
+pub(super) fn rest_after(bytes: u64, bytes_per_second: Option<u64>) -> Duration {
+    let rate = bytes_per_second.unwrap_or(SLOW_LINE).max(1);
+    Duration::from_micros(bytes.saturating_mul(1_000_000) / rate).saturating_mul(BUSY_SHARE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longer_it_is_quiet_the_more_is_taken() {
+        let (options, began) = (FetcherOptions::default(), Instant::now());
+        let cases = [
+            (None, Manners::Busy),
+            (Some(0), Manners::Busy),
+            (Some(99), Manners::Busy),
+            (Some(100), Manners::Shy),
+            (Some(999), Manners::Shy),
+            (Some(1000), Manners::Free),
+        ];
+        for (quiet_ms, expected) in cases {
+            let now = began + Duration::from_millis(quiet_ms.unwrap_or(0));
+            let quiet = quiet_ms.map(|_| Quiet::Since(began));
+            assert_eq!(Manners::of(&options, quiet, now), expected, "{quiet_ms:?}");
+        }
+        let always = Manners::of(&options, Some(Quiet::Always), began);
+        assert_eq!(always, Manners::Free);
+    }
+
+    #[test]
+    fn requests_are_of_what_the_line_carries_meanwhile() {
+        let options = FetcherOptions::default();
+        let (kib, mib) = (1_u64 << 10, 1_u64 << 20);
+        // Bytes in a round trip; a request while busy, shy, free.
+        let cases = [
+            (None, [128 * kib, mib, 4 * mib]),
+            (Some(10_000), [128 * kib, 128 * kib, 128 * kib]),
+            (Some(250_000), [128 * kib, 250_000, 250_000]),
+            (Some(2_500_000), [128 * kib, mib, 2_500_000]),
+            (Some(100_000_000), [128 * kib, mib, 4 * mib]),
+        ];
+        for (round_trip, expected) in cases {
+            let pieces = [Manners::Busy, Manners::Shy, Manners::Free]
+                .map(|manners| manners.piece_bytes(&options, round_trip));
+            assert_eq!(pieces, expected, "{round_trip:?}");
+        }
+    }
+
+    #[test]
+    fn busy_readers_leave_a_twentieth() {
+        assert_eq!(
+            rest_after(125_000, Some(12_500_000)),
+            Duration::from_millis(190)
+        );
+        assert_eq!(rest_after(100_000, None), Duration::from_millis(1900));
+        assert!(rest_after(u64::MAX, Some(0)) > Duration::from_secs(1));
+    }
+}
