@@ -96,7 +96,7 @@ impl Fetcher {
         };
         for Piece { layer, chunks } in burst(wanted, &limits, apart) {
             let handle = &layers[layer];
-            let transfer = Transfer::of_list(limits);
+            let transfer = Transfer::of_list(limits, self.core.listed.number());
             // A reader may have been faster with some of them.
             if handle.claim(&transfer, chunks) > 0 {
                 let ours = handle.flights.claims(&transfer).into_iter();

@@ -268,7 +268,7 @@ impl Fetcher {
             metrics,
             gate: Arc::new(Gate::new()),
             pace: Pace::default(),
-            listed: Volume::new(),
+            listed: Volume::default(),
             background_rests: Mutex::default(),
             tasks: TaskTracker::new(),
             cancel: CancellationToken::new(),

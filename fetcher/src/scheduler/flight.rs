@@ -35,8 +35,8 @@ pub(crate) struct Transfer {
     fed: watch::Sender<bool>,
     /// Which nodes may be asked; becomes less when others wait for the transfer, and all when the origin fails.
     reach: watch::Sender<Reach>,
-    /// How its requests are cut if it brings chunks of a boot list; else as those of readers.
-    pub(crate) listed: Option<Limits>,
+    /// If it brings chunks of a boot list: how its requests are cut, else as those of readers; and its number there.
+    pub(crate) listed: Option<(Limits, u64)>,
     last_failure: Mutex<Option<FetchFailure>>,
 }
 
@@ -50,12 +50,13 @@ impl Transfer {
         Arc::new(Self::with(base, reach, None))
     }
 
-    /// One that brings chunks of a boot list, in requests within `limits`.
-    pub(crate) fn of_list(limits: Limits) -> Arc<Self> {
-        Arc::new(Self::with(Priority::Boot, Reach::All, Some(limits)))
+    /// One that brings chunks of a boot list, in requests within `limits`; of lower `number` is what goes first.
+    pub(crate) fn of_list(limits: Limits, number: u64) -> Arc<Self> {
+        let listed = Some((limits, number));
+        Arc::new(Self::with(Priority::Boot, Reach::All, listed))
     }
 
-    fn with(base: Priority, reach: Reach, listed: Option<Limits>) -> Self {
+    fn with(base: Priority, reach: Reach, listed: Option<(Limits, u64)>) -> Self {
         Self {
             urgency: Urgency::new(base),
             fed: watch::Sender::new(false),

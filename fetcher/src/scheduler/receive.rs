@@ -20,6 +20,7 @@ use super::prefix::{Pass, Step};
 use super::slots::{Slot, Slots};
 use super::sources::SourceId;
 use super::transfer::{Run, joined};
+use super::volume::Room;
 use super::windows::{Tail, frame_start};
 use crate::clock;
 use crate::source::{BlobStream, Served, SourceError, SourceKind};
@@ -44,9 +45,11 @@ enum Done {
 }
 
 /// The slot of an attempt, and where it is from.
-pub(super) struct Lent {
+pub(super) struct Lent<'a> {
     pub(super) slots: Slots,
     pub(super) slot: Slot,
+    /// Its share of what is under way of boot lists.
+    pub(super) room: Option<Room<'a>>,
 }
 
 /// The body of one request.
@@ -56,7 +59,7 @@ pub(super) struct Receiving<'a> {
     /// What kind of place gives it, which may be a mirror of the source.
     pub(super) kind: SourceKind,
     pub(super) served: Option<Served>,
-    pub(super) lent: &'a Lent,
+    pub(super) lent: &'a Lent<'a>,
     pub(super) label: Arc<str>,
     /// What ended the flight of no chunk: another attempt may bring it.
     failed: Option<FetchFailure>,
@@ -75,7 +78,7 @@ impl<'a> Receiving<'a> {
         id: SourceId,
         (kind, label): (SourceKind, Arc<str>),
         served: Option<Served>,
-        lent: &'a Lent,
+        lent: &'a Lent<'a>,
     ) -> Self {
         Self {
             run,
@@ -208,6 +211,9 @@ impl<'a> Receiving<'a> {
         let priority = run.transfer.urgency.effective();
         run.core.metrics.arrived(self.kind, priority, count);
         run.layer.arrived(self.kind, count);
+        if let Some(room) = &self.lent.room {
+            room.received(count);
+        }
         if self.kind == SourceKind::Origin {
             run.core.pace.arrived(count, clock::now());
         }

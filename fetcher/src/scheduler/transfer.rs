@@ -231,7 +231,7 @@ impl Run {
         }
         let most = self.core.peers().and_then(|peers| peers.origin_requests());
         let slots = self.core.origins.at_most(source.label(), most);
-        let _room = self.room_of_list(bytes).await?;
+        let room = self.room_of_list(bytes).await?;
         let step = (urgency.effective() == Priority::Foreground)
             .then(|| self.enter(SLOT_STEP, source.label().to_owned()));
         let slot = self.unless_called_off(slots.take(urgency)).await?;
@@ -252,7 +252,7 @@ impl Run {
             Decodable::Resting | Decodable::Stuck(_) => return Ok(()),
         };
         let began = clock::now();
-        let lent = Lent { slots, slot };
+        let lent = Lent { slots, slot, room };
         self.transfer.fed(true);
         let result = self.request(id, &source, (&piece, &lacking), &lent).await;
         self.transfer.fed(false);
@@ -282,13 +282,16 @@ impl Run {
     /// Waits for room among what is under way of boot lists, if it is of one and no reader waits for it.
     async fn room_of_list(&self, bytes: u64) -> Result<Option<Room<'_>>, FetchFailure> {
         let urgency = &self.transfer.urgency;
-        if self.transfer.listed.is_none() || urgency.effective() != Priority::Boot {
+        let Some((_, number)) = self.transfer.listed else {
+            return Ok(None);
+        };
+        if urgency.effective() != Priority::Boot {
             return Ok(None);
         }
         self.unless_called_off(async {
             tokio::select! {
                 biased;
-                room = self.core.listed.take(bytes, &self.core.pace) => Some(room),
+                room = self.core.listed.take(number, bytes, &self.core.pace) => Some(room),
                 () = urgency.differs(Priority::Boot) => None,
             }
         })
@@ -318,8 +321,8 @@ impl Run {
                     .into_iter()
                     .map_while(|chunk| self.layer.chunks().chunk(chunk))
                     .take_while(|chunk| chunk.codec.is_random_access());
-                let limits = self.transfer.listed;
-                let limits = limits.unwrap_or_else(|| self.core.options.limits());
+                let listed = self.transfer.listed.map(|(limits, _)| limits);
+                let limits = listed.unwrap_or_else(|| self.core.options.limits());
                 let pieces = coalesce(chunks, &limits, |_, _| false);
                 pieces.into_iter().next()
             }
@@ -407,7 +410,7 @@ impl Run {
         id: SourceId,
         source: &Arc<dyn BlobSource>,
         (piece, lacking): (&Piece, &Lacking),
-        lent: &Lent,
+        lent: &Lent<'_>,
     ) -> Result<(), (SourceKind, FetchFailure)> {
         let priority = self.transfer.urgency.effective();
         let context = ReadContext::new(priority).with_cancel(self.layer.cancel.clone());
