@@ -27,7 +27,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use crate::clock;
 use crate::cluster::home::PieceKey;
 use crate::scheduler::{
-    Choice, Core, FetchFailure, Fetcher, LayerHandle, Limits, Transfer, coalesce,
+    Choice, Core, FetchFailure, Fetcher, LayerHandle, Limits, Piece, Transfer, coalesce,
 };
 use crate::source::Priority;
 use crate::store::StoreError;
@@ -200,8 +200,8 @@ impl Layer {
             && !resting.contains(&self.handle.judged_by(chunk))
     }
 
-    /// The next chunks to fetch in one request.
-    fn next(&mut self, core: &Core, limits: &Limits, now: Instant) -> Option<Vec<u32>> {
+    /// The next request, and the chunks to fetch in it.
+    fn next(&mut self, core: &Core, limits: &Limits, now: Instant) -> Option<Piece> {
         let resting = &self.handle.sources.resting(now);
         let count = self.handle.chunks().count();
         let mut home = HomeOf::new(core, &self.handle);
@@ -238,17 +238,7 @@ impl Layer {
             .chunks
             .last()
             .map_or(count, |last| at + (last - first) + 1);
-        Some(piece.chunks)
-    }
-}
-
-impl Layer {
-    fn blob_bytes_of(&self, chunks: &[u32]) -> u64 {
-        let chunk = |at: Option<&u32>| self.handle.chunks().chunk(*at?);
-        let (first, last) = (chunk(chunks.first()), chunk(chunks.last()));
-        first.zip(last).map_or(0, |(first, last)| {
-            last.blob.end().saturating_sub(first.blob.start())
-        })
+        Some(piece)
     }
 }
 
@@ -381,20 +371,20 @@ impl Job {
                 if layer.not_before.is_some() && !local {
                     break;
                 }
-                let Some(chunks) = layer.next(&core, &limits, now) else {
+                let Some(piece) = layer.next(&core, &limits, now) else {
                     if layer.running == 0 {
                         // What is missing still is in flight elsewhere, or failed: look again.
                         layer.cursor = 0;
                     }
                     break;
                 };
-                let bytes = layer.blob_bytes_of(&chunks);
                 let transfer = Transfer::new(Priority::Background);
-                if layer.handle.claim(&transfer, chunks) == 0 {
+                if layer.handle.claim(&transfer, piece.chunks) == 0 {
                     continue;
                 }
                 if manners == Manners::Busy {
-                    core.rest_background(now, rest_after(bytes, core.pace.bytes_per_second()));
+                    let (bytes, rate) = (piece.extent.len(), core.pace.bytes_per_second());
+                    core.rest_background(now, rest_after(bytes, rate));
                     most = 0;
                 }
                 layer.running += 1;

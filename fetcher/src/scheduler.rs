@@ -56,7 +56,7 @@ pub use pass::Filled;
 
 pub(crate) use flight::Transfer;
 pub(crate) use gate::Quiet;
-pub(crate) use plan::{Limits, coalesce};
+pub(crate) use plan::{Limits, Piece, between, coalesce};
 pub(crate) use sources::Choice;
 
 use crate::clock;
@@ -161,7 +161,6 @@ impl FetcherOptions {
     /// How the requests of a boot list are cut, where the line is known to carry so many bytes in a round trip.
     /// They run beside each other, so that a request more costs its share of one.
     pub(crate) fn boot_limits(&self, round_trip: Option<u64>) -> Limits {
-        let between = |bytes: u64, least: u64, most: u64| bytes.clamp(least.min(most), most);
         let requests = u64::try_from(self.boot_requests).unwrap_or(1).max(1);
         let round_trip = round_trip.unwrap_or(BOOT_ROUND_TRIP_BYTES);
         let request_bytes = between(round_trip, BOOT_ROUND_TRIP_BYTES, self.boot_request_bytes);

@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::scheduler::{FetcherOptions, Quiet};
+use crate::scheduler::{FetcherOptions, Quiet, between};
 
 /// While readers are busy a request is followed by a pause of so many times what it took of the line.
-pub(super) const BUSY_SHARE: u32 = 19;
+const BUSY_SHARE: u32 = 19;
 /// What a line is taken for that nothing is known of: bytes per second.
-pub(super) const SLOW_LINE: u64 = 1_000_000;
+const SLOW_LINE: u64 = 1_000_000;
 /// Round trips that requests beside each other fill: enough for the line to be full always.
 const ROUND_TRIPS: u64 = 4;
 
@@ -46,7 +46,7 @@ impl Manners {
     /// The most bytes of one request, where the line is known to carry so many in a round trip.
     pub(super) fn piece_bytes(self, options: &FetcherOptions, round_trip: Option<u64>) -> u64 {
         let (least, most) = (options.shy_request_bytes_min, options.shy_request_bytes);
-        let shy = round_trip.unwrap_or(most).clamp(least.min(most), most);
+        let shy = between(round_trip.unwrap_or(most), least, most);
         match self {
             Self::Busy => least.min(most),
             Self::Shy => shy,
@@ -55,7 +55,7 @@ impl Manners {
                 let share = round_trip.map_or(u64::MAX, |bytes| {
                     bytes.saturating_mul(ROUND_TRIPS) / requests
                 });
-                share.clamp(shy.min(options.request_bytes), options.request_bytes)
+                between(share, shy, options.request_bytes)
             }
         }
     }

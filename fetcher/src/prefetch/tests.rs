@@ -92,6 +92,20 @@ async fn an_image_is_completed_and_sealed() {
     fetcher.shutdown().await;
 }
 
+/// Adds two layers whose sources share one line. Gives the first one's source, and both handles.
+async fn share_a_line(
+    fetcher: &Fetcher,
+    big: &TestLayer,
+    small: &TestLayer,
+) -> (Line, [Arc<LayerHandle>; 2]) {
+    let wire = Wire::default();
+    let [back, front] =
+        [("back", big), ("front", small)].map(|(label, it)| Line::new(label, &it.blob).over(&wire));
+    let one = add(fetcher, big, &back).await;
+    let two = add(fetcher, small, &front).await;
+    (back, [one, two])
+}
+
 /// How long a reader of many small pieces takes who computes for a while between them.
 async fn reads(fetcher: &Fetcher, layer: &TestLayer, handle: &Arc<LayerHandle>) -> Duration {
     let before = clock::now();
@@ -116,15 +130,7 @@ async fn a_busy_reader_is_slowed_by_a_twentieth_at_most() {
         reads(&fetcher, &small, &front).await
     };
     let (fetcher, big) = (fetcher(), TestLayer::even(5, 4000, 16 << 10));
-    let wire = Wire::default();
-    let (back, front) = (
-        Line::new("back", &big.blob).over(&wire),
-        Line::new("front", &small.blob).over(&wire),
-    );
-    let (one, two) = (
-        add(&fetcher, &big, &back).await,
-        add(&fetcher, &small, &front).await,
-    );
+    let (back, [one, two]) = share_a_line(&fetcher, &big, &small).await;
     let job = fetcher.prefetch(vec![one.clone()]);
     tokio::time::sleep(Duration::from_millis(500)).await;
     let before = clock::now();
@@ -153,15 +159,7 @@ async fn in_a_readers_pause_it_goes_on_piece_by_piece() {
         TestLayer::even(5, 4000, 16 << 10),
         TestLayer::even(6, 100, 16 << 10),
     );
-    let wire = Wire::default();
-    let (back, front) = (
-        Line::new("back", &big.blob).over(&wire),
-        Line::new("front", &small.blob).over(&wire),
-    );
-    let (one, two) = (
-        add(&fetcher, &big, &back).await,
-        add(&fetcher, &small, &front).await,
-    );
+    let (back, [one, two]) = share_a_line(&fetcher, &big, &small).await;
     let chunk = |chunk| small.chunks.chunk(chunk).unwrap().device;
     let read = |part: u32| {
         let extent = chunk(part * 20).hull(chunk(part * 20 + 19));

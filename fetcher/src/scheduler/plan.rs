@@ -23,6 +23,11 @@ pub(crate) struct Limits {
     pub(crate) piece_bytes: u64,
 }
 
+/// So many bytes, but at least `least`, and never more than `most`, which an operator may have set below that.
+pub(crate) fn between(bytes: u64, least: u64, most: u64) -> u64 {
+    bytes.clamp(least.min(most), most)
+}
+
 /// One range request and the chunks that it is made for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Piece {
