@@ -35,7 +35,9 @@ use super::windows::{Decodable, Lacking};
 use crate::clock;
 use crate::metrics::{FROM_STORE, priority_word};
 use crate::peer::Reach;
-use crate::source::{BlobSource, Priority, ReadContext, Served, SourceError, SourceKind};
+use crate::source::{
+    BlobSource, BlobStream, Priority, ReadContext, Served, SourceError, SourceKind,
+};
 use crate::steps::{StepGuard, StepKind};
 use crate::store::{Rechecked, StoreError, lock};
 
@@ -428,7 +430,12 @@ impl Run {
                     offset: piece.extent.start(),
                 })
             });
-            if opened.is_ok() && source.kind() == SourceKind::Origin {
+            // Who gives the bytes says how far away they are.
+            let given = |stream: &BlobStream| served_by(stream, source.kind());
+            if opened
+                .as_ref()
+                .is_ok_and(|it| given(it) == SourceKind::Origin)
+            {
                 let now = clock::now();
                 self.core.pace.answered(now - began, now);
             }
@@ -452,8 +459,8 @@ impl Run {
                 return Err((source.kind(), failure));
             }
         };
+        let kind = served_by(&stream, source.kind());
         let served = stream.served.clone();
-        let kind = served.as_ref().map_or(source.kind(), Served::kind);
         metrics.requested(kind, priority);
         let whole = stream.extent != piece.extent;
         if whole && !self.become_whole() {
@@ -468,6 +475,11 @@ impl Run {
         }
         result.map_err(|failure| (kind, failure))
     }
+}
+
+/// What kind of place gives the bytes of a stream that a source of this kind opened.
+fn served_by(stream: &BlobStream, asked: SourceKind) -> SourceKind {
+    stream.served.as_ref().map_or(asked, Served::kind)
 }
 
 /// Whether a failure counts as one of the source that was asked.
