@@ -29,8 +29,18 @@ pub const CONFIG: &str = "containerd.io/snapshot/sluice.config";
 /// containerd's own `containerd.io/distribution.source.<host>` label drops the port. Only a number,
 /// never a host: an annotation cannot send the daemon to another machine.
 pub const PORT: &str = "containerd.io/snapshot/sluice.port";
-/// The layer's part of the image's boot list, as text: see [`crate::boot::BootPart::to_text`].
-pub const BOOT: &str = "containerd.io/snapshot/sluice.boot";
+/// The layer's part of the image's boot list, as texts: see [`crate::boot::BootPart::to_texts`]. A text has what a label
+/// holds, the next name what follows; so many chunks are read while programs with large libraries start.
+pub const BOOT: [&str; 8] = [
+    "containerd.io/snapshot/sluice.boot",
+    "containerd.io/snapshot/sluice.boot.2",
+    "containerd.io/snapshot/sluice.boot.3",
+    "containerd.io/snapshot/sluice.boot.4",
+    "containerd.io/snapshot/sluice.boot.5",
+    "containerd.io/snapshot/sluice.boot.6",
+    "containerd.io/snapshot/sluice.boot.7",
+    "containerd.io/snapshot/sluice.boot.8",
+];
 /// Why this layer cannot be lazy; stands alone, instead of all others.
 pub const NOT_LAZY: &str = "containerd.io/snapshot/sluice.not-lazy";
 
@@ -38,7 +48,7 @@ pub const NOT_LAZY: &str = "containerd.io/snapshot/sluice.not-lazy";
 pub const REASON_MAX_BYTES: usize = 1024;
 
 /// The most bytes of a [`BOOT`] text: with its name it stays below the 4096 bytes of a label.
-pub const BOOT_MAX_BYTES: usize = 4095 - BOOT.len();
+pub const BOOT_MAX_BYTES: usize = 4095 - BOOT[1].len();
 
 /// The most compressed bytes of an index that a reader accepts: 256 MiB, an index of about two
 /// million files. A larger value would let a manifest make the daemon allocate as much.
@@ -61,8 +71,8 @@ pub struct LayerAnnotations {
     pub config: ConfigDigest,
     /// Port of the registry that it was converted to, where that is not the default one.
     pub port: Option<u16>,
-    /// Its part of the boot list, as text: a hint, which nobody has looked at yet.
-    pub boot: Option<String>,
+    /// Its part of the boot list, as texts, none for no list: a hint, which nobody has looked at yet.
+    pub boot: Vec<String>,
 }
 
 /// What the annotations of a layer descriptor say about laziness.
@@ -130,7 +140,7 @@ impl LayerAnnotations {
         ]
         .into_iter()
         .chain(self.port.map(|port| (PORT, port.to_string())))
-        .chain(self.boot.clone().map(|boot| (BOOT, boot)))
+        .chain(BOOT.into_iter().zip(self.boot.iter().cloned()))
         .map(|(name, value)| (name.to_owned(), value))
         .collect()
     }
@@ -199,10 +209,12 @@ impl LayerMark {
             port: get(PORT)
                 .map(|value| port(value).ok_or_else(|| not_a_number(PORT, value)))
                 .transpose()?,
-            // A hint that is too long is none; the layer is lazy without it.
-            boot: get(BOOT)
-                .filter(|text| text.len() <= BOOT_MAX_BYTES)
-                .map(str::to_owned),
+            // A hint that is too long is none, and what follows it says nothing; the layer is lazy without it.
+            boot: BOOT
+                .into_iter()
+                .map_while(|name| get(name).filter(|text| text.len() <= BOOT_MAX_BYTES))
+                .map(str::to_owned)
+                .collect(),
         }))
     }
 }
@@ -248,7 +260,7 @@ mod tests {
             diff_id: DiffId::of(b"tar"),
             config: ConfigDigest::of(b"config"),
             port: None,
-            boot: None,
+            boot: Vec::new(),
         }
     }
 
@@ -262,7 +274,7 @@ mod tests {
             LayerMark::Lazy(example()),
             LayerMark::Lazy(LayerAnnotations {
                 port: Some(5000),
-                boot: Some("AQI=".to_owned()),
+                boot: ["AQI=", "AQM=", "AQQ="].map(str::to_owned).to_vec(),
                 ..example()
             }),
             LayerMark::NotLazy("sparse file".to_owned()),
@@ -325,11 +337,21 @@ mod tests {
     #[test]
     fn a_boot_list_that_is_too_long_is_no_reason_not_to_be_lazy() {
         let mut map = example().to_map();
-        map.insert(BOOT.to_owned(), "A".repeat(BOOT_MAX_BYTES));
-        assert_eq!(BOOT.len() + map[BOOT].len(), 4095);
-        assert!(matches!(parse(&map), Ok(LayerMark::Lazy(layer)) if layer.boot.is_some()));
-        map.insert(BOOT.to_owned(), "A".repeat(BOOT_MAX_BYTES + 1));
-        assert_eq!(parse(&map), Ok(LayerMark::Lazy(example())));
+        for name in BOOT {
+            map.insert(name.to_owned(), "A".repeat(BOOT_MAX_BYTES));
+            assert!(name.len() + map[name].len() < 4096);
+        }
+        let texts = |map: &BTreeMap<String, String>| match parse(map) {
+            Ok(LayerMark::Lazy(layer)) => layer.boot.len(),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(texts(&map), BOOT.len());
+        map.insert(BOOT[2].to_owned(), "A".repeat(BOOT_MAX_BYTES + 1));
+        assert_eq!(texts(&map), 2);
+        map.remove(BOOT[1]);
+        assert_eq!(texts(&map), 1);
+        map.remove(BOOT[0]);
+        assert_eq!(texts(&map), 0);
     }
 
     #[test]

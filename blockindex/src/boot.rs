@@ -6,7 +6,7 @@
 //! without asking. It has two forms, both of varints of the distance to the chunk before:
 //!
 //! - the *whole* list, which a node stores and nodes exchange ([`BootList::encode`]);
-//! - its *part* of one layer, which stands in an annotation of the layer ([`BootPart::to_text`]) and
+//! - its *part* of one layer, which stands in annotations of the layer ([`BootPart::to_texts`]) and
 //!   also says where in the whole list its chunks stand, so that the parts make up the list again.
 //!
 //! Each list has exactly one spelling: what decodes is encoded to the same bytes. Lists come from
@@ -362,30 +362,64 @@ impl BootPart {
         Ok(Self { index, chunks })
     }
 
-    /// As text for an annotation of at most `max_bytes`: as many chunks as fit, the first ones, which
-    /// are waited for first. With how many these are; `None` when not even one fits.
+    /// As texts for annotations, at most `max_texts` of at most `max_bytes` each: as many chunks as fit, the first
+    /// ones, which are waited for first. With how many these are. Each text is a part by itself.
     #[must_use]
-    pub fn to_text(&self, max_bytes: usize) -> Option<(String, usize)> {
-        let text = |count: usize| STANDARD.encode(encode_part(self.index, &self.chunks[..count]));
-        // Each further chunk only makes it longer.
-        let (mut fits, mut too_long) = (0, self.chunks.len() + 1);
-        while too_long - fits > 1 {
-            let middle = fits + (too_long - fits) / 2;
-            if text(middle).len() <= max_bytes {
-                fits = middle
-            } else {
-                too_long = middle
+    pub fn to_texts(&self, max_texts: usize, max_bytes: usize) -> (Vec<String>, usize) {
+        let (mut texts, mut rest) = (Vec::new(), self.chunks.as_slice());
+        while !rest.is_empty() && texts.len() < max_texts {
+            let text = |count: usize| STANDARD.encode(encode_part(self.index, &rest[..count]));
+            // Each further chunk only makes it longer.
+            let (mut fits, mut too_long) = (0, rest.len() + 1);
+            while too_long - fits > 1 {
+                let middle = fits + (too_long - fits) / 2;
+                if text(middle).len() <= max_bytes {
+                    fits = middle
+                } else {
+                    too_long = middle
+                }
             }
+            if fits == 0 {
+                break;
+            }
+            texts.push(text(fits));
+            rest = &rest[fits..];
         }
-        (fits > 0).then(|| (text(fits), fits))
+        (texts, self.chunks.len() - rest.len())
     }
 
-    /// Reads what [`Self::to_text`] writes.
+    /// Reads what [`Self::to_texts`] writes.
     ///
-    /// **Errors**: any other text.
-    pub fn from_text(text: &str) -> Result<Self, BootListError> {
-        let bytes = STANDARD.decode(text).map_err(|_| BootListError::Text)?;
-        Self::decode(&bytes)
+    /// **Errors**: any other texts, and none at all.
+    pub fn from_texts(texts: &[impl AsRef<str>]) -> Result<Self, BootListError> {
+        let (mut whole, mut seen) = (None::<Self>, HashSet::new());
+        for text in texts {
+            let bytes = STANDARD.decode(text.as_ref());
+            let part = Self::decode(&bytes.map_err(|_| BootListError::Text)?)?;
+            if let Some(twice) = part.chunks.iter().find(|at| !seen.insert(at.chunk)) {
+                let chunk = twice.chunk;
+                return Err(BootListError::Twice { layer: 0, chunk });
+            }
+            let Some(before) = &mut whole else {
+                whole = Some(part);
+                continue;
+            };
+            let places = |part: &Self| {
+                let (first, last) = (part.chunks.first(), part.chunks.last());
+                first
+                    .zip(last)
+                    .map(|(first, last)| (first.position, last.position))
+            };
+            let ascend = match (places(before), places(&part)) {
+                (Some((_, last)), Some((first, _))) => last < first,
+                _ => false,
+            };
+            if before.index != part.index || !ascend {
+                return Err(BootListError::Divided);
+            }
+            before.chunks.extend(part.chunks);
+        }
+        whole.ok_or(BootListError::Text)
     }
 }
 

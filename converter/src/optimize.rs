@@ -48,7 +48,7 @@ pub struct Attached {
     pub layer: usize,
     /// Chunks of the list that are in this layer.
     pub listed: usize,
-    /// Of these, those that fit into the annotation, the first ones.
+    /// Of these, those that fit into the annotations, the first ones.
     pub attached: usize,
 }
 
@@ -104,7 +104,9 @@ pub fn annotate(manifest: &Document, lists: &[(Run, BootList)]) -> (Document, Ve
     for (run, list) in lists.iter().filter(|(run, list)| run.key() == list.key()) {
         for (place, layer) in (0_u16..).zip(run.first..run.first + run.indexes.len()) {
             let part = list.part(place);
-            let text = part.as_ref().and_then(|part| part.to_text(BOOT_MAX_BYTES));
+            let (texts, count) = part.as_ref().map_or_else(Default::default, |part| {
+                part.to_texts(BOOT.len(), BOOT_MAX_BYTES)
+            });
             let Some(descriptor) = value["layers"][layer].as_object_mut() else {
                 continue;
             };
@@ -112,10 +114,10 @@ pub fn annotate(manifest: &Document, lists: &[(Run, BootList)]) -> (Document, Ve
                 attached.push(Attached {
                     layer,
                     listed: part.chunks().len(),
-                    attached: text.as_ref().map_or(0, |(_, count)| *count),
+                    attached: count,
                 });
             }
-            set(descriptor, text.map(|(text, _)| text));
+            set(descriptor, &texts);
         }
     }
     if value == manifest.value {
@@ -125,21 +127,23 @@ pub fn annotate(manifest: &Document, lists: &[(Run, BootList)]) -> (Document, Ve
     (Document::of_value(&manifest.media_type, value), attached)
 }
 
-/// Sets or takes away the annotation of a layer.
-fn set(descriptor: &mut Map<String, Value>, text: Option<String>) {
+/// Sets the annotations of a layer, and takes away those for which there is no text.
+fn set(descriptor: &mut Map<String, Value>, texts: &[String]) {
     let annotations = descriptor
         .entry("annotations")
         .or_insert_with(|| Value::Object(Map::new()));
     let Some(annotations) = annotations.as_object_mut() else {
         return;
     };
-    match text {
-        Some(text) => {
-            annotations.insert(BOOT.to_owned(), text.into());
-        }
-        None => {
-            // The order of the others stays.
-            annotations.shift_remove(BOOT);
+    for (at, name) in BOOT.into_iter().enumerate() {
+        match texts.get(at) {
+            Some(text) => {
+                annotations.insert(name.to_owned(), text.as_str().into());
+            }
+            None => {
+                // The order of the others stays.
+                annotations.shift_remove(name);
+            }
         }
     }
 }
@@ -220,7 +224,7 @@ mod tests {
                 diff_id: DiffId::of(name.as_bytes()),
                 config: ConfigDigest::of(b"config"),
                 port: None,
-                boot: None,
+                boot: Vec::new(),
             };
             let mut map = annotations.to_map();
             map.insert("zz.other".to_owned(), "stays".to_owned());
@@ -251,9 +255,12 @@ mod tests {
 
     fn boot_of(document: &Document) -> Vec<Option<BootPart>> {
         let layers = document.list("layers").unwrap();
-        let texts = layers.iter().map(|layer| layer.annotations.get(BOOT));
+        let texts = layers.iter().map(|layer| -> Vec<&String> {
+            let texts = BOOT.iter().map_while(|name| layer.annotations.get(*name));
+            texts.collect()
+        });
         texts
-            .map(|text| text.map(|text| BootPart::from_text(text).unwrap()))
+            .map(|texts| (!texts.is_empty()).then(|| BootPart::from_texts(&texts).unwrap()))
             .collect()
     }
 
@@ -279,7 +286,7 @@ mod tests {
             let annotations = value["layers"][number]["annotations"]
                 .as_object_mut()
                 .unwrap();
-            annotations.shift_remove(BOOT);
+            annotations.shift_remove(BOOT[0]);
         }
         assert_eq!(value.to_string(), manifest.value.to_string());
         // The same again changes nothing; another one replaces it all.
@@ -295,25 +302,34 @@ mod tests {
     }
 
     #[test]
-    fn a_long_list_is_cut_to_what_a_label_holds() {
+    fn a_long_list_is_cut_to_what_labels_hold() {
         let manifest = manifest(&["a"]);
         let run = runs(&manifest).unwrap().remove(0);
-        let chunks: Vec<(u16, u32)> = (0..9000).map(|n| (0, (n * 7919) % 100_003)).collect();
+        let chunks: Vec<(u16, u32)> = (0..16_000).map(|n| (0, (n * 7919) % 100_003)).collect();
         let list = list(&["a"], &chunks);
         let (changed, attached) = annotate(&manifest, &[(run, list.clone())]);
         let layer = &changed.list("layers").unwrap()[0];
-        assert!(BOOT.len() + layer.annotations[BOOT].len() < 4096);
+        for name in BOOT {
+            assert!(name.len() + layer.annotations[name].len() < 4096);
+        }
         let part = boot_of(&changed).remove(0).unwrap();
         let whole = list.part(0).unwrap();
         assert_eq!(
             (attached[0].listed, attached[0].attached),
-            (9000, part.chunks().len())
+            (16_000, part.chunks().len())
         );
         assert_eq!(part.chunks(), &whole.chunks()[..part.chunks().len()]);
         assert!(matches!(
             LayerMark::parse(|name| layer.annotations.get(name).map(String::as_str)),
-            Ok(LayerMark::Lazy(layer)) if layer.boot.is_some()
+            Ok(LayerMark::Lazy(layer)) if layer.boot.len() == BOOT.len()
         ));
+        // A shorter one leaves nothing of it.
+        let run = runs(&changed).unwrap().remove(0);
+        let short = self::list(&["a"], &[(0, 5)]);
+        let (changed, _) = annotate(&changed, &[(run, short.clone())]);
+        let layer = &changed.list("layers").unwrap()[0];
+        assert_eq!(boot_of(&changed), [short.part(0)]);
+        assert!(!layer.annotations.contains_key(BOOT[1]));
     }
 
     #[tokio::test]

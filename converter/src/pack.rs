@@ -196,7 +196,7 @@ impl Packed {
                 diff_id,
                 config,
                 port: None,
-                boot: None,
+                boot: Vec::new(),
             })
     }
 }

@@ -233,7 +233,7 @@ mod tests {
             diff_id: DiffId::of(b"tar"),
             config: ConfigDigest::of(b"config"),
             port: None,
-            boot: None,
+            boot: Vec::new(),
         })
     }
 

@@ -8,8 +8,17 @@ use sluice_blockindex::boot::{BootList, BootPart, BOOT_CHUNKS_MAX, BOOT_LAYERS_M
 
 fuzz_target!(|data: &[u8]| {
     if let Ok(text) = std::str::from_utf8(data) {
-        if let Ok(part) = BootPart::from_text(text) {
-            assert_eq!(part.to_text(usize::MAX).map(|(text, _)| text).unwrap_or_default(), text_of(&part, text));
+        let texts: Vec<&str> = text.lines().collect();
+        if let Ok(part) = BootPart::from_texts(&texts) {
+            let (written, count) = part.to_texts(1, usize::MAX);
+            assert_eq!(count, part.chunks().len());
+            // One text has one spelling; a part without chunks has none of its own.
+            if let ([text], [again]) = (texts.as_slice(), written.as_slice()) {
+                assert_eq!(again, text);
+            }
+            if count > 0 {
+                assert_eq!(BootPart::from_texts(&written), Ok(part));
+            }
         }
     }
     if let Ok(part) = BootPart::decode(data) {
@@ -31,11 +40,3 @@ fuzz_target!(|data: &[u8]| {
         assert_eq!(BootList::of_parts(list.layers().to_vec(), &parts), Ok(list));
     }
 });
-
-/// A part without chunks has no text of its own.
-fn text_of(part: &BootPart, text: &str) -> String {
-    match part.chunks().is_empty() {
-        true => String::new(),
-        false => text.to_owned(),
-    }
-}

@@ -227,11 +227,11 @@ impl Boot {
 
     /// Holds the part of an attached list that a layer's annotations carry, for when its run is known.
     pub fn note_attached(&self, annotations: &LayerAnnotations) {
-        let Some(text) = annotations.boot.as_ref().filter(|_| self.options.enabled) else {
+        if annotations.boot.is_empty() || !self.options.enabled {
             return;
-        };
+        }
         let index = annotations.index_digest;
-        let part = match BootPart::from_text(text) {
+        let part = match BootPart::from_texts(&annotations.boot) {
             Ok(part) if part.index() == index => part,
             Ok(part) => {
                 let other = part.index();

@@ -73,17 +73,48 @@ fn what_does_not_fit_an_annotation_is_cut_off_at_the_end() {
         .unwrap()
         .part(0)
         .unwrap();
-    let (text, count) = part.to_text(4000).unwrap();
-    assert!(
-        text.len() <= 4000 && text.len() > 3990 && count > 900,
-        "{} {count}",
-        text.len()
-    );
-    let read = BootPart::from_text(&text).unwrap();
-    assert_eq!(read.chunks(), &part.chunks()[..count]);
-    assert_eq!(part.to_text(40), None);
-    let whole = part.to_text(usize::MAX).unwrap();
-    assert_eq!(whole.1, 5000);
+    let mut before = 0;
+    for most in 1..=3 {
+        let (texts, count) = part.to_texts(most, 4000);
+        assert_eq!(texts.len(), most);
+        for text in &texts {
+            assert!(text.len() <= 4000 && text.len() > 3990, "{}", text.len());
+        }
+        assert!(count > before + 900, "{before} {count}");
+        let read = BootPart::from_texts(&texts).unwrap();
+        assert_eq!(read.chunks(), &part.chunks()[..count]);
+        before = count;
+    }
+    assert_eq!(part.to_texts(8, 40), (Vec::new(), 0));
+    let (texts, count) = part.to_texts(8, 4000);
+    assert_eq!(count, 5000);
+    assert_eq!(BootPart::from_texts(&texts), Ok(part.clone()));
+    let (texts, count) = part.to_texts(1, usize::MAX);
+    assert_eq!((texts.len(), count), (1, 5000));
+}
+
+#[test]
+fn texts_that_do_not_follow_each_other_are_refused() {
+    let part = |name: &str, chunks: &[u32]| {
+        let chunks = chunks.iter().map(|chunk| at(0, *chunk)).collect();
+        let list = BootList::new(vec![index(name)], chunks).unwrap();
+        list.part(0).unwrap()
+    };
+    let texts = |part: &BootPart| part.to_texts(8, 56).0;
+    let whole = texts(&part("a", &(0..20).map(|n| n * 1000).collect::<Vec<_>>()));
+    assert!(whole.len() > 2, "{whole:?}");
+    let swapped = [whole[1].clone(), whole[0].clone()];
+    assert_eq!(BootPart::from_texts(&swapped), Err(BootListError::Divided));
+    let twice = [whole[0].clone(), whole[0].clone()];
+    assert!(matches!(
+        BootPart::from_texts(&twice),
+        Err(BootListError::Twice { .. })
+    ));
+    let other = part("b", &(0..20).map(|n| 7 + n * 1000).collect::<Vec<_>>());
+    let mixed = [whole[0].clone(), texts(&other)[1].clone()];
+    assert_eq!(BootPart::from_texts(&mixed), Err(BootListError::Divided));
+    let none: [&str; 0] = [];
+    assert_eq!(BootPart::from_texts(&none), Err(BootListError::Text));
 }
 
 #[test]
@@ -179,7 +210,7 @@ fn broken_lists_are_refused() {
         assert_eq!(&part(tail), expected, "{tail:?}");
     }
     for text in ["", "AQI", "*", "AQIA"] {
-        assert!(BootPart::from_text(text).is_err(), "{text}");
+        assert!(BootPart::from_texts(&[text]).is_err(), "{text}");
     }
     assert!(BootList::new(Vec::new(), vec![at(0, 0)]).is_err());
 }
@@ -202,8 +233,11 @@ proptest! {
         prop_assert_eq!(BootList::decode(&list.encode()).unwrap(), list.clone());
         let parts: Vec<BootPart> = (0..layers).filter_map(|layer| list.part(layer)).collect();
         for part in &parts {
-            let (text, _) = part.to_text(usize::MAX).unwrap();
-            prop_assert_eq!(&BootPart::from_text(&text).unwrap(), part);
+            for max_bytes in [60, 100, usize::MAX] {
+                let (texts, count) = part.to_texts(usize::MAX, max_bytes);
+                prop_assert_eq!(count, part.chunks().len());
+                prop_assert_eq!(&BootPart::from_texts(&texts).unwrap(), part);
+            }
         }
         prop_assert_eq!(BootList::of_parts(indexes, &parts).unwrap(), list);
     }

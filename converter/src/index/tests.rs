@@ -413,7 +413,7 @@ async fn converted_layers_are_left_alone() {
         diff_id,
         config: ConfigDigest::of(b"config"),
         port: None,
-        boot: None,
+        boot: Vec::new(),
     };
     converted.annotations = annotations.to_map();
     let converted = (converted, diff_id);

@@ -44,7 +44,7 @@ fn lazy(plan: &ImagePlan, layer: &PlannedLayer) -> Outcome {
         diff_id: layer.diff_id,
         config: plan.config_digest,
         port: None,
-        boot: None,
+        boot: Vec::new(),
     })
 }
 

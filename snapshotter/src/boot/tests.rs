@@ -241,12 +241,12 @@ async fn a_mount_that_goes_away_leaves_what_was_read_from_it() {
 async fn what_is_attached_to_a_layer_is_taken_if_it_is_of_that_layer() {
     let site = site();
     let with = |boot: &str| LayerAnnotations {
-        boot: Some(boot.to_owned()),
+        boot: vec![boot.to_owned()],
         ..site.annotations.clone()
     };
     let chunk = BootChunk { layer: 0, chunk: 0 };
     let other = BootList::new(vec![IndexDigest::of(b"other")], vec![chunk]).unwrap();
-    let text = |list: &BootList| list.part(0).unwrap().to_text(4000).unwrap().0;
+    let text = |list: &BootList| list.part(0).unwrap().to_texts(1, 4000).0.remove(0);
     for boot in ["nonsense", &text(&other)] {
         site.boot.note_attached(&with(boot));
         site.boot.load(site.layers());

@@ -31,7 +31,7 @@ pub fn layer() -> (Vec<u8>, LayerAnnotations) {
         diff_id: trailer.diff_id,
         config: ConfigDigest::of(b"config"),
         port: None,
-        boot: None,
+        boot: Vec::new(),
     };
     (blob[start..end].to_vec(), annotations)
 }

@@ -16,7 +16,7 @@ fn annotations() -> LayerAnnotations {
         diff_id: DiffId::of(b"d"),
         config: ConfigDigest::of(b"c"),
         port: None,
-        boot: None,
+        boot: Vec::new(),
     }
 }
 

@@ -73,7 +73,7 @@ fn push(registry: &FakeRegistry, tag: &str, sizes: &[usize], plain: Option<usize
             diff_id: trailer.diff_id,
             config: config_digest,
             port: None,
-            boot: None,
+            boot: Vec::new(),
         };
         let mut descriptor = json!({
             "mediaType": "application/vnd.oci.image.layer.v1.tar+zstd",

@@ -28,7 +28,7 @@ fn layer(name: &str, diff_id: DiffId, config: Option<ConfigDigest>) -> serde_jso
             diff_id,
             config,
             port: Some(5000),
-            boot: None,
+            boot: Vec::new(),
         }
         .to_map()
     });

@@ -2,7 +2,8 @@
 //! Which chunks of a mount were read first: the raw material of boot lists.
 //!
 //! A recording begins with the first read after the mount, because a container's process may start
-//! long after its mount is made, and ends a window later, or when it is full. It takes note of every
+//! long after its mount is made, and ends a window later, or when it is full; a start that is reading on then,
+//! because it has much to wait for, is recorded until it pauses, three windows at most. It takes note of every
 //! chunk that somebody reads, present or not, once, in order; what is fetched without being read
 //! never comes here. On the read path it costs a look at the clock and an atomic bit, and a lock only
 //! where a chunk is touched for the first time; after its end, one load.
@@ -22,6 +23,10 @@ use crate::mount::{FirstRead, FirstReads};
 const RECORDED_CHUNKS: usize = 64 * 1024;
 /// The most reads in one answer: as numbers of at most 5, 3 and 5 bytes far below the limit of a message.
 const PAGE_READS: usize = 16 * 1024;
+/// A recording may take so many windows, while chunks are read that were not before.
+const MOST_WINDOWS: u32 = 3;
+/// A part of the window in which no further chunk is read: the start is over.
+const PAUSE_PARTS: u32 = 10;
 /// Bits of a word.
 const WORD_BITS: u32 = 64;
 
@@ -31,6 +36,8 @@ pub struct ReadRecorder {
     window: Duration,
     open: AtomicBool,
     began: OnceLock<Instant>,
+    /// When a chunk was read that was not before, in microseconds from the beginning.
+    latest: AtomicU64,
     /// By device: which chunks were touched.
     touched: Vec<Box<[AtomicU64]>>,
     /// `None` when nobody wants it any more.
@@ -45,9 +52,18 @@ impl ReadRecorder {
             window,
             open: AtomicBool::new(true),
             began: OnceLock::new(),
+            latest: AtomicU64::new(0),
             touched: chunk_counts.map(|count| words(count).collect()).collect(),
             log: Mutex::new(Some(Vec::new())),
         }
+    }
+
+    /// Whether it is over so long after it began.
+    fn is_over(&self, after: Duration) -> bool {
+        let latest = Duration::from_micros(self.latest.load(Ordering::Relaxed));
+        after >= self.window
+            && (after >= self.window * MOST_WINDOWS
+                || after.saturating_sub(latest) >= self.window / PAUSE_PARTS)
     }
 
     fn log(&self) -> MutexGuard<'_, Option<Vec<FirstRead>>> {
@@ -64,7 +80,7 @@ impl ReadRecorder {
 
     fn note_at(&self, now: Instant, number: usize, chunks: impl Iterator<Item = u32>) {
         let after = now.saturating_duration_since(*self.began.get_or_init(|| now));
-        if after >= self.window {
+        if self.is_over(after) {
             self.open.store(false, Ordering::Relaxed);
             return;
         }
@@ -83,6 +99,8 @@ impl ReadRecorder {
             {
                 continue;
             }
+            let micros = u64::try_from(after.as_micros()).unwrap_or(u64::MAX);
+            self.latest.fetch_max(micros, Ordering::Relaxed);
             let mut log = self.log();
             let Some(log) = log.as_mut() else { return };
             if log.len() >= RECORDED_CHUNKS {
@@ -104,7 +122,7 @@ impl ReadRecorder {
     }
 
     fn page_at(&self, now: Instant, from: u32, forget: bool) -> FirstReads {
-        let over = |began: &Instant| now.saturating_duration_since(*began) >= self.window;
+        let over = |began: &Instant| self.is_over(now.saturating_duration_since(*began));
         if self.began.get().is_some_and(over) {
             self.open.store(false, Ordering::Relaxed);
         }
@@ -171,6 +189,42 @@ mod tests {
         assert!(recorder.page_at(began, 7, false).complete);
         assert!(!recorder.page_at(began, 0, true).recorded);
         assert_eq!(recorder.page_at(began, 0, false), FirstReads::default());
+    }
+
+    #[test]
+    fn a_start_that_reads_on_is_recorded_until_it_pauses() {
+        // When chunks are read, in tenths of a window; when the recording is over.
+        let cases: [(&[u32], u32); 5] = [
+            (&[0], 100),
+            (&[0, 50], 100),
+            (&[0, 95], 105),
+            (&[0, 95, 104, 113, 122], 132),
+            (&[0, 95, 104, 115], 114),
+        ];
+        let began = Instant::now();
+        let at = |part: u32| began + SECOND * part / 10;
+        for (reads, end) in cases {
+            let recorder = ReadRecorder::new(10 * SECOND, [1000].into_iter());
+            for read in reads {
+                recorder.note_at(at(*read), 0, *read..read + 1);
+            }
+            assert!(
+                !recorder.page_at(at(end - 1), 0, false).complete,
+                "{reads:?}"
+            );
+            assert!(recorder.page_at(at(end), 0, false).complete, "{reads:?}");
+            let kept = reads.iter().filter(|read| **read < end).count();
+            assert_eq!(recorder.page_at(at(end), 0, false).reads.len(), kept);
+        }
+        // One that never pauses; chunks that were read before are no sign of a start.
+        let recorder = ReadRecorder::new(10 * SECOND, [1000].into_iter());
+        (0..500).for_each(|part| recorder.note_at(at(part), 0, part..part + 1));
+        assert_eq!(recorder.page_at(at(500), 0, false).reads.len(), 300);
+        let recorder = ReadRecorder::new(10 * SECOND, [1000].into_iter());
+        (0..500).for_each(|part| recorder.note_at(at(part), 0, 0..1));
+        assert_eq!(recorder.page_at(at(100), 0, false).reads.len(), 1);
+        recorder.note_at(at(101), 0, 5..6);
+        assert_eq!(recorder.page_at(at(101), 0, false).reads.len(), 1);
     }
 
     #[test]

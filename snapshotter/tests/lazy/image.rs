@@ -123,7 +123,7 @@ pub async fn push_claiming(
                 diff_id: diff_ids[number],
                 config,
                 port: Some(port),
-                boot: None,
+                boot: Vec::new(),
             }
             .to_map()
         };
