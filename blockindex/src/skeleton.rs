@@ -201,68 +201,139 @@ where
     W: Write,
     P: FnMut(ContentRequest, &mut dyn Write) -> io::Result<()>,
 {
-    let mut decoder = read::Decoder::new(payload)?.single_frame();
-    decoder.window_log_max(WINDOW_LOG_MAX)?;
-    let mut input = BufReader::new(decoder);
-    let header: RawHeader = read_raw(&mut input)?;
-    if header.magic != MAGIC || header.version.get() != VERSION || header.reserved.get() != 0 {
-        return Err(SkeletonError::Header);
-    }
-    let mut literal = Vec::with_capacity(LITERAL_MAX_BYTES);
-    let (mut offset, mut ordinal) = (0u64, 0u64);
-    for segment in 0.. {
-        let raw: RawSegment = read_raw(&mut input)?;
-        let (literal_bytes, content_bytes) = (raw.literal_bytes.get(), raw.content_bytes.get());
-        if literal_bytes == 0 && content_bytes == 0 {
-            break;
-        }
-        let length = usize::try_from(literal_bytes).unwrap_or(usize::MAX);
-        if length > LITERAL_MAX_BYTES {
-            return Err(SkeletonError::Literal {
-                segment,
-                bytes: literal_bytes,
-            });
-        }
-        let content_start = offset + u64::from(literal_bytes);
-        let run = Extent::from_length(content_start, content_bytes)
-            .filter(|run| run.end() <= device_bytes)
-            .ok_or(SkeletonError::DeviceBytes {
-                expected: device_bytes,
-                actual: content_start,
-            })?;
-        literal.resize(length, 0);
-        input.read_exact(&mut literal)?;
-        out.write_all(&literal)?;
-        offset = run.end();
+    let mut segments = Segments::open(payload, device_bytes)?;
+    let mut ordinal = 0;
+    while let Some(segment) = segments.next()? {
+        out.write_all(segment.literal)?;
+        let run = segment.content;
         if run.is_empty() {
             continue;
         }
         let mut counted = Counted {
             out,
             written: 0,
-            limit: content_bytes,
+            limit: run.len(),
         };
         provide(ContentRequest { ordinal, run }, &mut counted)?;
         let actual = counted.written;
-        if actual != content_bytes {
+        if actual != run.len() {
             return Err(SkeletonError::Content {
                 ordinal,
-                expected: content_bytes,
+                expected: run.len(),
                 actual,
             });
         }
         ordinal += 1;
     }
-    if offset != device_bytes {
-        return Err(SkeletonError::DeviceBytes {
-            expected: device_bytes,
-            actual: offset,
-        });
-    }
-    if input.read(&mut [0])? != 0 {
-        return Err(SkeletonError::Trailing);
-    }
     Ok(())
+}
+
+/// Bytes that are no content, and the content behind them.
+#[derive(Debug)]
+pub struct Segment<'a> {
+    /// First device byte of the literal.
+    pub start: u64,
+    /// The bytes.
+    pub literal: &'a [u8],
+    /// Where the content stands, right behind them; empty when there is none.
+    pub content: Extent<DeviceSpace>,
+}
+
+/// Reads a skeleton segment by segment, so that nobody holds it whole.
+pub struct Segments<R: Read> {
+    input: BufReader<read::Decoder<'static, BufReader<R>>>,
+    literal: Vec<u8>,
+    device_bytes: u64,
+    /// Device bytes that were passed.
+    offset: u64,
+    /// Segments that were read.
+    count: u64,
+    ended: bool,
+}
+
+impl<R: Read> fmt::Debug for Segments<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Segments")
+            .field("offset", &self.offset)
+            .field("device_bytes", &self.device_bytes)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<R: Read> Segments<R> {
+    /// At the start of a payload; `device_bytes` is the size that the layer index names.
+    ///
+    /// **Errors**: it does not begin as a skeleton does.
+    pub fn open(payload: R, device_bytes: u64) -> Result<Self, SkeletonError> {
+        let mut decoder = read::Decoder::new(payload)?.single_frame();
+        decoder.window_log_max(WINDOW_LOG_MAX)?;
+        let mut input = BufReader::new(decoder);
+        let header: RawHeader = read_raw(&mut input)?;
+        if header.magic != MAGIC || header.version.get() != VERSION || header.reserved.get() != 0 {
+            return Err(SkeletonError::Header);
+        }
+        Ok(Self {
+            input,
+            literal: Vec::with_capacity(LITERAL_MAX_BYTES),
+            device_bytes,
+            offset: 0,
+            count: 0,
+            ended: false,
+        })
+    }
+
+    /// The next segment; `None` at the end, when all of the device was passed.
+    ///
+    /// **Errors**: a damaged payload; one that makes another size.
+    pub fn next(&mut self) -> Result<Option<Segment<'_>>, SkeletonError> {
+        if self.ended {
+            return Ok(None);
+        }
+        let raw: RawSegment = read_raw(&mut self.input)?;
+        let (literal_bytes, content_bytes) = (raw.literal_bytes.get(), raw.content_bytes.get());
+        if literal_bytes == 0 && content_bytes == 0 {
+            self.end()?;
+            return Ok(None);
+        }
+        let length = usize::try_from(literal_bytes).unwrap_or(usize::MAX);
+        if length > LITERAL_MAX_BYTES {
+            return Err(SkeletonError::Literal {
+                segment: self.count,
+                bytes: literal_bytes,
+            });
+        }
+        let start = self.offset;
+        let content_start = start + u64::from(literal_bytes);
+        let content = Extent::from_length(content_start, content_bytes)
+            .filter(|run| run.end() <= self.device_bytes)
+            .ok_or(SkeletonError::DeviceBytes {
+                expected: self.device_bytes,
+                actual: content_start,
+            })?;
+        self.literal.resize(length, 0);
+        self.input.read_exact(&mut self.literal)?;
+        self.offset = content.end();
+        self.count += 1;
+        Ok(Some(Segment {
+            start,
+            literal: &self.literal,
+            content,
+        }))
+    }
+
+    fn end(&mut self) -> Result<(), SkeletonError> {
+        self.ended = true;
+        if self.offset != self.device_bytes {
+            return Err(SkeletonError::DeviceBytes {
+                expected: self.device_bytes,
+                actual: self.offset,
+            });
+        }
+        if self.input.read(&mut [0])? != 0 {
+            return Err(SkeletonError::Trailing);
+        }
+        Ok(())
+    }
 }
 
 fn read_raw<T: FromBytes + IntoBytes>(input: &mut impl Read) -> io::Result<T> {

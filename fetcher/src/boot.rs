@@ -9,6 +9,8 @@
 //!
 //! In a cluster a list goes the way of every fetch: each request is for one home ([`crate::peer`]).
 //!
+//! Chunks that are just being made of files that the node has ([`crate::reuse`]) are left out.
+//!
 //! A request that fails is given up unless a reader waits for it: the list is a hint, and whatever it
 //! did not bring is fetched as if there were none.
 
@@ -82,7 +84,8 @@ impl Fetcher {
             let chunk = handle.chunks().chunk(read.chunk)?;
             let free = handle.check_open().is_ok()
                 && !handle.device().is_present(read.chunk)
-                && !handle.flights.is_in_flight(read.chunk);
+                && !handle.flights.is_in_flight(read.chunk)
+                && !handle.is_expected(read.chunk);
             free.then_some(Listed {
                 layer: read.layer,
                 chunk,

@@ -9,6 +9,7 @@
 //! - [`boot`]: loads what a container reads while it starts, in one burst.
 //! - [`peer`]: what nodes give each other.
 //! - [`prefetch`]: completes images in the background.
+//! - [`reuse`]: makes chunks of files that the node has already.
 //! - [`block_source`]: reads a layer device through all of that.
 //! - [`index_artifact`]: what makes an image lazy that nobody converted.
 //! - [`metrics`]: what is counted.
@@ -31,6 +32,7 @@ pub mod metrics;
 pub mod peer;
 pub mod prefetch;
 pub mod registry;
+pub mod reuse;
 pub mod scheduler;
 pub mod source;
 pub mod steps;

@@ -197,6 +197,7 @@ impl Layer {
     fn is_free(&self, chunk: u32, resting: &BTreeSet<u32>) -> bool {
         !self.handle.device().is_present(chunk)
             && !self.handle.flights.is_in_flight(chunk)
+            && !self.handle.is_expected(chunk)
             && !resting.contains(&self.handle.judged_by(chunk))
     }
 

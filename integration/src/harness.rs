@@ -16,6 +16,7 @@ pub mod nerdctl;
 pub mod network;
 pub mod process;
 pub mod proxy;
+pub mod rebuilt;
 pub mod registry;
 pub mod root;
 pub mod rootfs;

@@ -119,6 +119,8 @@ pub struct Config {
     pub store_budget_bytes: Option<u64>,
     /// Bytes of the disk that are kept free of what nobody waits for; 0: none.
     pub store_reserve_bytes: u64,
+    /// Make chunks of new images of files that other layers have.
+    pub store_reuse: bool,
     /// How long files of layers that no snapshot has any more are kept: longer than a Prepare takes,
     /// whose files no snapshot has yet.
     pub store_grace: Duration,
@@ -266,6 +268,7 @@ impl Written {
                 &store.reserve,
                 units::parse_bytes,
             )?,
+            store_reuse: store.reuse,
             store_grace: store_grace.max(prepare_budget + STORE_GRACE_MARGIN),
             prefetch: prefetch.enabled,
             prefetch_delay: check.duration("prefetch.delay", &prefetch.delay)?,

@@ -52,6 +52,7 @@ use crate::mounts::Mounts;
 use crate::node_indexes::NodeIndexes;
 use crate::plan::{Layout, LayoutLayer, Outcome, Plans};
 use crate::resolve::ContentReader;
+use crate::reuse::Reuse;
 use crate::shelf::NodeShelf;
 use crate::snapshots::{
     BlobOrigin, LABEL_SNAPSHOT_REF, LazyDecision, LazyLayerRecord, LazyLayers, MountError,
@@ -116,6 +117,8 @@ pub struct LazyParts {
     pub background: Background,
     /// What containers read while they start.
     pub boot: Arc<Boot>,
+    /// Files that other layers have.
+    pub reuse: Reuse,
     /// Indexes that nodes made.
     pub node_indexes: Arc<NodeIndexes>,
     /// How these go from node to node.
@@ -178,6 +181,7 @@ impl Lazy {
         self.0.tasks.wait().await;
         self.0.parts.background.stop().await;
         self.0.parts.boot.stop().await;
+        self.0.parts.reuse.stop().await;
     }
 
     /// The parts, for the control service.

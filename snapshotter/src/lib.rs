@@ -25,6 +25,7 @@ pub mod notifications;
 pub mod plan;
 pub mod prewarm;
 pub mod resolve;
+pub mod reuse;
 pub mod run;
 pub mod service;
 pub mod shelf;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! One layer as the fetcher sees it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -95,6 +95,8 @@ pub struct LayerHandle {
     origins: OriginSet,
     /// Chunks that can be had by prefix only, frame by frame.
     streams: Vec<Range<u32>>,
+    /// Chunks that are made of files the node has ([`crate::reuse`]): only readers fetch them meanwhile.
+    pub(crate) expected: Mutex<HashSet<u32>>,
 }
 
 impl LayerHandle {
@@ -125,12 +127,18 @@ impl LayerHandle {
             blob: spec.blob,
             blob_bytes: spec.blob_bytes,
             origins: spec.origins,
+            expected: Mutex::default(),
         }
     }
 
     /// The repositories that have the blob.
     pub fn origins(&self) -> &OriginSet {
         &self.origins
+    }
+
+    /// Whether the chunk is being made of what the node has.
+    pub(crate) fn is_expected(&self, chunk: u32) -> bool {
+        lock(&self.expected).contains(&chunk)
     }
 
     /// Whether the chunk is on its way.

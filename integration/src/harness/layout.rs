@@ -163,7 +163,7 @@ impl Coding {
         Self::Plain,
     ];
 
-    fn media_type(self) -> &'static str {
+    pub(super) fn media_type(self) -> &'static str {
         match self {
             Self::Gzip | Self::GzipMembers => "application/vnd.oci.image.layer.v1.tar+gzip",
             Self::Zstd | Self::ZstdFrames => "application/vnd.oci.image.layer.v1.tar+zstd",
@@ -251,14 +251,14 @@ pub fn write_large(
 }
 
 /// Writes on, and knows the digest and the number of the bytes.
-struct Hashed<W> {
+pub(super) struct Hashed<W> {
     inner: W,
     digest: Sha256,
     bytes: u64,
 }
 
 impl<W> Hashed<W> {
-    fn new(inner: W) -> Self {
+    pub(super) fn new(inner: W) -> Self {
         let digest = Sha256::new();
         Self {
             inner,
@@ -267,7 +267,8 @@ impl<W> Hashed<W> {
         }
     }
 
-    fn finish(self) -> (W, String, u64) {
+    /// What it wrote to, the digest in hex, and the bytes.
+    pub(super) fn finish(self) -> (W, String, u64) {
         (self.inner, hex::encode(self.digest.finalize()), self.bytes)
     }
 }
@@ -324,13 +325,13 @@ fn image(
     Ok(directory.to_owned())
 }
 
-fn blob(blobs: &Path, bytes: &[u8], media_type: &str) -> Result<serde_json::Value> {
+pub(super) fn blob(blobs: &Path, bytes: &[u8], media_type: &str) -> Result<serde_json::Value> {
     let digest = hex::encode(Sha256::digest(bytes));
     std::fs::write(blobs.join(&digest), bytes).with_context(|| format!("write blob {digest}"))?;
     Ok(descriptor(&digest, bytes.len() as u64, media_type))
 }
 
-fn descriptor(digest: &str, bytes: u64, media_type: &str) -> serde_json::Value {
+pub(super) fn descriptor(digest: &str, bytes: u64, media_type: &str) -> serde_json::Value {
     json!({"mediaType": media_type, "digest": format!("sha256:{digest}"), "size": bytes})
 }
 

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use super::document::BootDocument;
 use super::{Boot, LOADS_MAX, Load, OfferError, State, boot_key, indexes};
 use crate::layers::OpenLayerError;
+use crate::reuse::Planned;
 use crate::snapshots::LazyLayerRecord;
 
 impl State {
@@ -104,6 +105,11 @@ impl Boot {
     /// Loads the list of a run, if there is one, unless that is under way. Returns at once; the indexes
     /// of the layers are on disk.
     pub fn load(self: &Arc<Self>, layers: Vec<LazyLayerRecord>) {
+        self.load_after(layers, None);
+    }
+
+    /// As [`Self::load`], once it is known what need not be loaded.
+    pub fn load_after(self: &Arc<Self>, layers: Vec<LazyLayerRecord>, planned: Option<Planned>) {
         let key = boot_key(&layers);
         if !self.options.enabled || layers.is_empty() || !self.state().begin(key) {
             return;
@@ -111,6 +117,9 @@ impl Boot {
         let boot = Arc::clone(self);
         self.spawn(async move {
             let _loading = Loading { boot: &boot, key };
+            if let Some(planned) = planned {
+                planned.wait().await;
+            }
             boot.load_now(key, &layers).await;
         });
     }

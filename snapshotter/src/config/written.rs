@@ -117,6 +117,7 @@ section! {
     Store {
         budget: String = "0".into(),
         reserve: String = "0".into(),
+        reuse: bool = true,
         grace: String = "20s".into(),
     }
 }

@@ -305,7 +305,7 @@ impl Inner {
         let layers: Vec<_> = layout.layers.iter().map(annotations).collect();
         for run in layers.split(Option::is_none) {
             let run = || run.iter().flatten();
-            if run().all(|annotations| annotations.boot.is_none()) {
+            if run().all(|annotations| annotations.boot.is_empty()) {
                 let indexes: Vec<_> = run().map(|it| it.index_digest).collect();
                 self.parts.boot.seek(&indexes);
             }
@@ -332,21 +332,26 @@ impl Inner {
         }
     }
 
-    /// Every index is here: what a container of the image reads while it starts begins to load.
+    /// Every index is here: what a container of the image reads while it starts begins to load, as far as it is not
+    /// made of what the node has.
     fn load_boot_lists(&self, layout: &Layout, outcomes: &BTreeMap<ChainId, Outcome>) {
         for layer in &layout.layers {
             if let Ok(LayerMark::Lazy(annotations)) = &layer.mark {
                 self.parts.boot.note_attached(annotations);
             }
         }
-        let mut run: Vec<LazyLayerRecord> = Vec::new();
-        for layer in &layout.layers {
-            match outcomes.get(&layer.chain_id) {
-                Some(Ok(planned)) => run.push(planned.record.clone()),
-                Some(Err(_)) | None => self.parts.boot.load(std::mem::take(&mut run)),
-            }
+        let outcomes = layout.layers.iter().map(|it| outcomes.get(&it.chain_id));
+        let records = outcomes.map(|outcome| match outcome {
+            Some(Ok(planned)) => Some(planned.record.clone()),
+            Some(Err(_)) | None => None,
+        });
+        let records: Vec<Option<LazyLayerRecord>> = records.collect();
+        let lazy = records.iter().flatten().cloned().collect();
+        let planned = self.parts.reuse.begin(lazy);
+        for run in records.split(Option::is_none) {
+            let run = run.iter().flatten().cloned().collect();
+            self.parts.boot.load_after(run, planned.clone());
         }
-        self.parts.boot.load(run);
     }
 
     async fn layout(self: &Arc<Self>, key: &PlanKey, seed: Seed) -> Result<Layout> {

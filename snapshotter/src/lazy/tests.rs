@@ -27,6 +27,7 @@ use crate::mount::bind::BindMount;
 use crate::node_indexes::{BUDGET_BYTES, NodeIndexes};
 use crate::plan::{Refusal, RefusalKind};
 use crate::resolve::MemoryContent;
+use crate::reuse::Reuse;
 use crate::shelf::NodeShelf;
 use crate::snapshots::SnapshotId;
 use crate::store::DocumentTable;
@@ -105,6 +106,7 @@ fn lazy_with(
     );
     let parts = LazyParts {
         boot,
+        reuse: Reuse::new(true, Arc::clone(&layers), Arc::clone(&metadata)),
         content,
         metadata,
         trees: Arc::new(TreeFiles::open(&at("trees")).unwrap()),

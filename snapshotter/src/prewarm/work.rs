@@ -82,6 +82,10 @@ impl Work {
         });
         let opened = self.open_all(&image, scope, report).await;
         report.send_modify(|it| it.phase = Phase::Fetching);
+        let records = opened.iter().map(|it| it.record.clone()).collect();
+        if let Some(planned) = self.lazy.parts().reuse.begin(records) {
+            planned.wait().await;
+        }
         match scope {
             Scope::Full => self.complete(&opened, report).await,
             Scope::Boot => self.bring_lists(&opened, report).await,

@@ -39,6 +39,7 @@ use crate::node_indexes::{BUDGET_BYTES, NodeIndexes};
 use crate::notifications::{NotificationMetrics, Receiver};
 use crate::prewarm::Prewarms;
 use crate::resolve::{Containerd, ContainerdContent};
+use crate::reuse::Reuse;
 use crate::shelf::NodeShelf;
 use crate::shim::client::ShimOptions;
 use crate::shim::client::reserve::Reserve;
@@ -201,6 +202,11 @@ impl LazySide {
         let reader = containerd(CONTENT_DEADLINE);
         let containerd = containerd(config.rpc_deadline);
         let delay = config.prefetch.then_some(config.prefetch_delay);
+        let reuse = Reuse::new(
+            config.store_reuse,
+            Arc::clone(&layers),
+            Arc::clone(&metadata),
+        );
         let lazy = Lazy::start(
             LazyParts {
                 content: Arc::new(ContainerdContent::new(reader)),
@@ -208,6 +214,7 @@ impl LazySide {
                 trees,
                 background: Background::new(Arc::clone(&layers), delay, reserve.clone()),
                 boot,
+                reuse,
                 layers,
                 shelf: Arc::clone(&shelf),
                 mounts,
