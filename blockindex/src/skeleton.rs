@@ -203,7 +203,7 @@ where
 {
     let mut segments = Segments::open(payload, device_bytes)?;
     let mut ordinal = 0;
-    while let Some(segment) = segments.next()? {
+    while let Some(segment) = segments.advance()? {
         out.write_all(segment.literal)?;
         let run = segment.content;
         if run.is_empty() {
@@ -285,7 +285,7 @@ impl<R: Read> Segments<R> {
     /// The next segment; `None` at the end, when all of the device was passed.
     ///
     /// **Errors**: a damaged payload; one that makes another size.
-    pub fn next(&mut self) -> Result<Option<Segment<'_>>, SkeletonError> {
+    pub fn advance(&mut self) -> Result<Option<Segment<'_>>, SkeletonError> {
         if self.ended {
             return Ok(None);
         }

@@ -123,7 +123,9 @@ mod tests {
     #[test]
     fn chunks_are_whole_or_passed_over() {
         let layer = TestLayer::even(3, 4, 1000);
-        let cases: [(&[u32], &[u64], &[usize], &[u32]); 6] = [
+        // Wanted, where pieces end, which are lost, what becomes whole.
+        type Case<'a> = (&'a [u32], &'a [u64], &'a [usize], &'a [u32]);
+        let cases: [Case<'_>; 6] = [
             (&[0, 1, 2, 3], &[4000], &[], &[0, 1, 2, 3]),
             (
                 &[0, 1, 2, 3],

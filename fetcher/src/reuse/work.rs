@@ -76,7 +76,7 @@ impl<'a> Work<'a> {
         // The table of files has the same contents in the same order.
         let mut files = self.plan.files.iter();
         while !assembly.is_done()
-            && let Some(segment) = segments.next()?
+            && let Some(segment) = segments.advance()?
         {
             let literal = segment.literal;
             let read = |offset: u64, buffer: &mut [u8]| {

@@ -172,11 +172,8 @@ fn later_records(records: &[u8]) -> Result<Vec<u8>> {
 fn record(records: &[u8], name: &str) -> Option<String> {
     let text = String::from_utf8_lossy(records);
     let wanted = format!(" {name}=");
-    let found = text.lines().find_map(|line| {
-        let (_, value) = line.split_once(&wanted)?;
-        Some(value.to_owned())
-    });
-    found
+    let mut lines = text.lines();
+    lines.find_map(|line| Some(line.split_once(&wanted)?.1.to_owned()))
 }
 
 #[cfg(test)]
