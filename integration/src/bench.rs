@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What `make bench` measures on one node.
 //!
-//! - `conversion`: against the pipeline that does the same work.
+//! - `conversion`: against the pipeline that does the least of the same work, and the converters of others; indexing
+//!   against gunzip.
 //! - `files`: a complete image, mounted, against its unpacked layers.
 //! - `memory`: what the shim takes per 100 layers mounted, and the daemon with 100 images.
 //! - `first_read`: the first read of a small file, against the registry's own round trip.
@@ -14,6 +15,7 @@ pub mod conversion;
 pub mod files;
 pub mod first_read;
 pub mod memory;
+pub mod meter;
 pub mod process;
 pub mod report;
 pub mod start;

@@ -15,7 +15,7 @@ use sluice_integration::harness::site::Site;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Benchmark {
-    /// Converting an image.
+    /// Converting and indexing images, side by side; not with --json.
     Conversion,
     /// Files of a complete image.
     Fs,
@@ -37,6 +37,8 @@ struct Arguments {
     /// Images of the daemon's figure.
     #[arg(long, default_value_t = 100)]
     memory_images: usize,
+    #[command(flatten, next_help_heading = "Conversion")]
+    conversion: conversion::Options,
     #[command(flatten, next_help_heading = "Cold starts")]
     start: start::Options,
 }
@@ -52,11 +54,16 @@ fn main() -> Result<()> {
         [] => all,
         some => some,
     };
+    let directory = arguments.start.report.as_deref();
+    let redrawn = directory.filter(|_| arguments.start.redraw);
     for benchmark in all.iter().filter(|it| chosen.contains(it)) {
         let figures = match benchmark {
             Benchmark::Conversion => {
-                let site = Site::start("bench", Release::V1, Line::OPEN, "")?;
-                conversion::measure(&site, &images::python_layout()?)?
+                match redrawn {
+                    Some(directory) => conversion::redraw(directory)?,
+                    None => conversion::measure(&arguments.conversion, directory)?,
+                }
+                continue;
             }
             Benchmark::Fs => {
                 let layout = images::python_layout()?;
