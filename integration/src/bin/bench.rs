@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use serde_json::json;
-use sluice_integration::bench::{conversion, files, first_read, memory, report, start};
+use sluice_integration::bench::{conversion, files, first_read, memory, reads, report, start};
 use sluice_integration::cluster::cpu::Account;
 use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::images;
@@ -19,6 +19,8 @@ enum Benchmark {
     Conversion,
     /// Files of a complete image.
     Fs,
+    /// Files of complete images, side by side; not with --json.
+    Reads,
     /// Memory of shim and daemon.
     Memory,
     /// The first read of a file.
@@ -39,6 +41,8 @@ struct Arguments {
     memory_images: usize,
     #[command(flatten, next_help_heading = "Conversion")]
     conversion: conversion::Options,
+    #[command(flatten, next_help_heading = "Reads")]
+    reads: reads::Options,
     #[command(flatten, next_help_heading = "Cold starts")]
     start: start::Options,
 }
@@ -62,6 +66,13 @@ fn main() -> Result<()> {
                 match redrawn {
                     Some(directory) => conversion::redraw(directory)?,
                     None => conversion::measure(&arguments.conversion, directory)?,
+                }
+                continue;
+            }
+            Benchmark::Reads => {
+                match redrawn {
+                    Some(directory) => reads::redraw(directory)?,
+                    None => reads::measure(&arguments.reads, directory)?,
                 }
                 continue;
             }
