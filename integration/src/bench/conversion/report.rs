@@ -13,8 +13,8 @@ const HEAD: &str = "\
 <!-- Written by `make bench BENCH=conversion`: do not edit. -->
 
 What it takes to make a gzip image lazy. For each image the ways take turns in each round, from sources in memory, one
-program at a time on the machine. Medians; peak RSS is that of a way's largest process, the highest of all rounds. MB are 10^6
-bytes of layers.
+program at a time. Medians; peak RSS is that of a way's largest process, the highest of all rounds. MB are 10^6 bytes of layers. *Load*:
+of the machine in the last minute, by all that ran; compare within one image only.
 ";
 
 /// The whole report.
