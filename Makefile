@@ -76,10 +76,11 @@ check: setup deny ## formatting, lints, unit and model tests, docs, licences and
 	@cargo test --locked
 	@RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --workspace
 
-# BENCH names some of the benchmarks and START gives options of cold starts, e.g. BENCH=start START='--images nginx --runs 3'
+# BENCH names some of the benchmarks and START gives options, e.g. BENCH=start START='--images nginx --runs 3' or
+# BENCH='conversion reads' START='--conversion-images nginx --reads-images node --reads-rounds 7'
 # (target/release/bench --help lists them). QUICK=1: a few cold starts and a verdict, in less than five minutes.
-bench: tools images ## conversion, file systems, first reads, memory, cold starts beside other snapshotters; release build; writes docs/benchmarks
-	@echo "== bench: conversion and file systems against their peers, first reads, memory, cold starts"
+bench: tools images ## conversion, reads and cold starts beside others, file systems, first reads, memory; release build; writes docs/benchmarks
+	@echo "== bench: conversion, reads and cold starts beside others, file systems, first reads, memory"
 	@integration/scripts/go-tools.sh target/tools stargz soci
 	@cargo build --release --workspace --bins --locked
 	@target/release/bench $(if $(QUICK),--quick,--json docs/benchmarks/node.json --report docs/benchmarks) $(START) $(BENCH)

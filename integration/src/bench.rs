@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What `make bench` measures on one node.
 //!
-//! - `conversion`: against the pipeline that does the same work.
+//! - `conversion`: against the pipeline that does the least of the same work, and the converters of others; indexing
+//!   against gunzip.
 //! - `files`: a complete image, mounted, against its unpacked layers.
+//! - `reads`: the same of real images, against what users would pick instead.
 //! - `memory`: what the shim takes per 100 layers mounted, and the daemon with 100 images.
 //! - `first_read`: the first read of a small file, against the registry's own round trip.
 //! - `start`: cold starts of real images, against what users would pick instead.
@@ -14,7 +16,9 @@ pub mod conversion;
 pub mod files;
 pub mod first_read;
 pub mod memory;
+pub mod meter;
 pub mod process;
+pub mod reads;
 pub mod report;
 pub mod start;
 pub mod synthetic;

@@ -1,73 +1,121 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `sluice convert` against the pipeline of common tools that does the same work.
+//! `sluice convert` and `sluice index` beside what does the same, or the least of it.
+//!
+//! For each image the ways take turns in each round, in an order that moves on from round to round. Sources are in memory
+//! and what others wrote is on the disk before each run. [`Way::timed`] says what is timed.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::collections::BTreeMap;
+use std::path::Path;
 
-use anyhow::{Context, Result};
-use serde_json::{Value, json};
+use anyhow::{Result, ensure};
+use clap::Args;
+use serde_json::json;
 
-use super::DEADLINE;
-use super::report::{Comparison, Times};
-use crate::harness::command;
-use crate::harness::site::Site;
+use figures::{Figure, Figures, Measured};
+use source::Source;
+use way::Way;
+use works::Works;
 
-const ROUNDS: usize = 5;
+use super::report as document;
 
-/// Compares them on the layers of an image.
-pub fn measure(site: &Site, layout: &Path) -> Result<Value> {
-    let layers = layers(layout)?;
-    let sizes = layers.iter().map(|layer| Ok(layer.metadata()?.len()));
-    let bytes: u64 = sizes.sum::<Result<u64>>()?;
-    let (mut pipeline, mut ours) = (Vec::new(), Vec::new());
-    for round in 0..ROUNDS {
-        let mut seconds = 0.0;
-        for layer in &layers {
-            let script = format!(
-                "set -o pipefail; gzip -dc {} | tee >(sha256sum >/dev/null) | zstd -3 -T0 -c | sha256sum",
-                layer.display()
-            );
-            seconds += command::run_ok(Command::new("bash").args(["-c", &script]), DEADLINE)?
-                .elapsed
-                .as_secs_f64();
-        }
-        pipeline.push(seconds);
-        let destination = site.root.path().join(format!("converted-{round}"));
-        let output = site.daemon.sluice_ok(&[
-            "convert",
-            &format!("oci:{}:latest", layout.display()),
-            &format!("oci:{}:latest", destination.display()),
-        ])?;
-        ours.push(output.elapsed.as_secs_f64());
-        std::fs::remove_dir_all(&destination)?;
-    }
-    println!(
-        "conversion of {:.0} MB gzip, {} layers, {ROUNDS} rounds in turn",
-        bytes as f64 / 1e6,
-        layers.len()
-    );
-    let comparison = Comparison::print(
-        "gzip -dc | tee >(sha256sum) | zstd -3 -T0 | sha256sum",
-        Times::of(pipeline)?,
-        "sluice convert (index and digests included)",
-        Times::of(ours)?,
-    );
-    Ok(json!({"gzip_bytes": bytes, "layers": layers.len(), "convert": comparison}))
+pub mod figures;
+pub mod report;
+pub mod source;
+pub mod way;
+pub mod works;
+
+/// The name of the benchmark and of its files.
+const NAME: &str = "conversion";
+
+/// What is measured.
+#[derive(Debug, Clone, Args)]
+pub struct Options {
+    /// Images that are converted; by default python (that of the demo), and of nginx, node, postgres and ml those that
+    /// were made before.
+    #[arg(long, value_delimiter = ',', value_name = "IMAGES")]
+    pub conversion_images: Vec<String>,
+    /// Conversions of each image by each way; of large ones at most three.
+    #[arg(long, default_value_t = 5, value_name = "ROUNDS")]
+    pub conversion_rounds: usize,
 }
 
-/// The layers' blobs of the first manifest.
-fn layers(layout: &Path) -> Result<Vec<PathBuf>> {
-    let blob = |digest: &Value| -> Result<PathBuf> {
-        let hex = digest
-            .as_str()
-            .and_then(|digest| digest.strip_prefix("sha256:"))
-            .context("a digest")?;
-        Ok(layout.join("blobs/sha256").join(hex))
-    };
-    let read =
-        |path: PathBuf| -> Result<Value> { Ok(serde_json::from_slice(&std::fs::read(path)?)?) };
-    let index = read(layout.join("index.json"))?;
-    let manifest = read(blob(&index["manifests"][0]["digest"])?)?;
-    let layers = manifest["layers"].as_array().context("layers")?;
-    layers.iter().map(|layer| blob(&layer["digest"])).collect()
+/// Measures, prints, and keeps conversion.json and conversion.md in `directory`; what is there of other images stays.
+pub fn measure(options: &Options, directory: Option<&Path>) -> Result<()> {
+    ensure!(
+        options.conversion_rounds > 0,
+        "--conversion-rounds must be at least 1"
+    );
+    let sources = Source::all(&options.conversion_images)?;
+    let mut figures = Figures::default();
+    if let Some(directory) = directory {
+        let stored = document::stored(&directory.join("conversion.json"), NAME)?;
+        figures = stored.map_or_else(Figures::default, |entry| entry.figures);
+    }
+    figures.versions = BTreeMap::new();
+    figures.absent = BTreeMap::new();
+    for way in Way::ALL {
+        match way.version() {
+            Ok(version) => {
+                figures.versions.insert(way, version);
+            }
+            Err(error) if matches!(way, Way::Estargz | Way::Nydus) => {
+                println!("   {} cannot be had: {error:#}", way.title());
+                figures.absent.insert(way, format!("{error:#}"));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    for source in &sources {
+        let measured = of_image(source, options.conversion_rounds, &mut figures)?;
+        print!("{}", report::tables(&source.name, &measured));
+        figures.images.insert(source.name.clone(), measured);
+        if let Some(directory) = directory {
+            document::keep(directory, NAME, json!(figures), report::markdown)?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes conversion.md again from conversion.json.
+pub fn redraw(directory: &Path) -> Result<()> {
+    document::redraw(directory, NAME, report::markdown)
+}
+
+fn of_image(source: &Source, wanted: usize, figures: &mut Figures) -> Result<Measured> {
+    let works = Works::open()?;
+    works.bring(source)?;
+    let rounds = source.rounds(wanted);
+    println!(
+        "\nconversion of {}: {:.0} MB gzip, {} layers, {rounds} rounds in turn",
+        source.name,
+        source.bytes as f64 / 1e6,
+        source.layers.len()
+    );
+    let mut costs: BTreeMap<Way, Vec<way::Cost>> = BTreeMap::new();
+    for round in 0..rounds {
+        let mut order: Vec<Way> = figures.versions.keys().copied().collect();
+        let first = round % order.len();
+        order.rotate_left(first);
+        for way in order {
+            match works.run(way, source, round) {
+                Ok(cost) => {
+                    println!("   {:<22} {cost}", way.title());
+                    costs.entry(way).or_default().push(cost);
+                }
+                // How it is called is not known of every version of it.
+                Err(error) if way == Way::Nydus => {
+                    println!("   {:<22} failed: {error:#}", way.title());
+                    figures.versions.remove(&way);
+                    figures.absent.insert(way, format!("it failed: {error:#}"));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    let mut measured = Measured::new(source);
+    measured.load = document::load()?;
+    for (way, costs) in costs {
+        measured.ways.insert(way, Figure::of(&costs)?);
+    }
+    Ok(measured)
 }

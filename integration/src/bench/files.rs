@@ -97,10 +97,31 @@ pub(super) fn walk(mode: &str, target: &Path) -> Result<(f64, u64)> {
 
 /// Runs `fstime`; gives seconds and files.
 pub(super) fn fstime(mode: &str, target: &Path) -> Result<(f64, u64)> {
+    let timed = timed(mode, target, None)?;
+    Ok((timed.seconds, timed.count))
+}
+
+/// What `fstime` says.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Timed {
+    /// How long it took.
+    pub seconds: f64,
+    /// Files, or reads.
+    pub count: u64,
+    /// Bytes that were read.
+    pub bytes: u64,
+}
+
+/// Runs `fstime`, with so many readers or reads.
+pub(super) fn timed(mode: &str, target: &Path, number: Option<usize>) -> Result<Timed> {
     let mut command = Command::new(tools::binary("fstime")?);
-    let output = command::run_ok(command.arg(mode).arg(target), DEADLINE)?;
+    command.arg(mode).arg(target);
+    command.args(number.map(|it| it.to_string()));
+    let output = command::run_ok(&mut command, DEADLINE)?;
     let mut words = output.stdout.split_whitespace();
-    let seconds = words.next().context("seconds")?.parse()?;
-    let files = words.next().context("files")?.parse()?;
-    Ok((seconds, files))
+    Ok(Timed {
+        seconds: words.next().context("seconds")?.parse()?,
+        count: words.next().context("files")?.parse()?,
+        bytes: words.next().context("bytes")?.parse()?,
+    })
 }

@@ -5,11 +5,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 /// The times of one contender.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Times {
     /// The middle one; the upper of two.
     pub median_s: f64,
@@ -79,6 +80,65 @@ impl Comparison {
     }
 }
 
+/// What [`store`] kept of a benchmark.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Entry<T> {
+    /// The kernel of the last measurement.
+    pub kernel: String,
+    /// Its cores.
+    pub cores: usize,
+    /// What was measured.
+    pub figures: T,
+}
+
+/// What the document at `path` has of a benchmark; `None` where there is none.
+pub fn stored<T: DeserializeOwned>(path: &Path, benchmark: &str) -> Result<Option<Entry<T>>> {
+    let mut document: Value = match std::fs::read(path) {
+        Ok(bytes) => serde_json::from_slice(&bytes).context("read the document of figures")?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let entry = document.get_mut(benchmark).map(Value::take);
+    let entry = entry.map(serde_json::from_value).transpose();
+    entry.with_context(|| format!("read the figures of {benchmark} in {}", path.display()))
+}
+
+/// Keeps a benchmark that has a report of its own: its figures in `BENCHMARK.json` of a directory, and what they are in
+/// words in `BENCHMARK.md`.
+pub fn keep<T: DeserializeOwned>(
+    directory: &Path,
+    benchmark: &str,
+    figures: Value,
+    markdown: fn(&Entry<T>) -> String,
+) -> Result<()> {
+    store(
+        &directory.join(format!("{benchmark}.json")),
+        benchmark,
+        figures,
+    )?;
+    redraw(directory, benchmark, markdown)
+}
+
+/// Writes `BENCHMARK.md` again from `BENCHMARK.json`.
+pub fn redraw<T: DeserializeOwned>(
+    directory: &Path,
+    benchmark: &str,
+    markdown: fn(&Entry<T>) -> String,
+) -> Result<()> {
+    let json = directory.join(format!("{benchmark}.json"));
+    let entry = stored(&json, benchmark)?;
+    let entry = entry.with_context(|| format!("no figures in {}", json.display()))?;
+    let path = directory.join(format!("{benchmark}.md"));
+    std::fs::write(&path, markdown(&entry)).with_context(|| format!("write {}", path.display()))
+}
+
+/// How many processes wanted to run on average in the last minute.
+pub fn load() -> Result<f64> {
+    let text = std::fs::read_to_string("/proc/loadavg")?;
+    let first = text.split(' ').next().context("an average")?;
+    Ok(first.parse()?)
+}
+
 /// Writes what one benchmark measured into the document at `path`, beside what others did.
 pub fn store(path: &Path, benchmark: &str, figures: Value) -> Result<()> {
     let mut document: Value = match std::fs::read(path) {
@@ -125,6 +185,11 @@ mod tests {
         assert_eq!(document["a"]["figures"]["x"], 3);
         assert_eq!(document["b"]["figures"], 2);
         assert_eq!(document["b"]["command"], "make bench BENCH=b");
+        let entry: Entry<i32> = stored(&path, "b").unwrap().unwrap();
+        assert_eq!(entry.figures, 2);
+        assert!(stored::<i32>(&path, "c").unwrap().is_none());
+        let nowhere = directory.path().join("none.json");
+        assert!(stored::<i32>(&nowhere, "b").unwrap().is_none());
         std::fs::write(&path, "[]").unwrap();
         assert!(store(&path, "a", json!(1)).is_err());
     }

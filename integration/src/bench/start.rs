@@ -52,10 +52,11 @@ pub struct Options {
     /// Few images, contenders and runs, and a verdict by their ratios: below five minutes.
     #[arg(long)]
     pub quick: bool,
-    /// Keep start.json, start.md and start.svg in this directory; what is there of other images and speeds stays.
+    /// Keep start.json, start.md and start.svg in this directory, and what conversion and reads have beside them; what
+    /// is there of other images and speeds stays.
     #[arg(long, value_name = "DIRECTORY")]
     pub report: Option<PathBuf>,
-    /// Measure nothing: write start.md and start.svg again from start.json.
+    /// Measure nothing: write start.md and start.svg again from start.json, and the same of conversion and reads.
     #[arg(long, requires = "report")]
     pub redraw: bool,
 }
@@ -185,17 +186,10 @@ fn of_image(
         });
         let mut scene = Scene::new(image, *rate, layers, bytes, absent.clone());
         rounds(&lab, options.runs, &ready, &mut scene)?;
-        scene.load = Some(load()?);
+        scene.load = Some(super::report::load()?);
         done(scene)?;
     }
     Ok(())
-}
-
-/// How many processes wanted to run on average in the last minute.
-fn load() -> Result<f64> {
-    let text = std::fs::read_to_string("/proc/loadavg")?;
-    let first = text.split(' ').next().context("an average")?;
-    Ok(first.parse()?)
 }
 
 fn rounds(

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use serde_json::json;
-use sluice_integration::bench::{conversion, files, first_read, memory, report, start};
+use sluice_integration::bench::{conversion, files, first_read, memory, reads, report, start};
 use sluice_integration::cluster::cpu::Account;
 use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::images;
@@ -15,10 +15,12 @@ use sluice_integration::harness::site::Site;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Benchmark {
-    /// Converting an image.
+    /// Converting and indexing images, side by side; not with --json.
     Conversion,
     /// Files of a complete image.
     Fs,
+    /// Files of complete images, side by side; not with --json.
+    Reads,
     /// Memory of shim and daemon.
     Memory,
     /// The first read of a file.
@@ -37,6 +39,10 @@ struct Arguments {
     /// Images of the daemon's figure.
     #[arg(long, default_value_t = 100)]
     memory_images: usize,
+    #[command(flatten, next_help_heading = "Conversion")]
+    conversion: conversion::Options,
+    #[command(flatten, next_help_heading = "Reads")]
+    reads: reads::Options,
     #[command(flatten, next_help_heading = "Cold starts")]
     start: start::Options,
 }
@@ -52,11 +58,23 @@ fn main() -> Result<()> {
         [] => all,
         some => some,
     };
+    let directory = arguments.start.report.as_deref();
+    let redrawn = directory.filter(|_| arguments.start.redraw);
     for benchmark in all.iter().filter(|it| chosen.contains(it)) {
         let figures = match benchmark {
             Benchmark::Conversion => {
-                let site = Site::start("bench", Release::V1, Line::OPEN, "")?;
-                conversion::measure(&site, &images::python_layout()?)?
+                match redrawn {
+                    Some(directory) => conversion::redraw(directory)?,
+                    None => conversion::measure(&arguments.conversion, directory)?,
+                }
+                continue;
+            }
+            Benchmark::Reads => {
+                match redrawn {
+                    Some(directory) => reads::redraw(directory)?,
+                    None => reads::measure(&arguments.reads, directory)?,
+                }
+                continue;
             }
             Benchmark::Fs => {
                 let layout = images::python_layout()?;

@@ -50,12 +50,24 @@ pub struct Sample {
 #[derive(Debug)]
 pub struct Node {
     _attached: Attached,
-    _containers: Containers,
+    /// Its processes.
+    pub containers: Containers,
     /// containerd.
     pub containerd: Containerd,
     /// The snapshotter.
     pub service: Service,
     _root: Root,
+}
+
+/// What a node is beside its contender and image.
+#[derive(Debug, Clone, Copy)]
+pub struct Setting<'a> {
+    /// The part of the lab's root where it lives: nodes that live at once have different ones.
+    pub part: &'a str,
+    /// Whether the snapshotter notes what is read.
+    pub record: bool,
+    /// Appended to sluiced's configuration.
+    pub config: &'a str,
 }
 
 /// Starts the image once; with `record`, the snapshotter notes what is read.
@@ -65,8 +77,23 @@ pub fn start(
     image: Image,
     record: bool,
 ) -> Result<(Sample, Node)> {
-    let root = lab.root.part("n")?;
-    let service = contender.serve(&root, &lab.registry, record)?;
+    let setting = Setting {
+        part: "n",
+        record,
+        config: "",
+    };
+    start_in(lab, contender, image, setting)
+}
+
+/// Starts the image once, on such a node.
+pub fn start_in(
+    lab: &Lab,
+    contender: Contender,
+    image: Image,
+    setting: Setting<'_>,
+) -> Result<(Sample, Node)> {
+    let root = lab.root.part(setting.part)?;
+    let service = contender.serve(&root, &lab.registry, setting)?;
     let containers = Containers::of(&root);
     let plugin = service
         .socket()
@@ -115,7 +142,7 @@ pub fn start(
     sample.peak_rss_bytes = service.peak_rss_bytes()?;
     let node = Node {
         _attached: attached,
-        _containers: containers,
+        containers,
         containerd,
         service,
         _root: root,

@@ -11,6 +11,7 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 use super::super::process::peak_bytes;
+use super::cold::Setting;
 use crate::harness::daemon::{self, Daemon};
 use crate::harness::process::Process;
 use crate::harness::registry::Registry;
@@ -136,7 +137,7 @@ impl Contender {
     }
 
     /// Starts its snapshotter below `root`, with nothing in it.
-    pub fn serve(self, root: &Root, registry: &Registry, record: bool) -> Result<Service> {
+    pub fn serve(self, root: &Root, registry: &Registry, setting: Setting<'_>) -> Result<Service> {
         let containerd = root.directory("c")?.join("c.sock");
         let peer = |program: &str, arguments: &dyn Fn(&mut Command)| {
             let socket = root.directory("run")?.join("peer.sock");
@@ -158,8 +159,8 @@ impl Contender {
             Self::Sluice | Self::SluiceBoot | Self::SluiceIndex => {
                 // Labels of containerd leave ports out, and an image that nobody converted has no hint.
                 let host = registry.host();
-                let mut config = format!("\n[registry.hosts.\"{host}\"]\n");
-                if record {
+                let mut config = format!("\n[registry.hosts.\"{host}\"]\n{}", setting.config);
+                if setting.record {
                     config += "\n[boot]\nwindow = \"5s\"\n";
                 }
                 let daemon = Daemon::start(root, &containerd, &config)?;
@@ -168,7 +169,7 @@ impl Contender {
                 Ok(Service::Sluice { daemon, socket })
             }
             Self::Stargz | Self::StargzOptimized => peer("stargz-peer", &|command| {
-                command.args(record.then_some("record"));
+                command.args(setting.record.then_some("record"));
             }),
             Self::Soci => peer("soci-peer", &|command| {
                 command.arg(&containerd);

@@ -19,6 +19,8 @@ and all they keep are new, the page cache is dropped. The registry stands behind
 is counted there. Contenders take turns in each round. Medians; times begin with the pull and each contains those before
 it. The formats that others need are made beforehand and pulled from the same registry. containerd 2 and nerdctl 2 for all.
 
+What a conversion takes stands in [conversion.md](conversion.md), how images are read that have come in [reads.md](reads.md).
+
 ![seconds to ready](start.svg)
 ";
 
