@@ -76,13 +76,14 @@ check: setup deny ## formatting, lints, unit and model tests, docs, licences and
 	@cargo test --locked
 	@RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --workspace
 
-# BENCH names some of the benchmarks and START gives options of cold starts, e.g. BENCH=start START='--images nginx --runs 3'
+# BENCH names some of the benchmarks and START gives options of cold starts, e.g. BENCH=start START='--images nginx --runs 3';
+# SCALE those of what is large, e.g. BENCH=scale SCALE='--scenes many,files': the large image wants 32 GB of disk.
 # (target/release/bench --help lists them). QUICK=1: a few cold starts and a verdict, in less than five minutes.
-bench: tools images ## conversion, file systems, first reads, memory, cold starts beside other snapshotters; release build; writes docs/benchmarks
-	@echo "== bench: conversion and file systems against their peers, first reads, memory, cold starts"
+bench: tools images ## conversion, file systems, first reads, memory, cold starts and what is large beside other snapshotters; release build; writes docs/benchmarks
+	@echo "== bench: conversion and file systems against their peers, first reads, memory, cold starts, what is large"
 	@integration/scripts/go-tools.sh target/tools stargz soci
 	@cargo build --release --workspace --bins --locked
-	@target/release/bench $(if $(QUICK),--quick,--json docs/benchmarks/node.json --report docs/benchmarks) $(START) $(BENCH)
+	@target/release/bench $(if $(QUICK),--quick,--json docs/benchmarks/node.json --report docs/benchmarks) $(START) $(SCALE) $(BENCH)
 
 # SIMULATE adds options, e.g. SIMULATE='--scenario mine.json' (target/debug/simulate --help lists them).
 simulate: build ## clusters of 10 to 10,000 simulated nodes: registry egress, start times, load; draws docs/benchmarks

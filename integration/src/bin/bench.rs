@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use serde_json::json;
-use sluice_integration::bench::{conversion, files, first_read, memory, report, start};
+use sluice_integration::bench::{conversion, files, first_read, memory, report, scale, start};
 use sluice_integration::cluster::cpu::Account;
 use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::images;
@@ -25,6 +25,8 @@ enum Benchmark {
     FirstRead,
     /// Cold starts of real images, side by side; not with --json.
     Start,
+    /// Many containers, many layers, many files and large ones, side by side; not with --json.
+    Scale,
 }
 
 #[derive(Debug, Parser)]
@@ -39,6 +41,8 @@ struct Arguments {
     memory_images: usize,
     #[command(flatten, next_help_heading = "Cold starts")]
     start: start::Options,
+    #[command(flatten, next_help_heading = "Scale")]
+    scale: scale::Options,
 }
 
 fn main() -> Result<()> {
@@ -72,6 +76,11 @@ fn main() -> Result<()> {
             Benchmark::FirstRead => first_read::measure()?,
             Benchmark::Start => {
                 start::measure(arguments.start.clone())?;
+                continue;
+            }
+            Benchmark::Scale => {
+                let (report, redraw) = (&arguments.start.report, arguments.start.redraw);
+                scale::measure(arguments.scale.clone(), report.as_deref(), redraw)?;
                 continue;
             }
         };
