@@ -30,10 +30,10 @@ const PIECE_BYTES: usize = 64 << 10;
 const UNIQUE_BYTES: usize = 2 << 10;
 /// Blocks of the pool: enough that none is near the last use of it.
 const POOL: usize = 256;
-/// A block repeats this many random bytes with some of them changed each time, which takes it to a fifteenth or so.
+/// A block repeats this many random bytes with some of them changed each time, which takes it to a twentieth or so.
 const PATTERN_BYTES: usize = 1536;
 /// Bytes that change with each repetition.
-const CHANGED: usize = 24;
+const CHANGED: usize = 12;
 /// How much of a file is read.
 pub const READ_BYTES: u64 = 4096;
 
