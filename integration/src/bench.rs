@@ -8,6 +8,7 @@
 //! - `memory`: what the shim takes per 100 layers mounted, and the daemon with 100 images.
 //! - `first_read`: the first read of a small file, against the registry's own round trip.
 //! - `start`: cold starts of real images, against what users would pick instead.
+//! - `scale`: many containers, layers and files, and large ones, against the same.
 //!
 //! Contenders take turns in one set-up and medians are compared: the machine may be shared. Mounts are read
 //! by `fstime`, a child with a deadline.
@@ -20,8 +21,10 @@ pub mod meter;
 pub mod process;
 pub mod reads;
 pub mod report;
+pub mod scale;
 pub mod start;
 pub mod synthetic;
+pub mod update;
 
 /// Containerd's namespace of all benchmarks.
 const NAMESPACE: &str = "bench";

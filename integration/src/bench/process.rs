@@ -14,6 +14,24 @@ pub fn peak_bytes(pid: Pid) -> Result<u64> {
     Ok(kib * 1024)
 }
 
+/// Ticks of a second in /proc: what the kernel shows there has been 100 on all machines that Sluice runs on, whatever it
+/// counts with.
+const TICKS: f64 = 100.0;
+
+/// Seconds of CPU time that a process took, in user and kernel mode, with those of its children that have ended.
+pub fn cpu_seconds(pid: Pid) -> Result<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let ticks = cpu_ticks(&stat).with_context(|| format!("CPU time in {stat:?}"))?;
+    Ok(ticks as f64 / TICKS)
+}
+
+/// utime, stime, cutime and cstime of proc_pid_stat(5), added up. The name in brackets may contain anything.
+fn cpu_ticks(stat: &str) -> Option<u64> {
+    let (_, fields) = stat.rsplit_once(')')?;
+    let mut ticks = fields.split_whitespace().skip(11).take(4);
+    (0..4).map(|_| ticks.next()?.parse::<u64>().ok()).sum()
+}
+
 /// What a process takes, or several together.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Usage {
@@ -118,6 +136,14 @@ mod tests {
         assert_eq!(usage, expected);
         assert_eq!(usage.and(usage).private_bytes, 30 << 10);
         assert!(usage.take_memory("Rss: 1 kB\n").is_err());
+    }
+
+    #[test]
+    fn cpu_time_in_the_line_of_a_process() {
+        let line = "7 (a) b) S 1 7 7 0 -1 4194560 9 8 0 0 100 20 3 0 20 0 4 0 55 1 2";
+        assert_eq!(cpu_ticks(line), Some(123));
+        assert_eq!(cpu_ticks("7 (a) S 1 2 3"), None);
+        assert!(cpu_seconds(Pid::this()).unwrap() >= 0.0);
     }
 
     #[test]

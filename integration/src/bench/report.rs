@@ -139,26 +139,46 @@ pub fn load() -> Result<f64> {
     Ok(first.parse()?)
 }
 
+/// The document at `path`; an empty one where there is none.
+pub fn read<T: DeserializeOwned + Default>(path: &Path) -> Result<T> {
+    match std::fs::read(path) {
+        Ok(bytes) => serde_json::from_slice(&bytes)
+            .with_context(|| format!("read the figures in {}", path.display())),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(T::default()),
+        Err(error) => Err(error).with_context(|| format!("read {}", path.display())),
+    }
+}
+
+/// Writes a document.
+pub fn write(path: &Path, document: &impl Serialize) -> Result<()> {
+    let mut text = serde_json::to_string_pretty(document)?;
+    text.push('\n');
+    std::fs::write(path, text).with_context(|| format!("write {}", path.display()))
+}
+
+/// The kernel, and how many cores there are.
+pub fn machine() -> Result<(String, usize)> {
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    Ok((kernel.trim().to_owned(), cores))
+}
+
 /// Writes what one benchmark measured into the document at `path`, beside what others did.
 pub fn store(path: &Path, benchmark: &str, figures: Value) -> Result<()> {
-    let mut document: Value = match std::fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes).context("read the document of figures")?,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => json!({}),
-        Err(error) => return Err(error.into()),
-    };
-    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut document: Value = read(path)?;
+    if document.is_null() {
+        document = json!({});
+    }
+    let (kernel, cores) = machine()?;
     let entry = json!({
         "command": format!("make bench BENCH={benchmark}"),
-        "kernel": kernel.trim(),
+        "kernel": kernel,
         "cores": cores,
         "figures": figures,
     });
     let entries = document.as_object_mut().context("an object of figures")?;
     entries.insert(benchmark.to_owned(), entry);
-    let mut text = serde_json::to_string_pretty(&document)?;
-    text.push('\n');
-    std::fs::write(path, text).with_context(|| format!("write {}", path.display()))
+    write(path, &document)
 }
 
 #[cfg(test)]

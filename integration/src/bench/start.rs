@@ -52,11 +52,11 @@ pub struct Options {
     /// Few images, contenders and runs, and a verdict by their ratios: below five minutes.
     #[arg(long)]
     pub quick: bool,
-    /// Keep start.json, start.md and start.svg in this directory, and what conversion and reads have beside them; what
-    /// is there of other images and speeds stays.
+    /// Keep start.json, start.md and start.svg in this directory, and what other benchmarks have a report of beside them;
+    /// what is there of other images, speeds and scenes stays.
     #[arg(long, value_name = "DIRECTORY")]
     pub report: Option<PathBuf>,
-    /// Measure nothing: write start.md and start.svg again from start.json, and the same of conversion and reads.
+    /// Measure nothing: write start.md and start.svg again from start.json, and the same of the others.
     #[arg(long, requires = "report")]
     pub redraw: bool,
 }
@@ -106,7 +106,7 @@ pub fn measure(options: Options) -> Result<()> {
     let options = options.settled()?;
     let directory = options.report.as_deref();
     let mut document = match directory {
-        Some(directory) => Document::read(&directory.join("start.json"))?,
+        Some(directory) => super::report::read(&directory.join("start.json"))?,
         None => Document::default(),
     };
     if let (true, Some(directory)) = (options.redraw, directory) {
@@ -145,7 +145,7 @@ pub fn measure(options: Options) -> Result<()> {
 }
 
 fn keep(directory: &Path, document: &Document) -> Result<()> {
-    document.write(&directory.join("start.json"))?;
+    super::report::write(&directory.join("start.json"), document)?;
     let write = |name: &str, text: String| {
         let path = directory.join(name);
         std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))
@@ -161,8 +161,8 @@ fn of_image(
     (present, absent): (&[(Contender, String)], &BTreeMap<Contender, String>),
     mut done: impl FnMut(Scene) -> Result<()>,
 ) -> Result<()> {
-    let lab = Lab::open()?;
-    let (layers, bytes) = lab.push(image)?;
+    let lab = Lab::open("start")?;
+    let (layers, bytes) = lab.push(image.name(), &image.layout()?)?;
     println!(
         "\n{}: {layers} layers, {:.0} MB",
         image.name(),

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use serde_json::json;
-use sluice_integration::bench::{conversion, files, first_read, memory, reads, report, start};
+use sluice_integration::bench::{
+    conversion, files, first_read, memory, reads, report, scale, start, update,
+};
 use sluice_integration::cluster::cpu::Account;
 use sluice_integration::harness::containerd::Release;
 use sluice_integration::harness::images;
@@ -27,6 +29,10 @@ enum Benchmark {
     FirstRead,
     /// Cold starts of real images, side by side; not with --json.
     Start,
+    /// New versions of images that a node has, side by side; not with --json.
+    Update,
+    /// Many containers, many layers, many files and large ones, side by side; not with --json.
+    Scale,
 }
 
 #[derive(Debug, Parser)]
@@ -45,6 +51,10 @@ struct Arguments {
     reads: reads::Options,
     #[command(flatten, next_help_heading = "Cold starts")]
     start: start::Options,
+    #[command(flatten, next_help_heading = "New versions")]
+    update: update::Options,
+    #[command(flatten, next_help_heading = "Scale")]
+    scale: scale::Options,
 }
 
 fn main() -> Result<()> {
@@ -90,6 +100,18 @@ fn main() -> Result<()> {
             Benchmark::FirstRead => first_read::measure()?,
             Benchmark::Start => {
                 start::measure(arguments.start.clone())?;
+                continue;
+            }
+            Benchmark::Update => {
+                match redrawn {
+                    Some(directory) => update::redraw(directory)?,
+                    None => update::measure(&arguments.update, directory)?,
+                }
+                continue;
+            }
+            Benchmark::Scale => {
+                let (report, redraw) = (&arguments.start.report, arguments.start.redraw);
+                scale::measure(arguments.scale.clone(), report.as_deref(), redraw)?;
                 continue;
             }
         };

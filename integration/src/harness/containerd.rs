@@ -6,6 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use nix::unistd::Pid;
 
 use super::command::{self, Output};
 use super::daemon::Daemon;
@@ -123,6 +124,12 @@ impl Containerd {
     #[must_use]
     pub fn release(&self) -> Release {
         self.release
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> Pid {
+        self.process.pid()
     }
 
     /// Its socket.

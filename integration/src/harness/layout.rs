@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Writes small OCI layouts from tars made in memory.
 
-use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use flate2::write::GzEncoder;
 use flate2::{Compression, GzBuilder};
-use serde_json::json;
-use sha2::{Digest, Sha256};
 use tar::{Builder, EntryType, Header};
+
+use blob::{Blob, Hashed};
+
+pub mod blob;
 
 /// A layer's tar in the making.
 #[derive(Default)]
@@ -218,15 +219,8 @@ pub fn write_tars(
     coding: Coding,
     command: &[&str],
 ) -> Result<PathBuf> {
-    let blobs = directory.join("blobs/sha256");
-    std::fs::create_dir_all(&blobs)?;
-    let mut descriptors = Vec::new();
-    let mut diff_ids = Vec::new();
-    for tar in tars {
-        diff_ids.push(format!("sha256:{}", hex::encode(Sha256::digest(tar))));
-        descriptors.push(blob(&blobs, &coding.encode(tar)?, coding.media_type())?);
-    }
-    image(directory, &descriptors, &diff_ids, command)
+    let blobs = tars.iter().map(|tar| Blob::write(directory, tar, coding));
+    blob::assemble(directory, &blobs.collect::<Result<Vec<_>>>()?, command)
 }
 
 /// Writes an image as [`write_tars`] does, of one layer in gzip that memory need not hold: `fill` writes its tar.
@@ -235,104 +229,14 @@ pub fn write_large(
     fill: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
     command: &[&str],
 ) -> Result<PathBuf> {
-    let blobs = directory.join("blobs/sha256");
-    std::fs::create_dir_all(&blobs)?;
-    let unnamed = blobs.join("unnamed");
-    let compressed = Hashed::new(BufWriter::new(File::create(&unnamed)?));
-    let mut tar = Hashed::new(GzEncoder::new(compressed, Compression::fast()));
-    fill(&mut tar)?;
-    let (gzip, diff_id, _) = tar.finish();
-    let (mut file, digest, bytes) = gzip.finish()?.finish();
-    file.flush()?;
-    std::fs::rename(unnamed, blobs.join(&digest))?;
-    let media_type = Coding::Gzip.media_type();
-    let layer = descriptor(&digest, bytes, media_type);
-    image(directory, &[layer], &[format!("sha256:{diff_id}")], command)
-}
-
-/// Writes on, and knows the digest and the number of the bytes.
-pub(super) struct Hashed<W> {
-    inner: W,
-    digest: Sha256,
-    bytes: u64,
-}
-
-impl<W> Hashed<W> {
-    pub(super) fn new(inner: W) -> Self {
-        let digest = Sha256::new();
-        Self {
-            inner,
-            digest,
-            bytes: 0,
-        }
-    }
-
-    /// What it wrote to, the digest in hex, and the bytes.
-    pub(super) fn finish(self) -> (W, String, u64) {
-        (self.inner, hex::encode(self.digest.finalize()), self.bytes)
-    }
-}
-
-impl<W: Write> Write for Hashed<W> {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        let count = self.inner.write(bytes)?;
-        self.digest.update(&bytes[..count]);
-        self.bytes += count as u64;
-        Ok(count)
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        self.inner.flush()
-    }
-}
-
-/// What is above the layers.
-fn image(
-    directory: &Path,
-    descriptors: &[serde_json::Value],
-    diff_ids: &[String],
-    command: &[&str],
-) -> Result<PathBuf> {
-    let blobs = directory.join("blobs/sha256");
-    let config = json!({
-        "architecture": "amd64", "os": "linux", "config": {"Cmd": command, "Env": ["PATH=/bin:/usr/bin"]},
-        "rootfs": {"type": "layers", "diff_ids": diff_ids}, "history": [],
-    });
-    let config = blob(
-        &blobs,
-        config.to_string().as_bytes(),
-        "application/vnd.oci.image.config.v1+json",
-    )?;
-    let manifest = json!({
-        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": config, "layers": descriptors,
-    });
-    let mut manifest = blob(
-        &blobs,
-        manifest.to_string().as_bytes(),
-        "application/vnd.oci.image.manifest.v1+json",
-    )?;
-    manifest["annotations"] = json!({"org.opencontainers.image.ref.name": "latest"});
-    manifest["platform"] = json!({"architecture": "amd64", "os": "linux"});
-    std::fs::write(
-        directory.join("index.json"),
-        json!({"schemaVersion": 2, "manifests": [manifest]}).to_string(),
-    )?;
-    std::fs::write(
-        directory.join("oci-layout"),
-        r#"{"imageLayoutVersion":"1.0.0"}"#,
-    )?;
-    Ok(directory.to_owned())
-}
-
-pub(super) fn blob(blobs: &Path, bytes: &[u8], media_type: &str) -> Result<serde_json::Value> {
-    let digest = hex::encode(Sha256::digest(bytes));
-    std::fs::write(blobs.join(&digest), bytes).with_context(|| format!("write blob {digest}"))?;
-    Ok(descriptor(&digest, bytes.len() as u64, media_type))
-}
-
-pub(super) fn descriptor(digest: &str, bytes: u64, media_type: &str) -> serde_json::Value {
-    json!({"mediaType": media_type, "digest": format!("sha256:{digest}"), "size": bytes})
+    let layer = Blob::stream(directory, |compressed| {
+        let mut tar = Hashed::new(GzEncoder::new(compressed, Compression::fast()));
+        fill(&mut tar)?;
+        let (gzip, diff_id, _) = tar.finish();
+        gzip.finish()?;
+        Ok(diff_id)
+    })?;
+    blob::assemble(directory, &[layer], command)
 }
 
 /// Debian's static busybox: the one program that small images need.

@@ -6,16 +6,17 @@
 //! files are what they were.
 
 use std::fs::File;
-use std::io::{BufReader, BufWriter, Read, Write};
+use std::io::{BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use flate2::Compression;
 use flate2::read::GzDecoder;
 use flate2::write::GzEncoder;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::layout::{Coding, Hashed, blob, descriptor};
+use super::layout::blob::{Blob, Hashed, put};
 
 /// A day.
 const LATER_SECONDS: u64 = 86_400;
@@ -23,7 +24,7 @@ const LATER_SECONDS: u64 = 86_400;
 const UPGRADE: &[u8] = b"\n# 2\n";
 
 /// How much of an image is what it was.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 pub struct Changes {
     /// Files whose content changed.
     pub files: u64,
@@ -31,6 +32,14 @@ pub struct Changes {
     pub bytes: u64,
     /// Bytes of all files.
     pub all_bytes: u64,
+}
+
+impl Changes {
+    /// The share of changed files' bytes.
+    #[must_use]
+    pub fn percent(&self) -> f64 {
+        self.bytes as f64 * 100.0 / self.all_bytes.max(1) as f64
+    }
 }
 
 /// Writes the next version of the image in `layout` to `destination`, with those files upgraded whose paths have `package`
@@ -56,21 +65,16 @@ pub fn write(layout: &Path, destination: &Path, package: &str) -> Result<(PathBu
             "a layer in gzip"
         );
         let source = File::open(of(layout, &manifest["layers"][at]["digest"])?)?;
-        let unnamed = blobs.join("unnamed");
-        let compressed = Hashed::new(BufWriter::new(File::create(&unnamed)?));
-        let mut tar = Hashed::new(GzEncoder::new(compressed, Compression::new(6)));
-        rewrite(
-            GzDecoder::new(BufReader::new(source)),
-            &mut tar,
-            package,
-            &mut changes,
-        )?;
-        let (gzip, diff_id, _) = tar.finish();
-        let (mut file, digest, bytes) = gzip.finish()?.finish();
-        file.flush()?;
-        std::fs::rename(&unnamed, blobs.join(&digest))?;
-        manifest["layers"][at] = descriptor(&digest, bytes, Coding::Gzip.media_type());
-        config["rootfs"]["diff_ids"][at] = format!("sha256:{diff_id}").into();
+        let layer = Blob::stream(destination, |compressed| {
+            let mut tar = Hashed::new(GzEncoder::new(compressed, Compression::new(6)));
+            let before = GzDecoder::new(BufReader::new(source));
+            rewrite(before, &mut tar, package, &mut changes)?;
+            let (gzip, diff_id, _) = tar.finish();
+            gzip.finish()?;
+            Ok(diff_id)
+        })?;
+        config["rootfs"]["diff_ids"][at] = format!("sha256:{}", layer.diff_id).into();
+        manifest["layers"][at] = layer.descriptor;
     }
     ensure!(
         changes.files > 0,
@@ -78,7 +82,7 @@ pub fn write(layout: &Path, destination: &Path, package: &str) -> Result<(PathBu
     );
     let store = |value: &Value, kind: &Value| -> Result<Value> {
         let kind = kind.as_str().context("a media type")?;
-        blob(&blobs, value.to_string().as_bytes(), kind)
+        put(&blobs, value.to_string().as_bytes(), kind)
     };
     manifest["config"] = store(&config, &manifest["config"]["mediaType"])?;
     let described = store(&manifest, &index["manifests"][0]["mediaType"])?;

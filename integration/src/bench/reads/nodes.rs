@@ -63,8 +63,8 @@ pub struct Nodes {
 impl Nodes {
     /// Has each contender pull and start the image, and ends what was started: nothing runs while others are measured.
     pub fn start(image: Image, readers: &[Reader]) -> Result<Self> {
-        let lab = Lab::open()?;
-        lab.push(image)?;
+        let lab = Lab::open("reads")?;
+        lab.push(image.name(), &image.layout()?)?;
         let mut this = Self {
             nodes: Vec::new(),
             absent: BTreeMap::new(),

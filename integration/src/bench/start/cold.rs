@@ -3,7 +3,7 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -46,17 +46,108 @@ pub struct Sample {
     pub peak_rss_bytes: u64,
 }
 
-/// A node whose container is ready. Fields drop in order.
+/// A node with nothing on it, until containers start. Fields drop in order.
 #[derive(Debug)]
 pub struct Node {
-    _attached: Attached,
+    attached: Vec<Attached>,
     /// Its processes.
     pub containers: Containers,
     /// containerd.
     pub containerd: Containerd,
     /// The snapshotter.
     pub service: Service,
-    _root: Root,
+    contender: Contender,
+    root: Root,
+}
+
+impl Node {
+    /// With containerd and the contender's snapshotter, both new.
+    pub fn open(lab: &Lab, contender: Contender, setting: Setting<'_>) -> Result<Self> {
+        let root = lab.root.part(setting.part)?;
+        let service = contender.serve(&root, &lab.registry, setting)?;
+        let containers = Containers::of(&root);
+        let plugin = service
+            .socket()
+            .map(|socket| (contender.snapshotter(), socket));
+        let plugins: Vec<(&str, &Path)> = plugin.into_iter().collect();
+        let containerd = Containerd::start_with(&root, Release::V2, &plugins)?;
+        Ok(Self {
+            attached: Vec::new(),
+            containers,
+            containerd,
+            service,
+            contender,
+            root,
+        })
+    }
+
+    /// nerdctl with the contender's snapshotter.
+    #[must_use]
+    pub fn nerdctl(&self) -> Nerdctl<'_> {
+        Nerdctl::new(
+            &self.root,
+            &self.containerd,
+            NAMESPACE,
+            self.contender.snapshotter(),
+        )
+    }
+
+    /// Starts `nerdctl ARGUMENTS`, which stays as long as a container does.
+    pub fn attach(&mut self, arguments: &[&str]) -> Result<&mut Attached> {
+        let output = self.root.join(&format!("output{}", self.attached.len()))?;
+        let mut command = self.nerdctl().command()?;
+        let attached = Attached::start(command.args(arguments), output)?;
+        self.attached.push(attached);
+        self.attached.last_mut().context("it was just added")
+    }
+
+    /// All that [`Self::attach`] started, in order.
+    pub fn attached(&mut self) -> &mut [Attached] {
+        &mut self.attached
+    }
+
+    /// Pulls what `name` is called by in the lab, and starts it until it is ready as `image` is. The page cache is dropped
+    /// before.
+    pub fn start(&mut self, lab: &Lab, image: Image, name: &str) -> Result<Sample> {
+        let reference = lab.reference(self.contender, name);
+        let address = free_address()?;
+        let port = format!("PORT={}", address.port());
+        let create = ["create", "--name", name, "--net", "host", "--env", &port];
+        drop_caches()?;
+        // The registry's disk is another machine's.
+        lab.warm(self.contender, name)?;
+        let line = &lab.registry.line;
+        let before = line.tally().total();
+        let begun = Instant::now();
+        let mut sample = Sample::default();
+        let do_now = |node: &Self, arguments: &[&str]| {
+            let done = node.nerdctl().ok(arguments);
+            done.map_err(|error| node.explain(name, error))
+        };
+        do_now(self, &["pull", "--quiet", &reference])?;
+        sample.pull_s = begun.elapsed().as_secs_f64();
+        do_now(self, &[&create[..], &[&reference]].concat())?;
+        sample.create_s = begun.elapsed().as_secs_f64();
+        let attached = self.attach(&["start", "--attach", name])?;
+        let ready = attached.wait_ready(image, address, begun, &mut sample);
+        ready.map_err(|error| self.explain(name, error))?;
+        let carried = line.tally().total().since(before);
+        sample.bytes = carried.bytes;
+        sample.requests = carried.requests;
+        sample.peak_rss_bytes = self.service.peak_rss_bytes()?;
+        Ok(sample)
+    }
+
+    /// The error with what is in the logs.
+    #[must_use]
+    pub fn explain(&self, image: &str, error: anyhow::Error) -> anyhow::Error {
+        error.context(format!(
+            "{} of {image}; its snapshotter says:\n{}\ncontainerd says:\n{}",
+            self.contender.name(),
+            self.service.log_tail(),
+            self.containerd.log_tail()
+        ))
+    }
 }
 
 /// What a node is beside its contender and image.
@@ -70,6 +161,16 @@ pub struct Setting<'a> {
     pub config: &'a str,
 }
 
+impl Default for Setting<'_> {
+    fn default() -> Self {
+        Self {
+            part: "n",
+            record: false,
+            config: "",
+        }
+    }
+}
+
 /// Starts the image once; with `record`, the snapshotter notes what is read.
 pub fn start(
     lab: &Lab,
@@ -78,9 +179,8 @@ pub fn start(
     record: bool,
 ) -> Result<(Sample, Node)> {
     let setting = Setting {
-        part: "n",
         record,
-        config: "",
+        ..Setting::default()
     };
     start_in(lab, contender, image, setting)
 }
@@ -92,69 +192,18 @@ pub fn start_in(
     image: Image,
     setting: Setting<'_>,
 ) -> Result<(Sample, Node)> {
-    let root = lab.root.part(setting.part)?;
-    let service = contender.serve(&root, &lab.registry, setting)?;
-    let containers = Containers::of(&root);
-    let plugin = service
-        .socket()
-        .map(|socket| (contender.snapshotter(), socket));
-    let plugins: Vec<(&str, &Path)> = plugin.into_iter().collect();
-    let containerd = Containerd::start_with(&root, Release::V2, &plugins)?;
-    let reference = lab.reference(contender, image);
-    let nerdctl = Nerdctl::new(&root, &containerd, NAMESPACE, contender.snapshotter());
-    let address = free_address()?;
-    let port = format!("PORT={}", address.port());
-    let create = ["create", "--name", "start", "--net", "host", "--env", &port];
-
-    drop_caches()?;
-    // The registry's disk is another machine's.
-    lab.warm(contender, image)?;
-    let line = &lab.registry.line;
-    let before = line.tally().total();
-    let begun = Instant::now();
-    let mut sample = Sample::default();
-    let explained = |error: anyhow::Error| {
-        error.context(format!(
-            "{} of {}; its snapshotter says:\n{}\ncontainerd says:\n{}",
-            contender.name(),
-            image.name(),
-            service.log_tail(),
-            containerd.log_tail()
-        ))
-    };
-    nerdctl
-        .ok(&["pull", "--quiet", &reference])
-        .map_err(explained)?;
-    sample.pull_s = begun.elapsed().as_secs_f64();
-    nerdctl
-        .ok(&[&create[..], &[&reference]].concat())
-        .map_err(explained)?;
-    sample.create_s = begun.elapsed().as_secs_f64();
-    let mut command = nerdctl.command()?;
-    command.args(["start", "--attach", "start"]);
-    let mut attached = Attached::start(&mut command, root.join("output")?)?;
-    attached
-        .wait_ready(image, address, begun, &mut sample)
-        .map_err(explained)?;
-    let carried = line.tally().total().since(before);
-    sample.bytes = carried.bytes;
-    sample.requests = carried.requests;
-    sample.peak_rss_bytes = service.peak_rss_bytes()?;
-    let node = Node {
-        _attached: attached,
-        containers,
-        containerd,
-        service,
-        _root: root,
-    };
+    let mut node = Node::open(lab, contender, setting)?;
+    let sample = node.start(lab, image, image.name())?;
     Ok((sample, node))
 }
 
 /// nerdctl, attached to the container; dropped, it is killed.
 #[derive(Debug)]
-struct Attached {
+pub struct Attached {
     child: Child,
     output: PathBuf,
+    /// How long the output was when it was last asked for.
+    seen: u64,
 }
 
 impl Attached {
@@ -166,7 +215,28 @@ impl Attached {
             .stderr(file)
             .spawn()
             .context("start nerdctl")?;
-        Ok(Self { child, output })
+        Ok(Self {
+            child,
+            output,
+            seen: 0,
+        })
+    }
+
+    /// How it has ended, if it has.
+    pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
+        Ok(self.child.try_wait()?)
+    }
+
+    /// Whether there is more output than at the last call.
+    pub fn has_more(&mut self) -> bool {
+        let bytes = std::fs::metadata(&self.output).map_or(0, |it| it.len());
+        bytes > std::mem::replace(&mut self.seen, bytes)
+    }
+
+    /// What it and its container have printed.
+    #[must_use]
+    pub fn output(&self) -> String {
+        std::fs::read_to_string(&self.output).unwrap_or_default()
     }
 
     fn wait_ready(
@@ -178,8 +248,8 @@ impl Attached {
     ) -> Result<()> {
         let probe = image.probe();
         loop {
-            let ended = self.child.try_wait()?;
-            let output = std::fs::read_to_string(&self.output).unwrap_or_default();
+            let ended = self.ended()?;
+            let output = self.output();
             let now = begun.elapsed();
             if sample.output_s == 0.0 && output.contains(FIRST_OUTPUT) {
                 sample.output_s = now.as_secs_f64();

@@ -234,7 +234,8 @@ impl Service {
         }
     }
 
-    fn pids(&self) -> Result<Vec<Pid>> {
+    /// Its processes.
+    pub fn pids(&self) -> Result<Vec<Pid>> {
         Ok(match self {
             Self::None => Vec::new(),
             Self::Sluice { daemon, .. } => {

@@ -2,7 +2,6 @@
 //! What was measured: medians, ratios, and the document that keeps them.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -10,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::cold::Sample;
 use super::contender::Contender;
 use super::images::Image;
-use crate::bench::report::Times;
+use crate::bench::report::{self, Times};
 
 /// The most of overlayfs's time that Sluice may take in the quick form, on the geometric mean.
 const QUICK_OF_OVERLAYFS: f64 = 0.6;
@@ -199,28 +198,9 @@ pub struct Document {
 }
 
 impl Document {
-    /// The document at `path`; an empty one where there is none.
-    pub fn read(path: &Path) -> Result<Self> {
-        match std::fs::read(path) {
-            Ok(bytes) => serde_json::from_slice(&bytes)
-                .with_context(|| format!("read the figures in {}", path.display())),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
-            Err(error) => Err(error).with_context(|| format!("read {}", path.display())),
-        }
-    }
-
-    /// Writes it.
-    pub fn write(&self, path: &Path) -> Result<()> {
-        let mut text = serde_json::to_string_pretty(self)?;
-        text.push('\n');
-        std::fs::write(path, text).with_context(|| format!("write {}", path.display()))
-    }
-
     /// Notes the machine.
     pub fn look_around(&mut self) -> Result<()> {
-        let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
-        kernel.trim().clone_into(&mut self.kernel);
-        self.cores = std::thread::available_parallelism().map_or(1, usize::from);
+        (self.kernel, self.cores) = report::machine()?;
         Ok(())
     }
 
@@ -319,16 +299,16 @@ mod tests {
     fn a_document_keeps_what_was_measured_before() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("start.json");
-        let mut document = Document::read(&path).unwrap();
+        let mut document = report::read::<Document>(&path).unwrap();
         let [nginx, python] = scenes([2.0, 1.0]);
         document.put(python);
-        document.write(&path).unwrap();
-        let mut document = Document::read(&path).unwrap();
+        report::write(&path, &document).unwrap();
+        let mut document = report::read::<Document>(&path).unwrap();
         document.put(nginx);
         let speeds = document.by_speed();
         let images: Vec<Image> = speeds[&100].iter().map(|it| it.image).collect();
         assert_eq!(images, [Image::Nginx, Image::Python]);
         std::fs::write(&path, "{").unwrap();
-        assert!(Document::read(&path).is_err());
+        assert!(report::read::<Document>(&path).is_err());
     }
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
@@ -37,68 +37,80 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// With an empty registry.
-    pub fn open() -> Result<Self> {
-        let root = Root::new("start")?;
+    /// With an empty registry, below a new root named after `name`.
+    pub fn open(name: &str) -> Result<Self> {
+        let root = Root::new(name)?;
         let registry = Registry::start(&root, Line::OPEN)?;
         Ok(Self { registry, root })
     }
 
-    /// What the contender pulls.
+    /// What the contender pulls of the image `name`.
     #[must_use]
-    pub fn reference(&self, contender: Contender, image: Image) -> String {
+    pub fn reference(&self, contender: Contender, name: &str) -> String {
         let [form, tag] = contender.place();
-        format!("{}/{}/{form}:{tag}", self.registry.host(), image.name())
+        format!("{}/{name}/{form}:{tag}", self.registry.host())
     }
 
-    /// Pushes the image as it is. Gives its layers and their bytes in the registry.
-    pub fn push(&self, image: Image) -> Result<(usize, u64)> {
-        let (direct, name) = (self.registry.direct(), image.name());
-        images::push_layout(
-            &image.layout()?,
-            &format!("{direct}/{name}/original:latest"),
-        )?;
+    /// Pushes the image of a layout as it is. Gives its layers and their bytes in the registry.
+    pub fn push(&self, name: &str, layout: &Path) -> Result<(usize, u64)> {
+        let direct = self.registry.direct();
+        images::push_layout(layout, &format!("{direct}/{name}/original:latest"))?;
         let manifest = http::manifest(&direct, &format!("{name}/original"), "latest")?;
         let layers = manifest["layers"].as_array().context("layers")?;
         let sizes = layers.iter().filter_map(|layer| layer["size"].as_u64());
         Ok((layers.len(), sizes.sum()))
     }
 
-    /// Makes the contender's form of an image that was pushed.
+    /// Makes the contender's form of an image that was pushed; what takes long is kept for the next call.
     pub fn prepare(&self, contender: Contender, image: Image) -> Result<()> {
-        let original = self.reference(Contender::Overlayfs, image);
-        let wanted = self.reference(contender, image);
+        let name = image.name();
+        match contender {
+            Contender::SluiceBoot => self.attach_boot_list(image),
+            Contender::Stargz => {
+                self.kept(contender, image, |it| it.convert(contender, name, CONVERTS))
+            }
+            Contender::StargzOptimized => self.kept(contender, image, |it| {
+                let record = it.record(image)?;
+                it.to_estargz(contender, name, Some(&record), CONVERTS)
+            }),
+            _ => self.convert(contender, name, CONVERTS),
+        }
+        .with_context(|| format!("make {name} for {}", contender.name()))
+    }
+
+    /// Makes the contender's form of an image that was pushed, of nothing but the image.
+    ///
+    /// **Errors**: also when one step takes longer than `deadline`; it is ended then.
+    pub fn convert(&self, contender: Contender, name: &str, deadline: Duration) -> Result<()> {
+        let original = self.reference(Contender::Overlayfs, name);
+        let wanted = self.reference(contender, name);
         match contender {
             Contender::Overlayfs | Contender::Nydus => Ok(()),
             Contender::Sluice => {
                 let [from, to] = [&original, &wanted].map(|it| format!("docker://{it}"));
-                self.sluice(&["convert", "--quiet", &from, &to])
+                self.sluice(&["convert", "--quiet", &from, &to], deadline)
             }
-            Contender::SluiceIndex => self.sluice(&["index", "--quiet", &original]),
-            Contender::SluiceBoot => self.attach_boot_list(image),
-            Contender::Stargz => self.kept(contender, image, |it| {
-                it.to_estargz(&original, &wanted, None)
-            }),
-            Contender::StargzOptimized => self.kept(contender, image, |it| {
-                let record = it.record(image)?;
-                it.to_estargz(&original, &wanted, Some(&record))
-            }),
+            Contender::SluiceIndex => self.sluice(&["index", "--quiet", &original], deadline),
+            Contender::Stargz => self.to_estargz(contender, name, None, deadline),
             Contender::Soci => self.within_containerd(&original, |containerd, root| {
-                let mut convert = Command::new(tools::go_tool("soci-peer")?);
-                convert.arg("convert").arg(root.directory("soci")?);
-                convert.arg(containerd.socket());
+                let mut convert = converter("soci-peer", root)?;
+                convert
+                    .arg(root.directory("soci")?)
+                    .arg(containerd.socket());
                 convert.args([NAMESPACE, &original, &wanted]);
-                command::run_ok(&mut convert, CONVERTS)?;
+                command::run_ok(&mut convert, deadline)?;
                 Ok(())
             }),
+            Contender::SluiceBoot | Contender::StargzOptimized => {
+                bail!("{} needs a start of the image", contender.name())
+            }
         }
-        .with_context(|| format!("make {} for {}", image.name(), contender.name()))
     }
 
-    fn sluice(&self, arguments: &[&str]) -> Result<()> {
+    fn sluice(&self, arguments: &[&str], deadline: Duration) -> Result<()> {
         let mut sluice = Command::new(tools::binary("sluice")?);
         sluice.env("SLUICE_STATE", self.root.directory("converted")?);
-        command::run_ok(sluice.args(arguments), CONVERTS)?;
+        command::run_ok(sluice.args(arguments), deadline)?;
         Ok(())
     }
 
@@ -106,9 +118,12 @@ impl Lab {
     fn attach_boot_list(&self, image: Image) -> Result<()> {
         let (_, node) = cold::start(self, Contender::Sluice, image, true)?;
         let Service::Sluice { daemon, .. } = &node.service else {
-            anyhow::bail!("no sluiced");
+            bail!("no sluiced");
         };
-        let converted = format!("docker://{}", self.reference(Contender::Sluice, image));
+        let converted = format!(
+            "docker://{}",
+            self.reference(Contender::Sluice, image.name())
+        );
         let [_, tag] = Contender::SluiceBoot.place();
         daemon.sluice_ok(&["optimize", "--wait", "60", "--tag", tag, &converted])?;
         Ok(())
@@ -127,14 +142,22 @@ impl Lab {
         work(&containerd, &root)
     }
 
-    fn to_estargz(&self, original: &str, wanted: &str, record: Option<&Path>) -> Result<()> {
-        self.within_containerd(original, |containerd, root| {
-            let mut convert = Command::new(tools::go_tool("stargz-peer")?);
-            convert.arg("convert").arg(containerd.socket());
-            convert.args([NAMESPACE, original, wanted]).args(record);
-            command::run_ok(&mut convert, CONVERTS)?;
+    fn to_estargz(
+        &self,
+        contender: Contender,
+        name: &str,
+        record: Option<&Path>,
+        deadline: Duration,
+    ) -> Result<()> {
+        let original = self.reference(Contender::Overlayfs, name);
+        let wanted = self.reference(contender, name);
+        self.within_containerd(&original, |containerd, root| {
+            let mut convert = converter("stargz-peer", root)?;
+            convert.arg(containerd.socket());
+            convert.args([NAMESPACE, &original, &wanted]).args(record);
+            command::run_ok(&mut convert, deadline)?;
             Nerdctl::new(root, containerd, NAMESPACE, "overlayfs")
-                .ok(&["push", "--quiet", wanted])?;
+                .ok(&["push", "--quiet", &wanted])?;
             Ok(())
         })
     }
@@ -145,7 +168,7 @@ impl Lab {
         let (_, node) = cold::start(self, Contender::Stargz, image, true)?;
         std::thread::sleep(SETTLES);
         let Service::Peer { log, .. } = &node.service else {
-            anyhow::bail!("no stargz-snapshotter");
+            bail!("no stargz-snapshotter");
         };
         let [form, tag] = Contender::Stargz.place();
         let repository = format!("{}/{form}", image.name());
@@ -200,29 +223,36 @@ impl Lab {
     }
 
     /// Reads what the contender may ask for, so that the registry has it in memory.
-    pub fn warm(&self, contender: Contender, image: Image) -> Result<()> {
+    pub fn warm(&self, contender: Contender, name: &str) -> Result<()> {
         let [form, _] = contender.place();
         let store = self.root.path().join("registry/store/docker/registry/v2");
         let layers = store
             .join("repositories")
-            .join(image.name())
+            .join(name)
             .join(form)
             .join("_layers/sha256");
         let entries =
             std::fs::read_dir(&layers).with_context(|| format!("list {}", layers.display()))?;
         for entry in entries {
-            let name = entry?.file_name().into_string().ok().context("a digest")?;
-            let prefix = name.get(..2).context("a digest")?;
+            let digest = entry?.file_name().into_string().ok().context("a digest")?;
+            let prefix = digest.get(..2).context("a digest")?;
             let blob = store
                 .join("blobs/sha256")
                 .join(prefix)
-                .join(&name)
+                .join(&digest)
                 .join("data");
             let mut file = std::fs::File::open(blob)?;
             std::io::copy(&mut file, &mut std::io::sink())?;
         }
         Ok(())
     }
+}
+
+/// The conversion of one of `integration/peers`, whose temporary files go with `root`: one that is killed leaves them.
+fn converter(peer: &str, root: &Root) -> Result<Command> {
+    let mut convert = Command::new(tools::go_tool(peer)?);
+    convert.arg("convert").env("TMPDIR", root.directory("tmp")?);
+    Ok(convert)
 }
 
 /// First accesses to files of these layers in a log of JSON lines.
