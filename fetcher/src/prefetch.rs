@@ -323,8 +323,10 @@ impl Job {
         let core = &self.fetcher.core;
         let manners = Manners::of(&core.options, core.gate.quiet_since(), now);
         let most = match manners {
-            Manners::Busy if core.background_rests(now) => 0,
-            Manners::Busy | Manners::Shy => 1,
+            Manners::Busy if core.background_rests(now).is_some() => 0,
+            // One after the other they begin, and end a round trip later.
+            Manners::Busy => core.options.other_requests.max(1),
+            Manners::Shy => 1,
             Manners::Free => core.options.prefetch_requests.max(1),
         };
         let piece_bytes = manners.piece_bytes(&core.options, core.pace.bytes_per_round_trip());
@@ -385,7 +387,8 @@ impl Job {
                 }
                 if manners == Manners::Busy {
                     let (bytes, rate) = (piece.extent.len(), core.pace.bytes_per_second());
-                    core.rest_background(now, rest_after(bytes, rate));
+                    let rest = rest_after(bytes, rate, core.pace.bytes_per_round_trip());
+                    core.rest_background(now, rest);
                     most = 0;
                 }
                 layer.running += 1;
@@ -402,7 +405,10 @@ impl Job {
                 wake = wake.map(|wake| wake.min(until.max(now)));
             }
         }
-        wake
+        let rests = core
+            .background_rests(now)
+            .filter(|_| manners == Manners::Busy);
+        rests.map_or(wake, |until| wake.map(|wake| wake.min(until)))
     }
 
     /// Starts the seals of layers that are complete.

@@ -105,9 +105,9 @@ impl Core {
         self.peers.get()
     }
 
-    /// Whether background requests beside busy readers have had their share of the line.
-    pub(crate) fn background_rests(&self, now: Instant) -> bool {
-        lock(&self.background_rests).is_some_and(|until| now < until)
+    /// Until when background requests beside busy readers have had their share of the line; `None` when they have not.
+    pub(crate) fn background_rests(&self, now: Instant) -> Option<Instant> {
+        lock(&self.background_rests).filter(|until| now < *until)
     }
 
     /// Has them wait for so long.

@@ -2,7 +2,9 @@
 //! How much of the line a prefetch takes, by who else is about: pure.
 //!
 //! What is under way cannot be taken back: a reader who asks shares the line with it, or waits behind it. While readers
-//! ask one time after the other, background requests therefore have a twentieth of the line. In the pauses of readers
+//! ask one time after the other, background requests are small and come at intervals, so that a reader finds one of them at most
+//! in front of his answer. How much of the line they take follows from what that costs him beside his round trip: a twentieth of
+//! a line that is narrow or near, and up to half of one that carries much in a round trip. In the pauses of readers
 //! there is one request at a time, of what the line carries in a round trip: the reader's own request takes as long.
 
 use std::time::Duration;
@@ -11,8 +13,10 @@ use tokio::time::Instant;
 
 use crate::scheduler::{FetcherOptions, Quiet, between};
 
-/// While readers are busy a request is followed by a pause of so many times what it took of the line.
-const BUSY_SHARE: u32 = 19;
+/// The least and the most parts of the line, one of so many, that are taken while readers are busy.
+const BUSY_PARTS: (u64, u64) = (2, 20);
+/// A reader's round trip may be longer by one of so many parts: he meets a request half of the time, and half of it.
+const DELAY_PARTS: u64 = 40;
 /// What a line is taken for that nothing is known of: bytes per second.
 const SLOW_LINE: u64 = 1_000_000;
 /// Round trips that requests beside each other fill: enough for the line to be full always.
@@ -61,10 +65,18 @@ impl Manners {
     }
 }
 
-/// How long a request of so many bytes rests others while readers are busy.
-pub(super) fn rest_after(bytes: u64, bytes_per_second: Option<u64>) -> Duration {
+/// How long a request of so many bytes rests others while readers are busy, by what the line carries in a second and in
+/// a round trip.
+pub(super) fn rest_after(
+    bytes: u64,
+    bytes_per_second: Option<u64>,
+    round_trip: Option<u64>,
+) -> Duration {
     let rate = bytes_per_second.unwrap_or(SLOW_LINE).max(1);
-    Duration::from_micros(bytes.saturating_mul(1_000_000) / rate).saturating_mul(BUSY_SHARE)
+    let parts = bytes.saturating_mul(DELAY_PARTS) / round_trip.unwrap_or(1).max(1);
+    let parts = parts.clamp(BUSY_PARTS.0, BUSY_PARTS.1);
+    Duration::from_micros(bytes.saturating_mul(1_000_000) / rate)
+        .saturating_mul(u32::try_from(parts).unwrap_or(u32::MAX))
 }
 
 #[cfg(test)]
@@ -111,12 +123,24 @@ mod tests {
     }
 
     #[test]
-    fn busy_readers_leave_a_twentieth() {
-        assert_eq!(
-            rest_after(125_000, Some(12_500_000)),
-            Duration::from_millis(190)
-        );
-        assert_eq!(rest_after(100_000, None), Duration::from_millis(1900));
-        assert!(rest_after(u64::MAX, Some(0)) > Duration::from_secs(1));
+    fn busy_readers_leave_what_costs_them_little() {
+        // Bytes; of the line in a second and in a round trip; pause in milliseconds.
+        let cases = [
+            (125_000, Some(12_500_000), None, 200),
+            // 10 ms: as if it were unknown.
+            (125_000, Some(12_500_000), Some(125_000), 200),
+            (125_000, Some(12_500_000), Some(250_000), 200),
+            // 1 Gbit/s; 2, 20 and 100 ms.
+            (125_000, Some(125_000_000), Some(250_000), 20),
+            (125_000, Some(125_000_000), Some(2_500_000), 2),
+            (125_000, Some(125_000_000), Some(12_500_000), 2),
+            (500_000, Some(125_000_000), Some(2_500_000), 32),
+            (100_000, None, None, 2000),
+        ];
+        for (bytes, second, round_trip, ms) in cases {
+            let rest = rest_after(bytes, second, round_trip);
+            assert_eq!(rest, Duration::from_millis(ms), "{bytes} {round_trip:?}");
+        }
+        assert!(rest_after(u64::MAX, Some(0), Some(0)) > Duration::from_secs(1));
     }
 }
