@@ -56,6 +56,7 @@ pub use layer::{LayerHandle, LayerSpec, LayerTraffic};
 pub use options::FetcherOptions;
 pub use pass::Filled;
 
+pub(crate) use decode::WRITE_STEP;
 pub(crate) use flight::Transfer;
 pub(crate) use gate::{Quiet, Urgency};
 pub(crate) use plan::{Limits, Piece, between, coalesce};

@@ -147,7 +147,12 @@ async fn plan(
         return Vec::new();
     }
     let indexes = Arc::clone(layers.indexes());
-    let look = tokio::task::spawn_blocking(move || look(&indexes, &metadata, open));
+    let store = Arc::clone(layers.fetcher().store());
+    let look = tokio::task::spawn_blocking(move || {
+        // What was evicted has nothing to give.
+        let here = store.keys().ok()?.into_iter().collect();
+        look(&indexes, &metadata, &here, open)
+    });
     let Ok(Some(Found { targets, places })) = look.await else {
         return Vec::new();
     };
@@ -190,10 +195,11 @@ async fn plan(
     plans
 }
 
-/// Looks the files of `open` up in the indexes of all other layers. **Blocks**.
+/// Looks the files of `open` up in the indexes of all other layers whose devices are `here`. **Blocks**.
 fn look(
     indexes: &IndexFiles,
     metadata: &MetadataStore,
+    here: &BTreeSet<DeviceKey>,
     open: Vec<LazyLayerRecord>,
 ) -> Option<Found> {
     let read = |record: &LazyLayerRecord| match indexes.get(record.index_digest) {
@@ -234,7 +240,7 @@ fn look(
     // The latest are the likeliest to have an earlier version.
     for (_, record) in all.into_iter().rev() {
         let key = device_key(&record);
-        if others.len() < DONORS_MAX && !ours.contains(&key) {
+        if others.len() < DONORS_MAX && here.contains(&key) && !ours.contains(&key) {
             others.entry(key).or_insert(record);
         }
     }

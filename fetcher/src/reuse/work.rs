@@ -13,8 +13,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::assemble::Assembly;
 use super::{ReuseError, ReusePlan, Reused, ReusedFile};
-use crate::metrics::FROM_STORE;
-use crate::scheduler::{Core, Urgency};
+use crate::metrics::{FROM_STORE, priority_word};
+use crate::scheduler::{Core, Urgency, WRITE_STEP};
 use crate::source::Priority;
 use crate::store::lock;
 
@@ -120,6 +120,10 @@ impl<'a> Work<'a> {
         }
         if !layer.device().is_present(chunk.ordinal) {
             let _slot = self.runtime.block_on(self.core.decodes.take(&self.urgency));
+            let (key, ordinal) = (layer.key(), chunk.ordinal);
+            let subject = std::fmt::from_fn(move |f| write!(f, "chunk {ordinal} of {key}"));
+            let whom = priority_word(Priority::Boot);
+            let _step = self.core.metrics.steps().enter(WRITE_STEP, whom, subject);
             if verify_chunk(bytes, chunk).is_err() {
                 self.reused.wrong += 1;
             } else if let Err(error) = layer.device().commit(chunk.ordinal, bytes) {

@@ -28,7 +28,7 @@ use crate::steps::StepKind;
 use crate::store::{Committed, StoreError};
 
 /// Decoding, checking and writing one frame. A disk that takes seconds is broken or drowned.
-pub(super) const WRITE_STEP: StepKind =
+pub(crate) const WRITE_STEP: StepKind =
     StepKind::new("chunk write", std::time::Duration::from_secs(5));
 
 /// What came of a chunk.
