@@ -2,12 +2,17 @@
 //! The temporary root of one set-up.
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::fcntl::{Flock, FlockArg};
 
 use super::mounts;
+
+/// How long a process that was killed may go on.
+const DIES: Duration = Duration::from_secs(5);
 
 /// A directory under which everything of one set-up lives: state, sockets, mounts, logs.
 ///
@@ -95,8 +100,20 @@ impl Drop for Root {
         }
         if self.keep {
             eprintln!("harness: kept {}", self.path.display());
-        } else if let Err(e) = std::fs::remove_dir_all(&self.path) {
+        } else if let Err(e) = remove(&self.path) {
             eprintln!("harness: remove {}: {e}", self.path.display());
+        }
+    }
+}
+
+/// Removes a directory in which processes that were killed may write for a moment still.
+fn remove(path: &Path) -> std::io::Result<()> {
+    let begun = Instant::now();
+    loop {
+        match std::fs::remove_dir_all(path) {
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+            Err(_) if begun.elapsed() < DIES => std::thread::sleep(DIES / 50),
+            result => return result,
         }
     }
 }
