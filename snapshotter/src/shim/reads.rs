@@ -193,7 +193,7 @@ mod tests {
 
     #[test]
     fn a_start_that_reads_on_is_recorded_until_it_pauses() {
-        // When chunks are read, in tenths of a window; when the recording is over.
+        // When chunks are read, in tenths of a second; when the recording is over.
         let cases: [(&[u32], u32); 5] = [
             (&[0], 100),
             (&[0, 50], 100),
@@ -205,16 +205,14 @@ mod tests {
         let at = |part: u32| began + SECOND * part / 10;
         for (reads, end) in cases {
             let recorder = ReadRecorder::new(10 * SECOND, [1000].into_iter());
-            for read in reads {
-                recorder.note_at(at(*read), 0, *read..read + 1);
-            }
-            assert!(
-                !recorder.page_at(at(end - 1), 0, false).complete,
-                "{reads:?}"
-            );
-            assert!(recorder.page_at(at(end), 0, false).complete, "{reads:?}");
-            let kept = reads.iter().filter(|read| **read < end).count();
-            assert_eq!(recorder.page_at(at(end), 0, false).reads.len(), kept);
+            let (during, later) = reads.split_at(reads.partition_point(|read| *read < end));
+            let note = |read: &u32| recorder.note_at(at(*read), 0, *read..read + 1);
+            during.iter().for_each(note);
+            let page = |part| recorder.page_at(at(part), 0, false);
+            assert!(!page(end - 1).complete, "{reads:?}");
+            assert!(page(end).complete, "{reads:?}");
+            later.iter().for_each(note);
+            assert_eq!(page(end).reads.len(), during.len());
         }
         // One that never pauses; chunks that were read before are no sign of a start.
         let recorder = ReadRecorder::new(10 * SECOND, [1000].into_iter());
