@@ -14,7 +14,7 @@ use sluice_blockindex::annotations::{
 };
 use sluice_blockindex::digest::DiffId;
 
-const NAMES: [&str; 10] = [
+const NAMES: [&str; 12] = [
     INDEX_OFFSET,
     INDEX_SIZE,
     INDEX_DIGEST,
@@ -24,7 +24,9 @@ const NAMES: [&str; 10] = [
     CONFIG,
     PORT,
     NOT_LAZY,
-    BOOT,
+    BOOT[0],
+    BOOT[1],
+    BOOT[2],
 ];
 
 fuzz_target!(|data: &[u8]| {
