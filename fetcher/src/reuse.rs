@@ -87,11 +87,10 @@ impl ReusePlan {
             let bytes = pin.extent.len();
             (1..=SKELETON_BYTES_MAX).contains(&bytes)
         });
-        let device = Arc::clone(layer.device());
         let makeable = |between: bool| {
             let runs = files.iter().map(|file| (file.run, file.copy.is_some()));
             let chunks = plan::makeable(layer.chunks(), runs, between, |chunk| {
-                device.is_present(chunk)
+                layer.device().is_present(chunk)
             });
             let bytes = plan::frame_bytes(layer.chunks(), &chunks);
             (chunks, bytes)

@@ -3,7 +3,7 @@
 //!
 //! When the indexes of an image are here, its files are looked up by their strong digests in the indexes of all layers
 //! of this node, and what is found is made into chunks without the network ([`sluice_fetcher::reuse`]). Nothing is kept
-//! for that: the tables of files are in the mapped indexes, and a look at all of them takes milliseconds.
+//! for that: the tables of files are in the mapped indexes.
 //!
 //! **Bounds** one image at a time; files that are looked for: [`FILES_MAX`]; layers that are looked at: [`DONORS_MAX`];
 //! places that are remembered: [`PLACES_MAX`].
@@ -14,7 +14,9 @@ use std::time::Duration;
 
 use sluice_blockindex::digest::StrongAlgorithm;
 use sluice_blockindex::extent::Extent;
+use sluice_blockindex::index::SkeletonPin;
 use sluice_fetcher::reuse::{FileCopy, ReusePlan, ReusedFile};
+use sluice_fetcher::scheduler::LayerHandle;
 use sluice_fetcher::store::DeviceKey;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
@@ -64,9 +66,16 @@ pub struct Reuse {
 /// Where a file that is looked for was found: which of all files, and where it begins.
 type Place = (u32, u64);
 
+/// A layer that may get something.
+struct Target {
+    handle: Arc<LayerHandle>,
+    skeleton: Option<SkeletonPin>,
+    files: Vec<ReusedFile>,
+}
+
 /// What the layers of this node have.
 struct Found {
-    targets: Vec<(LazyLayerRecord, Vec<ReusedFile>)>,
+    targets: Vec<Target>,
     places: Vec<(LazyLayerRecord, Vec<Place>)>,
 }
 
@@ -139,7 +148,7 @@ async fn plan(
     for record in records {
         match layers.open(&record).await {
             Ok(handle) if handle.device().is_complete() => {}
-            Ok(_) => open.push(record),
+            Ok(handle) => open.push((record, handle)),
             Err(error) => tracing::debug!("look for no files of a layer: {error}"),
         }
     }
@@ -153,12 +162,15 @@ async fn plan(
         let here = store.keys().ok()?.into_iter().collect();
         look(&indexes, &metadata, &here, open)
     });
-    let Ok(Some(Found { targets, places })) = look.await else {
+    let Ok(Some(Found {
+        mut targets,
+        places,
+    })) = look.await
+    else {
         return Vec::new();
     };
-    let mut files: Vec<&mut ReusedFile> = Vec::new();
-    let mut targets = targets;
-    files.extend(targets.iter_mut().flat_map(|(_, files)| files));
+    let files = targets.iter_mut().flat_map(|target| &mut target.files);
+    let mut files: Vec<&mut ReusedFile> = files.collect();
     for (record, places) in places {
         let donor = match layers.open(&record).await {
             Ok(donor) => donor,
@@ -179,20 +191,8 @@ async fn plan(
             }
         }
     }
-    let mut plans = Vec::new();
-    for (record, files) in targets {
-        if files.iter().all(|file| file.copy.is_none()) {
-            continue;
-        }
-        let (handle, index) = (layers.open(&record).await, layers.index(&record).await);
-        let (Ok(handle), Ok(index)) = (handle, index) else {
-            continue;
-        };
-        let skeleton = index.metadata().skeleton;
-        let skeleton = index.metadata().unmodified.is_none().then_some(skeleton);
-        plans.extend(ReusePlan::new(handle, files, skeleton));
-    }
-    plans
+    let plan = |it: Target| ReusePlan::new(it.handle, it.files, it.skeleton);
+    targets.into_iter().filter_map(plan).collect()
 }
 
 /// Looks the files of `open` up in the indexes of all other layers whose devices are `here`. **Blocks**.
@@ -200,7 +200,7 @@ fn look(
     indexes: &IndexFiles,
     metadata: &MetadataStore,
     here: &BTreeSet<DeviceKey>,
-    open: Vec<LazyLayerRecord>,
+    open: Vec<(LazyLayerRecord, Arc<LayerHandle>)>,
 ) -> Option<Found> {
     let read = |record: &LazyLayerRecord| match indexes.get(record.index_digest) {
         Ok(index) => index,
@@ -212,7 +212,7 @@ fn look(
     let mut wanted: Vec<(StrongAlgorithm, Short, u32)> = Vec::new();
     let mut targets = Vec::new();
     let mut ours: BTreeSet<DeviceKey> = BTreeSet::new();
-    for record in open {
+    for (record, handle) in open {
         let Some(index) = read(&record) else {
             continue;
         };
@@ -231,7 +231,13 @@ fn look(
                 copy: None,
             });
         }
-        targets.push((record, files));
+        let metadata = index.metadata();
+        let skeleton = metadata.unmodified.is_none().then_some(metadata.skeleton);
+        targets.push(Target {
+            handle,
+            skeleton,
+            files,
+        });
         index.source().release_pages();
     }
     wanted.sort_unstable();
