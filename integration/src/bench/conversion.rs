@@ -29,6 +29,7 @@ const NAME: &str = "conversion";
 
 /// What is measured.
 #[derive(Debug, Clone, Args)]
+#[group(id = "conversion")]
 pub struct Options {
     /// Images that are converted; by default python (that of the demo), and of nginx, node, postgres and ml those that
     /// were made before.

@@ -31,6 +31,7 @@ const NAME: &str = "reads";
 
 /// What is measured.
 #[derive(Debug, Clone, Args)]
+#[group(id = "reads")]
 pub struct Options {
     /// Images whose files are read.
     #[arg(long, value_delimiter = ',', value_enum, value_name = "IMAGES",

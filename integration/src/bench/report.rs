@@ -93,11 +93,7 @@ pub struct Entry<T> {
 
 /// What the document at `path` has of a benchmark; `None` where there is none.
 pub fn stored<T: DeserializeOwned>(path: &Path, benchmark: &str) -> Result<Option<Entry<T>>> {
-    let mut document: Value = match std::fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes).context("read the document of figures")?,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error.into()),
-    };
+    let mut document: Value = read(path)?;
     let entry = document.get_mut(benchmark).map(Value::take);
     let entry = entry.map(serde_json::from_value).transpose();
     entry.with_context(|| format!("read the figures of {benchmark} in {}", path.display()))

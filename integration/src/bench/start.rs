@@ -36,6 +36,7 @@ const FAILURES: usize = 2;
 
 /// What is measured.
 #[derive(Debug, Clone, Args)]
+#[group(id = "start")]
 pub struct Options {
     /// Images that are started; all of them by default.
     #[arg(long, value_delimiter = ',', value_enum)]

@@ -6,14 +6,13 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use clap::{Args, ValueEnum as _};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::DEADLINE;
 use super::report as document;
 use super::start::cold::{Node, Sample, Setting};
 use super::start::contender::{Contender, Service};
@@ -37,14 +36,12 @@ const LINE: Line = Line {
     bytes_per_second: 100_000_000 / 8,
     latency: Duration::from_millis(20),
 };
-/// How long the line must be quiet before what peers fetch in the background is over: SOCI's fetcher begins 30 s after
-/// the last layer was mounted.
-const QUIET: Duration = Duration::from_secs(40);
 /// The longest that a conversion may take.
 const CONVERTS: Duration = Duration::from_secs(1800);
 
 /// What is measured.
 #[derive(Debug, Clone, Args)]
+#[group(id = "update")]
 pub struct Options {
     /// Images of which there is a next version.
     #[arg(long, value_delimiter = ',', value_enum)]
@@ -199,28 +196,11 @@ fn update(lab: &Lab, contender: Contender, image: Image, next: &str) -> Result<U
     Ok(Update { start, all_bytes })
 }
 
-/// Waits until nothing more comes: Sluice says so, of others the line is quiet.
+/// Waits until nothing more comes: Sluice says so, of peers the line is quiet.
 fn complete(lab: &Lab, node: &Node) -> Result<()> {
-    let begun = Instant::now();
-    let (mut mark, mut since) = (lab.registry.line.bytes(), Instant::now());
-    loop {
-        let done = match &node.service {
-            Service::None => true,
-            Service::Sluice { daemon, .. } => daemon.is_sealed()?,
-            Service::Peer { .. } => since.elapsed() > QUIET,
-        };
-        if done {
-            return Ok(());
-        }
-        ensure!(
-            begun.elapsed() < DEADLINE,
-            "not complete after {DEADLINE:?}: {}",
-            node.service.log_tail()
-        );
-        std::thread::sleep(Duration::from_millis(200));
-        let now = lab.registry.line.bytes();
-        if now > mark {
-            (mark, since) = (now, Instant::now());
-        }
+    match &node.service {
+        Service::None => Ok(()),
+        Service::Sluice { .. } => node.service.wait_sealed(),
+        Service::Peer { .. } => lab.wait_quiet(),
     }
 }

@@ -121,3 +121,15 @@ fn main() -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::Arguments;
+
+    #[test]
+    fn the_options_of_all_benchmarks_go_together() {
+        Arguments::command().debug_assert();
+    }
+}

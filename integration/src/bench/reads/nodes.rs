@@ -3,27 +3,20 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 
 use super::reader::Reader;
 use super::rounds::read_all;
+use crate::bench::NAMESPACE;
 use crate::bench::start::cold::{self, Node, Setting};
 use crate::bench::start::contender::Service;
 use crate::bench::start::images::Image;
 use crate::bench::start::lab::Lab;
-use crate::bench::{DEADLINE, NAMESPACE};
 use crate::harness::http;
 use crate::harness::rootfs::Rootfs;
 
-/// How long the line must be quiet before what others fetch in the background is over: SOCI's fetcher begins 30 s after
-/// the last layer was mounted.
-const QUIET: Duration = Duration::from_secs(40);
-/// What a quiet line may carry: answers to questions whether the registry is there.
-const QUIET_BYTES: u64 = 100_000;
-/// The longest that this may take.
-const COMES: Duration = Duration::from_secs(900);
 /// Who watched a device until it was sealed looks once a second whether it is.
 const LOOKS: Duration = Duration::from_secs(3);
 
@@ -155,17 +148,9 @@ impl Nodes {
     /// Waits until each has the whole image: Sluice until it is sealed; the peers, which do not say it, until all their
     /// files were read and what they fetch in the background has come to an end.
     pub fn complete(&self, paths: &[(Reader, &Path)]) -> Result<()> {
-        let begun = Instant::now();
         for it in &self.nodes {
-            let Service::Sluice { daemon, .. } = &it.node.service else {
-                continue;
-            };
-            while !daemon.is_sealed()? {
-                if begun.elapsed() > DEADLINE {
-                    bail!("{} is not sealed: {}", it.reader.name(), daemon.log_tail());
-                }
-                std::thread::sleep(Duration::from_millis(250));
-            }
+            let sealed = it.node.service.wait_sealed();
+            sealed.with_context(|| it.reader.name().to_owned())?;
         }
         std::thread::sleep(LOOKS);
         let mut peers = paths
@@ -173,24 +158,6 @@ impl Nodes {
             .filter(|(reader, _)| !reader.is_ours() && *reader != Reader::Overlayfs);
         let any = peers.clone().next().is_some();
         peers.try_for_each(|(_, path)| read_all(path).map(|_| ()))?;
-        if any { self.wait_quiet() } else { Ok(()) }
-    }
-
-    fn wait_quiet(&self) -> Result<()> {
-        let carried = || self.lab.registry.line.bytes();
-        let begun = Instant::now();
-        let (mut mark, mut since) = (carried(), Instant::now());
-        while since.elapsed() < QUIET {
-            ensure!(
-                begun.elapsed() < COMES,
-                "the line is not quiet after {COMES:?}"
-            );
-            std::thread::sleep(Duration::from_secs(1));
-            let now = carried();
-            if now > mark + QUIET_BYTES {
-                (mark, since) = (now, Instant::now());
-            }
-        }
-        Ok(())
+        if any { self.lab.wait_quiet() } else { Ok(()) }
     }
 }

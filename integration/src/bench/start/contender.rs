@@ -3,13 +3,14 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
+use super::super::DEADLINE;
 use super::super::process::peak_bytes;
 use super::cold::Setting;
 use crate::harness::daemon::{self, Daemon};
@@ -250,6 +251,21 @@ impl Service {
     /// The most memory that each of its processes ever had in its page tables, added up: bytes.
     pub fn peak_rss_bytes(&self) -> Result<u64> {
         self.pids()?.into_iter().map(peak_bytes).sum()
+    }
+
+    /// Waits until every image is complete on its node, if it is Sluice; others do not say it.
+    pub fn wait_sealed(&self) -> Result<()> {
+        let Self::Sluice { daemon, .. } = self else {
+            return Ok(());
+        };
+        let begun = Instant::now();
+        while !daemon.is_sealed()? {
+            if begun.elapsed() > DEADLINE {
+                bail!("not sealed after {DEADLINE:?}: {}", daemon.log_tail());
+            }
+            std::thread::sleep(Duration::from_millis(250));
+        }
+        Ok(())
     }
 
     /// The end of its log.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
@@ -26,6 +26,14 @@ use crate::harness::{command, http, images, tools};
 const CONVERTS: Duration = Duration::from_secs(1800);
 /// What a program reads after its probe has answered still belongs to its start.
 const SETTLES: Duration = Duration::from_secs(2);
+
+/// How long the line must be quiet before what others fetch in the background is over: SOCI's fetcher begins 30 s after
+/// the last layer was mounted.
+const QUIET: Duration = Duration::from_secs(40);
+/// What a quiet line may carry: answers to questions whether the registry is there.
+const QUIET_BYTES: u64 = 100_000;
+/// The longest that this may take.
+const COMES: Duration = Duration::from_secs(900);
 
 /// The registry, and where everything lives.
 #[derive(Debug)]
@@ -219,6 +227,25 @@ impl Lab {
         copy.arg(format!("oci:{}:latest", layout.display()));
         command::run_ok(&mut copy, CONVERTS)?;
         std::fs::write(done, "")?;
+        Ok(())
+    }
+
+    /// Waits until the line has been quiet for a while: what snapshotters that do not say so fetch in the background is here.
+    pub fn wait_quiet(&self) -> Result<()> {
+        let carried = || self.registry.line.bytes();
+        let begun = Instant::now();
+        let (mut mark, mut since) = (carried(), Instant::now());
+        while since.elapsed() < QUIET {
+            ensure!(
+                begun.elapsed() < COMES,
+                "the line is not quiet after {COMES:?}"
+            );
+            std::thread::sleep(Duration::from_secs(1));
+            let now = carried();
+            if now > mark + QUIET_BYTES {
+                (mark, since) = (now, Instant::now());
+            }
+        }
         Ok(())
     }
 

@@ -4,7 +4,7 @@
 use std::fmt::Write as _;
 
 use super::{Figures, Scene, Update};
-use crate::bench::report::Entry;
+use crate::bench::report::{Entry, Times};
 use crate::bench::start::images::Image;
 
 const HEAD: &str = "# The next version of an image, side by side
@@ -33,7 +33,10 @@ pub fn table(image: Image, scene: &Scene) -> String {
     text += "| contender | version | runs | ready s | MB at ready | MB in all | of the image |\n";
     text += "| --- | --- | ---: | ---: | ---: | ---: | ---: |\n";
     for (contender, (version, updates)) in &scene.updates {
-        let middle = |of: &dyn Fn(&Update) -> f64| median(updates.iter().map(of).collect());
+        let middle = |of: &dyn Fn(&Update) -> f64| {
+            let times = Times::of(updates.iter().map(of).collect());
+            times.map_or(0.0, |times| times.median_s)
+        };
         let all = middle(&|it| it.all_bytes as f64);
         let _ = writeln!(
             text,
@@ -64,11 +67,6 @@ pub fn markdown(entry: &Entry<Figures>) -> String {
         text += &table(*image, scene);
     }
     text
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or_default()
 }
 
 #[cfg(test)]
