@@ -104,6 +104,7 @@ impl Fetcher {
             if handle.claim(&transfer, chunks) > 0 {
                 let ours = handle.flights.claims(&transfer).into_iter();
                 claimed.extend(ours.map(|chunk| BootRead { layer, chunk }));
+                handle.foresee();
                 transfers.push((Arc::clone(handle), transfer));
             }
         }

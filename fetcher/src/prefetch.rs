@@ -2,16 +2,21 @@
 //! Completing an image in the background.
 //!
 //! A job walks the missing chunks of its layers, layer by layer in the order given, in range requests of
-//! its own. Chunks that a container reads while it starts are loaded before, see [`crate::boot`]. It is the least
+//! its own; while readers are about, first what stands behind the places where they read. Chunks that a container reads while it starts are loaded before, see [`crate::boot`]. It is the least
 //! urgent: while a reader's transfer is receiving, its bodies are not read and no request is opened;
 //! while readers are about it keeps to little of the line (`manners`); and a reader that wants a chunk of its
 //! makes that transfer urgent. A layer that is complete is sealed.
+//!
+//! A job can keep beside readers for a while: of an image whose start a boot list has foreseen it fetches only while a reader
+//! waits for what is missing nevertheless. Such a start has the line for itself, and an application that has all
+//! it reads costs no more; any other start waits, and has company from the beginning.
 //!
 //! A layer whose sources all back off is passed over until one may be asked again; the job has no
 //! deadline. It ends when every layer is sealed or has failed its seal, or when it is cancelled or
 //! dropped; transfers that a reader waits for then go on.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,7 +35,7 @@ use crate::scheduler::{
     Choice, Core, FetchFailure, Fetcher, LayerHandle, Limits, Piece, Transfer, coalesce,
 };
 use crate::source::Priority;
-use crate::store::StoreError;
+use crate::store::{StoreError, lock};
 
 mod manners;
 
@@ -38,6 +43,10 @@ use manners::{Manners, rest_after};
 
 /// How long a job waits when all it could do is done by others or cannot be done now.
 const IDLE: Duration = Duration::from_millis(200);
+/// How often a job that goes beside readers only looks whether there are any: what a miss costs.
+const BESIDE_LOOK: Duration = Duration::from_millis(20);
+/// So much of a device behind the place of each reader comes before the rest.
+const NEAR_BYTES: u64 = 2 << 20;
 /// After a seal that could not be done for reasons of the disk, also before what it lost is fetched
 /// again: a disk that loses everything must not cost the line.
 const SEAL_PAUSE: Duration = Duration::from_secs(60);
@@ -94,6 +103,16 @@ impl PrefetchJob {
 impl Fetcher {
     /// Starts completing `layers`, in this order, in the background. See [`crate::prefetch`].
     pub fn prefetch(&self, layers: Vec<Arc<LayerHandle>>) -> PrefetchJob {
+        self.prefetch_beside_readers(layers, Duration::ZERO)
+    }
+
+    /// As [`Self::prefetch`], but where a boot list has loaded what a start reads of these layers it works for so long only
+    /// while readers wait for what is missing of them nevertheless.
+    pub fn prefetch_beside_readers(
+        &self,
+        layers: Vec<Arc<LayerHandle>>,
+        beside: Duration,
+    ) -> PrefetchJob {
         let cancel = self.core.cancel.child_token();
         let (report, progress) = watch::channel(PrefetchProgress::default());
         let job = Job {
@@ -103,6 +122,7 @@ impl Fetcher {
                 .into_iter()
                 .map(|layer| Layer::new(layer, &self.core))
                 .collect(),
+            beside_until: clock::now().checked_add(beside),
             report,
         };
         let task = self.core.tasks.spawn(job.run());
@@ -224,22 +244,48 @@ impl Layer {
         let first = self.chunk_at(at);
         // Up to where the walk turns back to the first chunk.
         let end = count.min(first.saturating_add(count - at));
-        let mut bytes = 0;
-        let within = |chunk: &Chunk| {
-            bytes += chunk.blob.len();
-            bytes <= limits.piece_bytes || chunk.ordinal == first
-        };
-        let chunks = (first..end).map_while(|chunk| self.handle.chunks().chunk(chunk));
-        let free = chunks
-            .take_while(within)
-            .filter(|chunk| self.is_free(chunk.ordinal, resting));
-        let apart = |left: &Chunk, right: &Chunk| core.apart(&self.handle, left, right);
-        let piece = coalesce(free, limits, apart).into_iter().next()?;
+        let piece = self.piece(first..end, core, limits, resting)?;
         self.cursor = piece
             .chunks
             .last()
             .map_or(count, |last| at + (last - first) + 1);
         Some(piece)
+    }
+
+    /// The next request behind where readers are: who reads on finds it there.
+    fn next_near_readers(&self, core: &Core, limits: &Limits, now: Instant) -> Option<Piece> {
+        if self.is_serial(core) {
+            return None;
+        }
+        let resting = &self.handle.sources.resting(now);
+        let places = lock(&self.handle.ahead).beyond(NEAR_BYTES);
+        let first = places.into_iter().find_map(|place| {
+            let mut missing = self.handle.device().missing(place);
+            missing.find(|chunk| self.is_free(*chunk, resting))
+        })?;
+        self.piece(first..self.handle.chunks().count(), core, limits, resting)
+    }
+
+    /// One request, from the first of `chunks` on.
+    fn piece(
+        &self,
+        chunks: Range<u32>,
+        core: &Core,
+        limits: &Limits,
+        resting: &BTreeSet<u32>,
+    ) -> Option<Piece> {
+        let first = chunks.start;
+        let mut bytes = 0;
+        let within = |chunk: &Chunk| {
+            bytes += chunk.blob.len();
+            bytes <= limits.piece_bytes || chunk.ordinal == first
+        };
+        let chunks = chunks.map_while(|chunk| self.handle.chunks().chunk(chunk));
+        let free = chunks
+            .take_while(within)
+            .filter(|chunk| self.is_free(chunk.ordinal, resting));
+        let apart = |left: &Chunk, right: &Chunk| core.apart(&self.handle, left, right);
+        coalesce(free, limits, apart).into_iter().next()
     }
 }
 
@@ -294,6 +340,8 @@ struct Job {
     fetcher: Fetcher,
     cancel: CancellationToken,
     layers: Vec<Layer>,
+    /// Until then only while readers wait, if a boot list was loaded; `None`: for good.
+    beside_until: Option<Instant>,
     report: watch::Sender<PrefetchProgress>,
 }
 
@@ -318,24 +366,55 @@ impl Job {
         self.progress()
     }
 
-    /// How many requests may run now, of which size.
-    fn allowance(&self, now: Instant) -> (Manners, usize, Limits) {
+    /// How many requests may run now, of which size: of most layers, and of those that take one after the other.
+    fn allowance(&self, now: Instant) -> (Manners, usize, [Limits; 2]) {
         let core = &self.fetcher.core;
-        let manners = Manners::of(&core.options, core.gate.quiet_since(), now);
+        let options = &core.options;
+        let manners = Manners::of(options, core.gate.quiet_since(), now);
+        let round_trip = core.pace.bytes_per_round_trip();
         let most = match manners {
             Manners::Busy if core.background_rests(now).is_some() => 0,
-            // One after the other they begin, and end a round trip later.
-            Manners::Busy => core.options.other_requests.max(1),
-            Manners::Shy => 1,
-            Manners::Free => core.options.prefetch_requests.max(1),
+            _ if self.is_beside(now) && !self.is_missed(now) => 0,
+            _ => manners.requests(options, round_trip),
         };
-        let piece_bytes = manners.piece_bytes(&core.options, core.pace.bytes_per_round_trip());
-        let limits = Limits {
+        let known = round_trip.unwrap_or_else(|| core.pace.total_bytes());
+        let pieces = [
+            manners.piece_bytes(options, known),
+            manners.serial_piece_bytes(options, known),
+        ];
+        let limits = pieces.map(|piece_bytes| Limits {
             first_bytes: piece_bytes,
             piece_bytes,
-            ..core.options.limits()
-        };
+            ..options.limits()
+        });
         (manners, most, limits)
+    }
+
+    /// Whether it only goes beside readers still.
+    fn is_beside(&self, now: Instant) -> bool {
+        self.beside_until.is_none_or(|until| now < until)
+            && self.layers.iter().any(|it| it.handle.is_foreseen())
+    }
+
+    /// Whether a reader has lately missed something of its layers.
+    fn is_missed(&self, now: Instant) -> bool {
+        let shy = self.fetcher.core.options.shy;
+        let mut last = self.layers.iter().filter_map(|it| it.handle.last_miss());
+        last.any(|at| now.duration_since(at) < shy)
+    }
+
+    /// The layers in the order of their turns: while readers are about first what is near them, where they were last;
+    /// then each from its front.
+    fn order(&self, manners: Manners) -> Vec<(usize, bool)> {
+        let mut read: Vec<(Instant, usize)> = Vec::new();
+        if manners != Manners::Free {
+            let last = |(at, layer): (usize, &Layer)| Some((layer.handle.last_miss()?, at));
+            read.extend(self.layers.iter().enumerate().filter_map(last));
+        }
+        read.sort_unstable_by(|one, other| other.cmp(one));
+        let near = read.into_iter().map(|(_, at)| (at, true));
+        near.chain((0..self.layers.len()).map(|at| (at, false)))
+            .collect()
     }
 
     /// Starts requests up to the present limit. Returns when to look again even if nothing happens.
@@ -344,15 +423,16 @@ impl Job {
         events: &mut FuturesUnordered<BoxFuture<'static, Event>>,
     ) -> Option<Instant> {
         let now = clock::now();
-        let (manners, mut most, limits) = self.allowance(now);
+        let (manners, mut most, [limits, serial_limits]) = self.allowance(now);
         let mut running: usize = self.layers.iter().map(|layer| layer.running).sum();
         let core = Arc::clone(&self.fetcher.core);
         let look = match manners {
+            _ if self.is_beside(now) => BESIDE_LOOK,
             Manners::Busy => core.options.busy.min(IDLE),
             Manners::Shy | Manners::Free => IDLE,
         };
         let mut wake = clock::moment_after(look);
-        for at in 0..self.layers.len() {
+        for (at, near) in self.order(manners) {
             while running < most {
                 let layer = &mut self.layers[at];
                 if layer.stage != Stage::Fetch || layer.not_before.is_some_and(|at| at > now) {
@@ -360,9 +440,11 @@ impl Job {
                 }
                 // What another transfer passes over would only be handed over to it, and be as urgent.
                 let taken = layer.running > 0 || layer.handle.is_passed_over();
-                if taken && layer.is_serial(&core) {
+                let serial = layer.is_serial(&core);
+                if taken && serial {
                     break;
                 }
+                let limits = if serial { &serial_limits } else { &limits };
                 layer.not_before = match layer.handle.sources.choose(None, now) {
                     Choice::Use(..) => None,
                     Choice::Wait(until) => Some(until),
@@ -374,8 +456,13 @@ impl Job {
                 if layer.not_before.is_some() && !local {
                     break;
                 }
-                let Some(piece) = layer.next(&core, &limits, now) else {
-                    if layer.running == 0 {
+                let piece = if near {
+                    layer.next_near_readers(&core, limits, now)
+                } else {
+                    layer.next(&core, limits, now)
+                };
+                let Some(piece) = piece else {
+                    if !near && layer.running == 0 {
                         // What is missing still is in flight elsewhere, or failed: look again.
                         layer.cursor = 0;
                     }

@@ -362,9 +362,7 @@ impl Fetcher {
         };
         let mut ahead = match priority {
             // What another node reads it reads ahead of by itself.
-            Priority::Foreground if reach == Reach::All && !listed() => {
-                lock(&layer.ahead).on_read(extent)
-            }
+            Priority::Foreground if reach == Reach::All && !listed() => layer.missed(extent),
             Priority::Foreground | Priority::Boot | Priority::Background => None,
         };
         let mut refused = false;

@@ -2,7 +2,8 @@
 //! Completing images in the background, once a container of them runs.
 //!
 //! A job is started when a container's snapshot is prepared (and, for containers that exist, when the
-//! daemon starts), waits a moment so that the container's first output comes first, and then runs at
+//! daemon starts). For a moment it works only while a reader waits for what is missing of the image, so that what a start
+//! reads, where that is known, comes before all else; then it runs at
 //! the lowest priority until every layer is sealed. It is cancelled when a layer of it is gone, and stands
 //! still while less of the disk is free than `[store] reserve` says.
 //!
@@ -25,6 +26,15 @@ use crate::snapshots::LazyLayerRecord;
 /// How often it is looked whether the disk has room: a line of 10 Gbit/s brings 1 GB meanwhile.
 const RESERVE_LOOK: Duration = Duration::from_secs(1);
 
+/// When a job begins, after its container was prepared.
+#[derive(Debug, Clone, Copy)]
+pub struct Begin {
+    /// By itself.
+    pub delay: Duration,
+    /// Before that, as [`sluice_fetcher::prefetch`] goes beside readers.
+    pub beside_readers: bool,
+}
+
 #[derive(Debug)]
 struct Job {
     layers: BTreeSet<DeviceKey>,
@@ -36,7 +46,7 @@ struct Job {
 pub struct Background {
     layers: Arc<Layers>,
     /// `None`: never start a job.
-    delay: Option<Duration>,
+    begin: Option<Begin>,
     reserve: DiskReserve,
     jobs: Arc<Mutex<HashMap<ChainId, Job>>>,
     tasks: TaskTracker,
@@ -46,10 +56,10 @@ pub struct Background {
 impl Background {
     /// Starts nothing yet.
     #[must_use]
-    pub fn new(layers: Arc<Layers>, delay: Option<Duration>, reserve: DiskReserve) -> Self {
+    pub fn new(layers: Arc<Layers>, begin: Option<Begin>, reserve: DiskReserve) -> Self {
         Self {
             layers,
-            delay,
+            begin,
             reserve,
             jobs: Arc::default(),
             tasks: TaskTracker::new(),
@@ -59,7 +69,7 @@ impl Background {
 
     /// Completes these layers, the lazy ones of one chain, lowest first, unless that is under way.
     pub fn want(&self, records: Vec<LazyLayerRecord>) {
-        let (Some(delay), Some(top)) = (self.delay, records.last()) else {
+        let (Some(begin), Some(top)) = (self.begin, records.last()) else {
             return;
         };
         let chain_id = top.chain_id;
@@ -80,7 +90,7 @@ impl Background {
         let (layers, jobs) = (Arc::clone(&self.layers), Arc::clone(&self.jobs));
         let reserve = self.reserve.clone();
         self.tasks.spawn(async move {
-            let work = complete(layers, records, delay, reserve);
+            let work = complete(layers, records, begin, reserve);
             cancel.run_until_cancelled(work).await;
             jobs.lock()
                 .unwrap_or_else(PoisonError::into_inner)
@@ -107,10 +117,13 @@ impl Background {
 async fn complete(
     layers: Arc<Layers>,
     records: Vec<LazyLayerRecord>,
-    delay: Duration,
+    begin: Begin,
     reserve: DiskReserve,
 ) {
-    tokio::time::sleep(delay).await;
+    let began = tokio::time::Instant::now();
+    if !begin.beside_readers {
+        tokio::time::sleep(begin.delay).await;
+    }
     let mut handles: Vec<Arc<LayerHandle>> = Vec::new();
     for record in &records {
         match layers.open(record).await {
@@ -125,7 +138,9 @@ async fn complete(
         while reserve.is_broken().await {
             tokio::time::sleep(RESERVE_LOOK).await;
         }
-        let job = layers.fetcher().prefetch(handles.clone());
+        let beside = begin.delay.saturating_sub(began.elapsed());
+        let fetcher = layers.fetcher();
+        let job = fetcher.prefetch_beside_readers(handles.clone(), beside);
         // Dropped, it cancels the job.
         let mut done = std::pin::pin!(job.join());
         let ended = loop {

@@ -126,8 +126,10 @@ pub struct Config {
     pub store_grace: Duration,
     /// Complete images in the background.
     pub prefetch: bool,
-    /// How long after a container was prepared that begins.
+    /// How long after a container was prepared that begins, or what else holds until then.
     pub prefetch_delay: Duration,
+    /// Until then too, where no boot list foresees a start, and while a reader waits nevertheless.
+    pub prefetch_beside_readers: bool,
     /// Learning and loading what containers read while they start.
     pub boot: BootOptions,
     /// Bringing images before they are asked for.
@@ -272,6 +274,7 @@ impl Written {
             store_grace: store_grace.max(prepare_budget + STORE_GRACE_MARGIN),
             prefetch: prefetch.enabled,
             prefetch_delay: check.duration("prefetch.delay", &prefetch.delay)?,
+            prefetch_beside_readers: prefetch.beside_readers,
             boot: BootOptions {
                 enabled: boot.enabled,
                 window: check.nonzero("boot.window", &boot.window)?,

@@ -5,7 +5,7 @@
 //! ask one time after the other, background requests are small and come at intervals, so that a reader finds one of them at most
 //! in front of his answer. How much of the line they take follows from what that costs him beside his round trip: a twentieth of
 //! a line that is narrow or near, and up to half of one that carries much in a round trip. In the pauses of readers
-//! there is one request at a time, of what the line carries in a round trip: the reader's own request takes as long.
+//! as much is under way as the line carries in a round trip: the reader's own request takes as long.
 
 use std::time::Duration;
 
@@ -15,8 +15,11 @@ use crate::scheduler::{FetcherOptions, Quiet, between};
 
 /// The least and the most parts of the line, one of so many, that are taken while readers are busy.
 const BUSY_PARTS: (u64, u64) = (2, 20);
-/// A reader's round trip may be longer by one of so many parts: he meets a request half of the time, and half of it.
-const DELAY_PARTS: u64 = 40;
+/// A request may be this part of what the line carries in a round trip, while readers are busy.
+const BUSY_PIECE_PARTS: u64 = 10;
+/// By one of twice so many parts a reader's round trip may be longer: of the share of the line that requests take he
+/// meets one, and half of it is still to come.
+const DELAY_PARTS: u64 = 20;
 /// What a line is taken for that nothing is known of: bytes per second.
 const SLOW_LINE: u64 = 1_000_000;
 /// Round trips that requests beside each other fill: enough for the line to be full always.
@@ -47,18 +50,43 @@ impl Manners {
         }
     }
 
-    /// The most bytes of one request, where the line is known to carry so many in a round trip.
-    pub(super) fn piece_bytes(self, options: &FetcherOptions, round_trip: Option<u64>) -> u64 {
-        let (least, most) = (options.shy_request_bytes_min, options.shy_request_bytes);
-        let shy = between(round_trip.unwrap_or(most), least, most);
+    /// The most requests at once, where the line is known to carry so many bytes in a round trip.
+    pub(super) fn requests(self, options: &FetcherOptions, round_trip: Option<u64>) -> usize {
         match self {
-            Self::Busy => least.min(most),
+            // One after the other they begin, and end a round trip later.
+            Self::Busy => options.other_requests.max(1),
+            Self::Shy => {
+                let round_trip = round_trip.unwrap_or(0);
+                let piece = self.piece_bytes(options, round_trip).max(1);
+                let fit = usize::try_from(round_trip / piece);
+                fit.unwrap_or(usize::MAX)
+                    .min(options.prefetch_requests)
+                    .max(1)
+            }
+            Self::Free => options.prefetch_requests.max(1),
+        }
+    }
+
+    /// The most bytes of one request, where the line is known to carry so many in a round trip, or has carried them
+    /// so far.
+    pub(super) fn piece_bytes(self, options: &FetcherOptions, round_trip: u64) -> u64 {
+        self.piece_of(options, round_trip, options.prefetch_requests)
+    }
+
+    /// The same of a layer that takes one request after the other.
+    pub(super) fn serial_piece_bytes(self, options: &FetcherOptions, round_trip: u64) -> u64 {
+        self.piece_of(options, round_trip, 1)
+    }
+
+    fn piece_of(self, options: &FetcherOptions, round_trip: u64, requests: usize) -> u64 {
+        let (least, most) = (options.shy_request_bytes_min, options.shy_request_bytes);
+        let shy = between(round_trip, least, most);
+        match self {
+            Self::Busy => between(round_trip / BUSY_PIECE_PARTS, least, most),
             Self::Shy => shy,
             Self::Free => {
-                let requests = u64::try_from(options.prefetch_requests).unwrap_or(1).max(1);
-                let share = round_trip.map_or(u64::MAX, |bytes| {
-                    bytes.saturating_mul(ROUND_TRIPS) / requests
-                });
+                let requests = u64::try_from(requests).unwrap_or(1).max(1);
+                let share = round_trip.saturating_mul(ROUND_TRIPS) / requests;
                 between(share, shy, options.request_bytes)
             }
         }
@@ -107,18 +135,24 @@ mod tests {
     fn requests_are_of_what_the_line_carries_meanwhile() {
         let options = FetcherOptions::default();
         let (kib, mib) = (1_u64 << 10, 1_u64 << 20);
-        // Bytes in a round trip; a request while busy, shy, free.
+        // Bytes in a round trip; of a request while busy, shy, free; requests at once.
         let cases = [
-            (None, [128 * kib, mib, 4 * mib]),
-            (Some(10_000), [128 * kib, 128 * kib, 128 * kib]),
-            (Some(250_000), [128 * kib, 250_000, 250_000]),
-            (Some(2_500_000), [128 * kib, mib, 2_500_000]),
-            (Some(100_000_000), [128 * kib, mib, 4 * mib]),
+            (None, [128 * kib, 128 * kib, 128 * kib], [6, 1, 4]),
+            (Some(10_000), [128 * kib, 128 * kib, 128 * kib], [6, 1, 4]),
+            (Some(250_000), [128 * kib, 250_000, 250_000], [6, 1, 4]),
+            (Some(2_500_000), [250_000, mib, 2_500_000], [6, 2, 4]),
+            (Some(100_000_000), [mib, mib, 4 * mib], [6, 4, 4]),
         ];
-        for (round_trip, expected) in cases {
-            let pieces = [Manners::Busy, Manners::Shy, Manners::Free]
-                .map(|manners| manners.piece_bytes(&options, round_trip));
-            assert_eq!(pieces, expected, "{round_trip:?}");
+        for (round_trip, bytes, requests) in cases {
+            let all = [Manners::Busy, Manners::Shy, Manners::Free];
+            let bytes_known = round_trip.unwrap_or(0);
+            let pieces = all.map(|manners| manners.piece_bytes(&options, bytes_known));
+            assert_eq!(pieces, bytes, "{round_trip:?}");
+            let serial = all.map(|it| it.serial_piece_bytes(&options, bytes_known));
+            let free = between(4 * bytes_known, bytes[1], 4 * mib);
+            assert_eq!(serial, [bytes[0], bytes[1], free], "{round_trip:?}");
+            let most = all.map(|manners| manners.requests(&options, round_trip));
+            assert_eq!(most, requests, "{round_trip:?}");
         }
     }
 
@@ -129,12 +163,13 @@ mod tests {
             (125_000, Some(12_500_000), None, 200),
             // 10 ms: as if it were unknown.
             (125_000, Some(12_500_000), Some(125_000), 200),
-            (125_000, Some(12_500_000), Some(250_000), 200),
+            (125_000, Some(12_500_000), Some(250_000), 100),
             // 1 Gbit/s; 2, 20 and 100 ms.
-            (125_000, Some(125_000_000), Some(250_000), 20),
+            (125_000, Some(125_000_000), Some(250_000), 10),
             (125_000, Some(125_000_000), Some(2_500_000), 2),
+            (250_000, Some(125_000_000), Some(2_500_000), 4),
             (125_000, Some(125_000_000), Some(12_500_000), 2),
-            (500_000, Some(125_000_000), Some(2_500_000), 32),
+            (500_000, Some(125_000_000), Some(2_500_000), 16),
             (100_000, None, None, 2000),
         ];
         for (bytes, second, round_trip, ms) in cases {

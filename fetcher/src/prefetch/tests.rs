@@ -2,8 +2,9 @@
 //! Whole images in the background, in paused time.
 
 use super::*;
+use crate::boot::BootRead;
 use crate::fixture::TestLayer;
-use crate::fixture::line::{Line, Mishap, Wire};
+use crate::fixture::line::{Asked, Line, Mishap, Wire};
 use crate::metrics::Metrics;
 use crate::scheduler::FetcherOptions;
 use crate::source::{BlobSource, SourceKind};
@@ -71,14 +72,14 @@ async fn an_image_is_completed_and_sealed() {
     for (handle, layer) in handles.iter().zip(&layers) {
         assert!(handle.device().is_sealed() && is_right(handle, layer));
     }
-    // 1 MiB and some in requests of a quarter, and half of that.
+    // 1 MiB and some in requests of a quarter, and half of that; the first are small, since nothing is known of the line.
     assert_eq!(
         (
             lines[0].asked().len(),
             lines[1].asked().len(),
             lines[2].asked().len()
         ),
-        (5, 0, 3)
+        (9, 0, 3)
     );
     assert!(
         lines[0]
@@ -150,6 +151,125 @@ async fn a_busy_reader_is_slowed_by_a_twentieth_at_most() {
     let alone = Duration::from_millis(4000);
     let after = clock::now() - before - beside;
     assert!(after < alone.mul_f64(1.3) + SECOND, "{after:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn beside_a_busy_reader_a_wide_line_is_used() {
+    // 500 Mbit/s and 20 ms: the reader alone takes a tenth of it, and never fills it.
+    let wide = |line: Line| line.pieces(64 << 10, Duration::from_millis(1));
+    let store = || Arc::new(Store::in_memory(StoreOptions::default()).unwrap());
+    let small = TestLayer::even(6, 1000, 16 << 10);
+    let options = || FetcherOptions {
+        read_ahead_max_bytes: 0,
+        ..FetcherOptions::default()
+    };
+    let fetcher = || Fetcher::new(options(), store(), Metrics::new());
+    let alone = {
+        let fetcher = fetcher();
+        let front = add(&fetcher, &small, &wide(Line::new("front", &small.blob))).await;
+        reads(&fetcher, &small, &front).await
+    };
+    let (fetcher, big, wire) = (
+        fetcher(),
+        TestLayer::even(5, 8000, 16 << 10),
+        Wire::default(),
+    );
+    let [back, front] = [("back", &big), ("front", &small)]
+        .map(|(label, it)| wide(Line::new(label, &it.blob)).over(&wire));
+    let one = add(&fetcher, &big, &back).await;
+    let two = add(&fetcher, &small, &front).await;
+    let job = fetcher.prefetch(vec![one.clone()]);
+    // Nobody has told of the line yet but the reader.
+    let before = clock::now();
+    let beside = reads(&fetcher, &small, &two).await;
+    assert!(beside <= alone.mul_f64(1.05), "{beside:?} beside {alone:?}");
+    let within = before..before + beside;
+    let sent = back.sent();
+    let during = sent.iter().filter(|(at, _)| within.contains(at));
+    let during: usize = during.map(|(_, bytes)| bytes).sum();
+    let share = during as f64 / (beside.as_millis() * (64 << 10)) as f64;
+    assert!(share > 0.25, "{share}");
+    job.cancel();
+}
+
+#[tokio::test(start_paused = true)]
+async fn beside_readers_it_works_only_while_one_waits() {
+    for listed in [true, false] {
+        goes_beside_readers(listed).await;
+    }
+}
+
+async fn goes_beside_readers(listed: bool) {
+    let (fetcher, layer) = (fetcher(), TestLayer::even(5, 6000, 16 << 10));
+    let line = Line::new("a", &layer.blob);
+    let handle = add(&fetcher, &layer, &line).await;
+    if listed {
+        let list = [BootRead { layer: 0, chunk: 7 }];
+        let burst = fetcher.load_boot_list(&[handle.clone()], &list);
+        assert_eq!(burst.join().await, list);
+    }
+    let background = || {
+        let asked = line.asked();
+        let background = asked
+            .iter()
+            .filter(|it| it.priority == Priority::Background);
+        background.count()
+    };
+    let job = fetcher.prefetch_beside_readers(vec![handle.clone()], 5 * SECOND);
+    tokio::time::sleep(SECOND).await;
+    assert_eq!(background() == 0, listed);
+    let extent = layer.chunks.chunk(5000).unwrap().device;
+    let read = fetcher.fill(&handle, extent, Priority::Foreground, Some(SECOND));
+    read.await.unwrap();
+    tokio::time::sleep(SECOND).await;
+    let beside = background();
+    assert!(beside > 2);
+    tokio::time::sleep(2 * SECOND).await;
+    assert_eq!(background() <= beside + 2, listed, "{}", background());
+    assert_eq!(job.join().await.sealed_layers, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_stands_behind_a_reader_comes_before_the_rest() {
+    let layer = TestLayer::even(5, 4000, 16 << 10);
+    let options = FetcherOptions {
+        read_ahead_initial_bytes: 32 << 10,
+        shy_request_bytes: 64 << 10,
+        shy_request_bytes_min: 64 << 10,
+        ..FetcherOptions::default()
+    };
+    let store = Arc::new(Store::in_memory(StoreOptions::default()).unwrap());
+    let fetcher = Fetcher::new(options, store, Metrics::new());
+    let line = Line::new("a", &layer.blob);
+    let handle = add(&fetcher, &layer, &line).await;
+    let chunk = |chunk| layer.chunks.chunk(chunk).unwrap();
+    let read = |at| {
+        fetcher.fill(
+            &handle,
+            chunk(at).device,
+            Priority::Foreground,
+            Some(SECOND),
+        )
+    };
+    read(3000).await.unwrap();
+    let job = fetcher.prefetch(vec![handle.clone()]);
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    let asked = line.asked().len();
+    read(2000).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    job.cancel();
+    let all = line.asked();
+    let (first, second) = all.split_at(asked);
+    // One request is the reader's own.
+    for (asked, from) in [(first, 3000), (second, 2000)] {
+        let near = chunk(from).blob.start()..chunk(from + 140).blob.start();
+        let near = |asked: &&Asked| near.contains(&asked.extent.start());
+        let (count, asked) = (asked.iter().filter(near).count(), asked.len());
+        assert!(
+            asked > 8 && count + 1 >= asked,
+            "{from}: {count} of {asked}"
+        );
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -269,7 +389,7 @@ async fn cancelling_stops_requests_but_not_what_a_reader_waits_for() {
     let line = Line::new("a", &layer.blob);
     let handle = add(&fetcher, &layer, &line).await;
     let job = fetcher.prefetch(vec![handle.clone()]);
-    tokio::time::sleep(Duration::from_millis(25)).await;
+    tokio::time::sleep(Duration::from_millis(10)).await;
     let chunk = 8;
     assert!(handle.flights.is_in_flight(chunk));
     let extent = layer.chunks.chunk(chunk).unwrap().device;

@@ -3,13 +3,13 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use sluice_blockindex::chunkmap::{Access, Chunk, ChunkMap, DeviceForm};
 use sluice_blockindex::digest::BlobDigest;
-use sluice_blockindex::extent::{BlobSpace, Extent};
+use sluice_blockindex::extent::{BlobSpace, DeviceSpace, Extent};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -82,6 +82,9 @@ pub struct LayerHandle {
     pub(super) witnesses: Option<Arc<dyn Witnesses>>,
     pub(crate) flights: Arc<Flights>,
     pub(crate) ahead: Mutex<ReadAhead>,
+    last_miss: Mutex<Option<Instant>>,
+    /// Whether a boot list has said what a start reads of it.
+    foreseen: AtomicBool,
     /// Cancelled when the layer is closed.
     pub(crate) cancel: CancellationToken,
     /// The transfer on which the whole blob comes, because its source ignores ranges; or whose turn it is to pass
@@ -119,6 +122,8 @@ impl LayerHandle {
             witnesses: spec.witnesses,
             flights,
             ahead: Mutex::new(ahead),
+            last_miss: Mutex::default(),
+            foreseen: AtomicBool::new(false),
             cancel,
             whole: Mutex::new(None),
             twin: Mutex::new(None),
@@ -149,6 +154,27 @@ impl LayerHandle {
     /// Waits until the chunk is on its way, or nobody fetches it. May be long; cancel-safe.
     pub(crate) async fn comes_to_be_fed(&self, chunk: u32) {
         self.flights.comes_to_be_fed(chunk).await;
+    }
+
+    /// When a reader last read what was missing; windows are asked for by it.
+    pub(crate) fn last_miss(&self) -> Option<Instant> {
+        *lock(&self.last_miss)
+    }
+
+    /// Takes note of a reader who reads what is missing, and says what to read ahead of him.
+    pub(super) fn missed(&self, read: Extent<DeviceSpace>) -> Option<Extent<DeviceSpace>> {
+        *lock(&self.last_miss) = Some(clock::now());
+        lock(&self.ahead).on_read(read)
+    }
+
+    /// Takes note that a boot list loads chunks of it.
+    pub(crate) fn foresee(&self) {
+        self.foreseen.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a boot list has loaded chunks of it.
+    pub(crate) fn is_foreseen(&self) -> bool {
+        self.foreseen.load(Ordering::Relaxed)
     }
 
     /// Its name in the store.

@@ -15,6 +15,7 @@ use tokio::task::{JoinError, JoinSet};
 
 use super::decode::{Decode, DecodeFailure, Decoded, Unpacked};
 use super::error::FetchFailure;
+use super::pace::Train;
 use super::plan::{CutFrame, FrameCutter};
 use super::prefix::{Pass, Step};
 use super::slots::{Slot, Slots};
@@ -143,6 +144,7 @@ impl<'a> Receiving<'a> {
         let mut progress_bytes = 0;
         let mut paused = false;
         let mut flowing = false;
+        let mut train = Train::default();
         loop {
             // At its very end the body is read to its end, so that its connection can be used again.
             let rest = cutter.at() < extent.end();
@@ -157,6 +159,7 @@ impl<'a> Receiving<'a> {
                 Some(done) = decodes.join_next() => {
                     self.settle(done, decodes)?;
                     if !reading {
+                        train.pause();
                         (last_byte, quiet_since) = (clock::now(), clock::now());
                     }
                 }
@@ -168,10 +171,14 @@ impl<'a> Receiving<'a> {
                 }
                 () = gate.turn(urgency), if paused => {
                     paused = false;
+                    train.pause();
                     (last_byte, quiet_since) = (clock::now(), clock::now());
                 }
                 part = body.next(), if reading => match part {
-                    None => return Ok(()),
+                    None => {
+                        run.core.pace.ended(train);
+                        return Ok(());
+                    }
                     Some(Err(error)) => {
                         return Err(FetchFailure::Source { label: self.label.clone(), error });
                     }
@@ -182,6 +189,9 @@ impl<'a> Receiving<'a> {
                             (quiet_since, progress_bytes) = (last_byte, 0);
                         }
                         let count = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+                        if self.kind == SourceKind::Origin {
+                            run.core.pace.arrived(&mut train, count, last_byte);
+                        }
                         self.take(bytes, &mut cutter, decodes);
                         if let Some(peers) = run.core.peers() {
                             peers.downloaded(count, true).await;
@@ -213,9 +223,6 @@ impl<'a> Receiving<'a> {
         run.layer.arrived(self.kind, count);
         if let Some(room) = &self.lent.room {
             room.received(count);
-        }
-        if self.kind == SourceKind::Origin {
-            run.core.pace.arrived(count, clock::now());
         }
         if let Some(pass) = &mut self.pass {
             pass.push(bytes.clone());

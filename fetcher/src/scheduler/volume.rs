@@ -141,6 +141,7 @@ mod tests {
     use tokio::time::Instant;
 
     use super::*;
+    use crate::scheduler::pace::Train;
 
     const KIB: u64 = 1 << 10;
 
@@ -237,7 +238,10 @@ mod tests {
         assert!((&mut more).now_or_never().is_none());
         gathered().await;
         let now = Instant::now();
-        (0..200).for_each(|ms| pace.arrived(125_000, now + Duration::from_millis(ms)));
+        (0..200).for_each(|ms| {
+            let now = now + Duration::from_millis(ms);
+            pace.arrived(&mut Train::default(), 125_000, now);
+        });
         pace.answered(Duration::from_millis(20), now);
         drop(second);
         assert!((&mut more).now_or_never().is_some());

@@ -130,6 +130,16 @@ impl ReadAhead {
         ahead.filter(|ahead| !ahead.is_empty())
     }
 
+    /// So much behind what was read ahead of each reader, the latest reader first.
+    pub(crate) fn beyond(&self, bytes: u64) -> Vec<Extent<DeviceSpace>> {
+        let streams = self.streams.iter().rev();
+        let places = streams.filter_map(|stream| {
+            let end = self.clip(stream.end.saturating_add(bytes));
+            Extent::new(stream.end, end)
+        });
+        places.filter(|place| !place.is_empty()).collect()
+    }
+
     fn clip(&self, end: u64) -> u64 {
         end.min(self.device_bytes)
     }
@@ -211,6 +221,19 @@ mod tests {
         assert_eq!(ahead.on_read(device(5000, 5010)), Some(device(5010, 5030)));
         assert_eq!(ahead.on_read(device(10, 20)), Some(device(30, 70)));
         assert_eq!(ahead.on_read(device(5010, 5020)), Some(device(5030, 5070)));
+    }
+
+    #[test]
+    fn what_stands_behind_readers_begins_with_the_latest() {
+        let mut ahead = windows(20, 100);
+        assert_eq!(ahead.beyond(500), []);
+        for read in [device(0, 10), device(9_700, 9_710), device(9_985, 10_000)] {
+            ahead.on_read(read);
+        }
+        let expected = [device(9_730, 10_000), device(30, 530)];
+        assert_eq!(ahead.beyond(500), expected);
+        ahead.on_read(device(10, 20));
+        assert_eq!(ahead.beyond(100)[0], device(70, 170));
     }
 
     #[test]

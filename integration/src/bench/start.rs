@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum as _};
 
+use cold::Setting;
 use contender::Contender;
 use figures::{Document, Outcome, Scene};
 use images::Image;
@@ -53,6 +54,14 @@ pub struct Options {
     /// Few images, contenders and runs, and a verdict by their ratios: below five minutes.
     #[arg(long)]
     pub quick: bool,
+    /// Appended to sluiced's configuration, to try a setting.
+    #[arg(
+        long,
+        value_name = "TOML",
+        default_value = "",
+        conflicts_with = "report"
+    )]
+    pub config: String,
     /// Keep start.json, start.md and start.svg in this directory, and what other benchmarks have a report of beside them;
     /// what is there of other images, speeds and scenes stays.
     #[arg(long, value_name = "DIRECTORY")]
@@ -82,6 +91,8 @@ impl Options {
         }
         // A list is attached to what was converted, and a start is recorded of what was converted.
         for (form, before) in [
+            (Contender::SluiceErofs, Contender::SluiceBoot),
+            (Contender::SluiceFuse, Contender::SluiceBoot),
             (Contender::SluiceBoot, Contender::Sluice),
             (Contender::StargzOptimized, Contender::Stargz),
         ] {
@@ -186,7 +197,7 @@ fn of_image(
             latency: LATENCY,
         });
         let mut scene = Scene::new(image, *rate, layers, bytes, absent.clone());
-        rounds(&lab, options.runs, &ready, &mut scene)?;
+        rounds(&lab, options, &ready, &mut scene)?;
         scene.load = Some(super::report::load()?);
         done(scene)?;
     }
@@ -195,13 +206,17 @@ fn of_image(
 
 fn rounds(
     lab: &Lab,
-    runs: usize,
+    options: &Options,
     contenders: &[(Contender, String)],
     scene: &mut Scene,
 ) -> Result<()> {
     let mut samples: BTreeMap<Contender, Vec<cold::Sample>> = BTreeMap::new();
     let mut failures: BTreeMap<Contender, Vec<String>> = BTreeMap::new();
-    for round in 0..runs {
+    let setting = Setting {
+        config: &options.config,
+        ..Setting::default()
+    };
+    for round in 0..options.runs {
         let mut order = contenders.to_vec();
         order.rotate_left(round % contenders.len().max(1));
         for (contender, _) in order {
@@ -211,7 +226,7 @@ fn rounds(
             {
                 continue;
             }
-            match cold::start(lab, contender, scene.image, false) {
+            match cold::start_in(lab, contender, scene.image, setting) {
                 Ok((sample, _node)) => {
                     println!("   {:<18} {sample}", contender.name());
                     samples.entry(contender).or_default().push(sample);
@@ -257,6 +272,7 @@ mod tests {
             runs: 5,
             rate: vec![100, 1000],
             quick,
+            config: String::new(),
             report: None,
             redraw: false,
         }
@@ -265,7 +281,7 @@ mod tests {
     #[test]
     fn options_are_settled() {
         let full = options(false).settled().unwrap();
-        assert_eq!((full.images.len(), full.contenders.len()), (6, 8));
+        assert_eq!((full.images.len(), full.contenders.len()), (6, 10));
         let quick = options(true).settled().unwrap();
         assert_eq!(quick.images, [Image::Nginx, Image::Python]);
         assert_eq!((quick.runs, quick.rate), (2, vec![100]));

@@ -40,7 +40,7 @@ impl Membership {
 #[must_use]
 pub fn config(options: &Options, me: usize, nodes: &[IpAddr]) -> String {
     format!(
-        "\n[prefetch]\ndelay = \"{}ms\"\n\n[registry.hosts.\"{}\"]\nplain_http = true\n{}{}",
+        "\n[prefetch]\nbeside_readers = false\ndelay = \"{}ms\"\n\n[registry.hosts.\"{}\"]\nplain_http = true\n{}{}",
         options.prefetch_delay.as_millis(),
         registry_address(),
         section(options, me, nodes),

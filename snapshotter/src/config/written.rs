@@ -126,6 +126,7 @@ section! {
     Prefetch {
         enabled: bool = true,
         delay: String = "5s".into(),
+        beside_readers: bool = true,
     }
 }
 section! {

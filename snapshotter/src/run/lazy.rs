@@ -20,7 +20,7 @@ use sluice_fetcher::store::{Reclaim, Store, StoreOptions};
 use tokio::task::JoinHandle;
 
 use super::{Parts, able, bind_private};
-use crate::background::Background;
+use crate::background::{Background, Begin};
 use crate::boot::{Boot, BootMetrics};
 use crate::config::Config;
 use crate::control::{ControlParts, ControlService};
@@ -201,7 +201,10 @@ impl LazySide {
         };
         let reader = containerd(CONTENT_DEADLINE);
         let containerd = containerd(config.rpc_deadline);
-        let delay = config.prefetch.then_some(config.prefetch_delay);
+        let begin = config.prefetch.then_some(Begin {
+            delay: config.prefetch_delay,
+            beside_readers: config.prefetch_beside_readers,
+        });
         let reuse = Reuse::new(
             config.store_reuse,
             Arc::clone(&layers),
@@ -212,7 +215,7 @@ impl LazySide {
                 content: Arc::new(ContainerdContent::new(reader)),
                 metadata,
                 trees,
-                background: Background::new(Arc::clone(&layers), delay, reserve.clone()),
+                background: Background::new(Arc::clone(&layers), begin, reserve.clone()),
                 boot,
                 reuse,
                 layers,

@@ -197,6 +197,8 @@ impl Link {
                 return false;
             }
             Some(Body::HelloReply(_)) => {
+                let daemon = self.watches.daemon();
+                self.waiting.release(|pid| daemon.is_ours(pid));
                 self.waiting.connected(outgoing.clone());
                 let keeper = Arc::clone(&self.keeper);
                 // Readers do not wait for it.

@@ -246,6 +246,26 @@ impl WaitingReads {
         }
     }
 
+    /// Answers the events of these processes: they write what others wait for, and ask the presence map by themselves.
+    /// A daemon may do so before it has connected, and nobody but it could bring what it would wait for.
+    pub fn release(&self, is_ours: impl Fn(i32) -> bool) {
+        let mut register = self.register();
+        let waiting = register.fills.iter();
+        let ours = waiting.filter_map(|(id, read, _)| match &read.reply {
+            Reply::Event(reply) if is_ours(reply.pid()) => Some(id),
+            _ => None,
+        });
+        let ours: Vec<u64> = ours.collect();
+        let reads = ours.into_iter().map(|id| register.fills.answered(id));
+        let reads: Vec<PendingRead> = reads.flatten().collect();
+        drop(register);
+        for read in reads {
+            if let Reply::Event(reply) = read.reply {
+                reply.present();
+            }
+        }
+    }
+
     /// A link is there: asks it for all that waits.
     pub fn connected(&self, link: Sender<Vec<u8>>) {
         let mut register = self.register();

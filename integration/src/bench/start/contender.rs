@@ -34,6 +34,10 @@ pub enum Contender {
     Sluice,
     /// The same with a boot list attached.
     SluiceBoot,
+    /// The same, mounted by the kernel's EROFS alone.
+    SluiceErofs,
+    /// The same, over FUSE alone.
+    SluiceFuse,
     /// Sluice, the image as it is, with an index beside it.
     SluiceIndex,
     /// stargz-snapshotter, the image converted to eStargz.
@@ -54,6 +58,8 @@ impl Contender {
             Self::Overlayfs => "overlayfs",
             Self::Sluice => "sluice",
             Self::SluiceBoot => "sluice-boot",
+            Self::SluiceErofs => "sluice-erofs",
+            Self::SluiceFuse => "sluice-fuse",
             Self::SluiceIndex => "sluice-index",
             Self::Stargz => "stargz",
             Self::StargzOptimized => "stargz-optimized",
@@ -69,6 +75,8 @@ impl Contender {
             Self::Overlayfs => "overlayfs",
             Self::Sluice => "Sluice, converted",
             Self::SluiceBoot => "Sluice, converted, boot list",
+            Self::SluiceErofs => "Sluice, the same, EROFS alone",
+            Self::SluiceFuse => "Sluice, the same, FUSE alone",
             Self::SluiceIndex => "Sluice, unmodified, index",
             Self::Stargz => "stargz, eStargz",
             Self::StargzOptimized => "stargz, eStargz optimized",
@@ -88,7 +96,11 @@ impl Contender {
     pub fn snapshotter(self) -> &'static str {
         match self {
             Self::Overlayfs => "overlayfs",
-            Self::Sluice | Self::SluiceBoot | Self::SluiceIndex => "sluice",
+            Self::Sluice
+            | Self::SluiceBoot
+            | Self::SluiceErofs
+            | Self::SluiceFuse
+            | Self::SluiceIndex => "sluice",
             Self::Stargz | Self::StargzOptimized => "stargz",
             Self::Soci => "soci",
             Self::Nydus => "nydus",
@@ -101,11 +113,20 @@ impl Contender {
         match self {
             Self::Overlayfs | Self::SluiceIndex => ["original", "latest"],
             Self::Sluice => ["sluice", "latest"],
-            Self::SluiceBoot => ["sluice", "boot"],
+            Self::SluiceBoot | Self::SluiceErofs | Self::SluiceFuse => ["sluice", "boot"],
             Self::Stargz => ["stargz", "latest"],
             Self::StargzOptimized => ["stargz-optimized", "latest"],
             Self::Soci => ["soci", "latest"],
             Self::Nydus => ["nydus", "latest"],
+        }
+    }
+
+    /// The one backend that it keeps to, if there is one.
+    fn backend(self) -> Option<&'static str> {
+        match self {
+            Self::SluiceErofs => Some("erofs"),
+            Self::SluiceFuse => Some("fuse"),
+            _ => None,
         }
     }
 
@@ -118,7 +139,11 @@ impl Contender {
                 Command::new(tools::go_tool("containerd2")?).arg("--version"),
                 |line| line.split(' ').nth(2).unwrap_or(line).to_owned(),
             ),
-            Self::Sluice | Self::SluiceBoot | Self::SluiceIndex => first_line(
+            Self::Sluice
+            | Self::SluiceBoot
+            | Self::SluiceErofs
+            | Self::SluiceFuse
+            | Self::SluiceIndex => first_line(
                 Command::new(tools::binary("sluice")?).arg("--version"),
                 |line| line.trim_start_matches("sluice ").to_owned(),
             ),
@@ -157,10 +182,17 @@ impl Contender {
         };
         match self {
             Self::Overlayfs => Ok(Service::None),
-            Self::Sluice | Self::SluiceBoot | Self::SluiceIndex => {
+            Self::Sluice
+            | Self::SluiceBoot
+            | Self::SluiceErofs
+            | Self::SluiceFuse
+            | Self::SluiceIndex => {
                 // Labels of containerd leave ports out, and an image that nobody converted has no hint.
                 let host = registry.host();
                 let mut config = format!("\n[registry.hosts.\"{host}\"]\n{}", setting.config);
+                if let Some(backend) = self.backend() {
+                    config += &format!("\n[mount]\nbackend = \"{backend}\"\n");
+                }
                 if setting.record {
                     config += "\n[boot]\nwindow = \"5s\"\n";
                 }

@@ -74,6 +74,8 @@ impl Lab {
         let name = image.name();
         match contender {
             Contender::SluiceBoot => self.attach_boot_list(image),
+            // They pull the same.
+            Contender::SluiceErofs | Contender::SluiceFuse => Ok(()),
             Contender::Stargz => {
                 self.kept(contender, image, |it| it.convert(contender, name, CONVERTS))
             }
@@ -109,7 +111,10 @@ impl Lab {
                 command::run_ok(&mut convert, deadline)?;
                 Ok(())
             }),
-            Contender::SluiceBoot | Contender::StargzOptimized => {
+            Contender::SluiceBoot
+            | Contender::SluiceErofs
+            | Contender::SluiceFuse
+            | Contender::StargzOptimized => {
                 bail!("{} needs a start of the image", contender.name())
             }
         }

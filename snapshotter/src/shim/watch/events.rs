@@ -54,6 +54,8 @@ impl Channel {
 struct Ticket {
     channel: Arc<Channel>,
     slot: u32,
+    /// Who waits for the answer.
+    pid: i32,
     number: RawFd,
     /// Came with the event, or keeps its number.
     descriptor: Option<OwnedFd>,
@@ -102,6 +104,11 @@ impl EventReply {
             ticket: Arc::clone(ticket),
             answered: false,
         }
+    }
+
+    /// Who waits for the answer.
+    pub fn pid(&self) -> i32 {
+        self.ticket.pid
     }
 
     /// The range is present.
@@ -265,6 +272,7 @@ impl Devices {
         let ticket = Arc::new(Ticket {
             channel: Arc::clone(channel),
             slot,
+            pid: event.pid,
             number: event.number,
             descriptor,
             failure: Mutex::default(),
@@ -292,6 +300,10 @@ impl Devices {
         };
         for number in numbers {
             self.look_at(ticket, event, number, last);
+        }
+        // A daemon that connected meanwhile may have looked at what waits before this event did.
+        if self.daemon.is_ours(event.pid) {
+            self.waiting.release(|pid| pid == event.pid);
         }
     }
 
