@@ -205,7 +205,7 @@ async fn goes_beside_readers(listed: bool) {
     let handle = add(&fetcher, &layer, &line).await;
     if listed {
         let list = [BootRead { layer: 0, chunk: 7 }];
-        let burst = fetcher.load_boot_list(&[handle.clone()], &list);
+        let burst = fetcher.load_boot_list(std::slice::from_ref(&handle), &list);
         assert_eq!(burst.join().await, list);
     }
     let background = || {
