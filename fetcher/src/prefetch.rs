@@ -2,8 +2,8 @@
 //! Completing an image in the background.
 //!
 //! A job walks the missing chunks of its layers, layer by layer in the order given, in range requests of
-//! its own; while readers are about, first what stands behind the places where they read. Chunks that a container reads while it starts are loaded before, see [`crate::boot`]. It is the least
-//! urgent: while a reader's transfer is receiving, its bodies are not read and no request is opened;
+//! its own; while readers are about, first what stands behind the places where they read. Chunks that a container
+//! reads while it starts are loaded before, see [`crate::boot`]. It is the least urgent: while a reader's transfer is receiving, its bodies are not read and no request is opened;
 //! while readers are about it keeps to little of the line (`manners`); and a reader that wants a chunk of its
 //! makes that transfer urgent. A layer that is complete is sealed.
 //!

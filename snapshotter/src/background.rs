@@ -2,9 +2,8 @@
 //! Completing images in the background, once a container of them runs.
 //!
 //! A job is started when a container's snapshot is prepared (and, for containers that exist, when the
-//! daemon starts). For a moment it works only while a reader waits for what is missing of the image, so that what a start
-//! reads, where that is known, comes before all else; then it runs at
-//! the lowest priority until every layer is sealed. It is cancelled when a layer of it is gone, and stands
+//! daemon starts), and runs at the lowest priority until every layer is sealed. Where a boot list foresees what a start
+//! reads, it fetches for a moment only while a reader waits nevertheless. It is cancelled when a layer of it is gone, and stands
 //! still while less of the disk is free than `[store] reserve` says.
 //!
 //! Every job is a tracked task; [`Background::stop`] joins them.

@@ -47,8 +47,8 @@ pub struct FetcherOptions {
     pub prefetch_requests: usize,
     /// How long after a reader's last transfer a prefetch stays shy.
     pub shy: Duration,
-    /// A reader who asked so short a time ago is about to ask again: a prefetch takes a twentieth of the
-    /// line at most.
+    /// A reader who asked so short a time ago is about to ask again: a prefetch takes a twentieth of a
+    /// line that carries little in a round trip, and half of one that carries much.
     pub busy: Duration,
     /// Chunks decoded and verified at once; 0 means as many as there are processors.
     pub decodes: usize,
