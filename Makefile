@@ -80,8 +80,8 @@ check: setup deny ## formatting, lints, unit and model tests, docs, licences and
 # BENCH='conversion reads' START='--conversion-images nginx --reads-images node --reads-rounds 7';
 # SCALE those of what is large, e.g. BENCH=scale SCALE='--scenes many,files': the large image wants 32 GB of disk.
 # (target/release/bench --help lists them). QUICK=1: a few cold starts and a verdict, in less than five minutes.
-bench: tools images ## conversion, reads, cold starts, new versions and what is large beside others, file systems, first reads, memory; release build; writes docs/benchmarks
-	@echo "== bench: conversion, reads, cold starts, new versions and what is large beside others, file systems, first reads, memory"
+bench: tools images ## conversion, chunks into the store, reads, cold starts, new versions and what is large beside others, file systems, first reads, memory; release build; writes docs/benchmarks
+	@echo "== bench: conversion, chunks into the store, reads, cold starts, new versions and what is large beside others, file systems, first reads, memory"
 	@integration/scripts/go-tools.sh target/tools stargz soci
 	@cargo build --release --workspace --bins --locked
 	@target/release/bench $(if $(QUICK),--quick,--json docs/benchmarks/node.json --report docs/benchmarks) $(START) $(SCALE) $(BENCH)

@@ -445,10 +445,8 @@ impl LayerPlan {
             bytes: Vec::new(),
             entries: Vec::new(),
         };
-        let index = match &self.lazy {
-            Ok(parts) => self.index_or_reason(parts, records, &mut blob)?,
-            Err(reason) => Err(reason.clone()),
-        };
+        let (diff_id, device_bytes) = (self.diff_id, self.device_bytes);
+        let index = self.index_or_reason(records, &mut blob)?;
         if index.is_err() {
             // A skeleton without an index would be of no use to anybody.
             blob.bytes.clear();
@@ -463,53 +461,45 @@ impl LayerPlan {
         Ok(Trailer {
             blob_bytes: frames_bytes + blob.bytes.len() as u64,
             bytes: blob.bytes,
-            diff_id: self.diff_id,
-            device_bytes: self.device_bytes,
+            diff_id,
+            device_bytes,
             index,
         })
     }
 
-    /// Adds the index to `blob`, or says why the layer cannot be lazy.
+    /// Adds the index to `blob`, or says why the layer cannot be lazy. A layer may have a million files: each form of the
+    /// tree is gone before the next but one is made.
     fn index_or_reason(
-        &self,
-        parts: &LazyParts,
+        self,
         records: &[ChunkRecord],
         blob: &mut Tail,
     ) -> Result<Result<IndexPin, String>, EncodeError> {
-        let tree = match self.tree_image(&parts.tree) {
-            Ok(tree) => tree,
+        let LazyParts {
+            tree,
+            skeleton,
+            files,
+        } = match self.lazy {
+            Ok(parts) => parts,
             Err(reason) => return Ok(Err(reason)),
         };
-        match self.index(&tree, parts, records, blob) {
-            Ok(pin) => Ok(Ok(pin)),
-            Err(EncodeError::Index(error)) if error.is_too_large() => Ok(Err(error.to_string())),
-            Err(error) => Err(error),
-        }
-    }
-
-    /// The EROFS image, or why the layer cannot be lazy.
-    fn tree_image(&self, tree: &Tree) -> Result<Vec<u8>, String> {
         let device = DeviceSlot {
             tag: *crate::index::device_tag(self.diff_id),
             blocks: blocks_for(self.device_bytes),
         };
-        write_tree(tree, &[device]).map_err(|error| error.to_string())
-    }
-
-    fn index(
-        &self,
-        tree: &[u8],
-        parts: &LazyParts,
-        records: &[ChunkRecord],
-        blob: &mut Tail,
-    ) -> Result<IndexPin, EncodeError> {
-        let extent = blob.skippable(SKELETON_FRAME_MAGIC, &parts.skeleton)?;
+        let image = write_tree(&tree, &[device]);
+        drop(tree);
+        let image = match image {
+            Ok(image) => image,
+            Err(error) => return Ok(Err(error.to_string())),
+        };
+        let extent = blob.skippable(SKELETON_FRAME_MAGIC, &skeleton)?;
         let mut hasher = Sha256Hasher::new();
-        hasher.update(&parts.skeleton);
+        hasher.update(&skeleton);
+        drop(skeleton);
         let file = write_index(&IndexParts {
-            tree,
+            tree: &image,
             chunks: records,
-            files: &parts.files,
+            files: &files,
             diff_id: self.diff_id,
             skeleton: SkeletonPin {
                 extent,
@@ -517,21 +507,34 @@ impl LayerPlan {
             },
             algorithm: self.options.algorithm,
             writer: &self.options.writer,
-        })?;
-        let payload = compress_index(&file)?;
-        let (bytes, cap) = (payload.len() as u64, self.index_max_bytes);
-        if bytes > cap {
-            return Err(IndexError::AboveCap { bytes, cap }.into());
+        });
+        drop((image, files));
+        match file
+            .map_err(EncodeError::from)
+            .and_then(|file| index(file, self.index_max_bytes, blob))
+        {
+            Ok(pin) => Ok(Ok(pin)),
+            Err(EncodeError::Index(error)) if error.is_too_large() => Ok(Err(error.to_string())),
+            Err(error) => Err(error),
         }
-        let file_bytes = file.len() as u64;
-        UncheckedIndex::parse(file)?.validate()?;
-        let extent = blob.skippable(INDEX_FRAME_MAGIC, &payload)?;
-        Ok(IndexPin {
-            extent,
-            digest: IndexDigest::of(&payload),
-            file_bytes,
-        })
     }
+}
+
+/// Adds an index file to `blob`.
+fn index(file: Vec<u8>, cap: u64, blob: &mut Tail) -> Result<IndexPin, EncodeError> {
+    let payload = compress_index(&file)?;
+    let bytes = payload.len() as u64;
+    if bytes > cap {
+        return Err(IndexError::AboveCap { bytes, cap }.into());
+    }
+    let file_bytes = file.len() as u64;
+    UncheckedIndex::parse(file)?.validate()?;
+    let extent = blob.skippable(INDEX_FRAME_MAGIC, &payload)?;
+    Ok(IndexPin {
+        extent,
+        digest: IndexDigest::of(&payload),
+        file_bytes,
+    })
 }
 
 /// Encodes a layer that is in memory, on this thread: for small layers and for tests.

@@ -39,7 +39,7 @@ use crate::store::{StoreError, lock};
 
 mod manners;
 
-use manners::{Manners, rest_after};
+use manners::{Carries, Manners, rest_after};
 
 /// How long a job waits when all it could do is done by others or cannot be done now.
 const IDLE: Duration = Duration::from_millis(200);
@@ -377,7 +377,10 @@ impl Job {
             _ if self.is_beside(now) && !self.is_missed(now) => 0,
             _ => manners.requests(options, round_trip),
         };
-        let known = round_trip.unwrap_or_else(|| core.pace.total_bytes());
+        let known = Carries {
+            round_trip: round_trip.unwrap_or_else(|| core.pace.total_bytes()),
+            second: core.pace.bytes_per_second().unwrap_or(0),
+        };
         let pieces = [
             manners.piece_bytes(options, known),
             manners.serial_piece_bytes(options, known),

@@ -144,17 +144,18 @@ impl Fetcher {
         } else {
             options.decodes
         };
+        // Readers have slots of their own.
+        let others = (decodes.saturating_sub(1)).max(DECODES_OF_OTHERS.min(2 * decodes));
         let core = Core {
             origins: OriginSlots::new(SlotCounts {
                 foreground: options.foreground_requests,
                 boot: options.boot_requests,
                 background: options.other_requests,
             }),
-            // The rest leaves a processor to readers, where there are several.
             decodes: Slots::new(SlotCounts {
                 foreground: decodes,
-                boot: decodes.saturating_sub(1),
-                background: decodes.saturating_sub(1),
+                boot: others,
+                background: others,
             }),
             passing: Passing::default(),
             fronts: Fronts::default(),
@@ -584,6 +585,11 @@ impl Turns {
         self.of(key).lock_owned().await
     }
 }
+
+/// Chunks that are decoded at once of boot lists, and as many in the background: as there are processors but one, which
+/// is left to readers; where those are few, so many, up to two for each. A chunk takes no longer than to hand the slot over to the
+/// next: with one slot for two processors both were idle half of the time.
+const DECODES_OF_OTHERS: usize = 8;
 
 /// What a reader, a boot list or a prefetch waits for: a tenth of the default read deadline.
 const FILL_STEP: StepKind = StepKind::new("fill", Duration::from_secs(30));

@@ -3,6 +3,7 @@
 //!
 //! - `conversion`: against the pipeline that does the least of the same work, and the converters of others; indexing
 //!   against gunzip.
+//! - `fill`: chunks into the store when no line bounds them, and where the processors' time goes (`flame`).
 //! - `files`: a complete image, mounted, against its unpacked layers.
 //! - `reads`: the same of real images, against what users would pick instead.
 //! - `memory`: what the shim takes per 100 layers mounted, and the daemon with 100 images.
@@ -15,7 +16,9 @@
 
 pub mod conversion;
 pub mod files;
+pub mod fill;
 pub mod first_read;
+pub mod flame;
 pub mod memory;
 pub mod meter;
 pub mod process;

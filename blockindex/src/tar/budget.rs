@@ -8,11 +8,11 @@
 
 use super::NotLazy;
 
-/// The most entries, implied directories included: some millions of files, about what the largest
-/// index holds. A tree of so many takes some 1.5 GiB while it is written.
-const ENTRIES_MAX: u64 = 1 << 22;
+/// The most entries, implied directories included. With names as long as they may be, a layer of so many files takes
+/// 0.5 GB while its index is written, and no conversion shall take more.
+const ENTRIES_MAX: u64 = 3 << 18;
 /// The most bytes of names, targets and extended attributes: 64 for each of [`ENTRIES_MAX`].
-const TREE_BYTES_MAX: u64 = 256 * 1024 * 1024;
+const TREE_BYTES_MAX: u64 = 48 * 1024 * 1024;
 /// The most bytes, zeros not counted, that belong to no file and are no header: contents of
 /// whiteouts, and whatever follows the end. They are stored twice, in frames and in the skeleton;
 /// in ordinary tars there are none.

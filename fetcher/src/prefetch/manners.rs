@@ -24,6 +24,8 @@ const DELAY_PARTS: u64 = 20;
 const SLOW_LINE: u64 = 1_000_000;
 /// Round trips that requests beside each other fill: enough for the line to be full always.
 const ROUND_TRIPS: u64 = 4;
+/// They fill it for so long at least: where the line is near and wide each would else bring little for what it costs.
+const FILLED_MICROS: u64 = 10_000;
 
 /// Towards readers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +59,11 @@ impl Manners {
             Self::Busy => options.other_requests.max(1),
             Self::Shy => {
                 let round_trip = round_trip.unwrap_or(0);
-                let piece = self.piece_bytes(options, round_trip).max(1);
+                let known = Carries {
+                    round_trip,
+                    second: 0,
+                };
+                let piece = self.piece_bytes(options, known).max(1);
                 let fit = usize::try_from(round_trip / piece);
                 fit.unwrap_or(usize::MAX)
                     .min(options.prefetch_requests)
@@ -67,30 +73,39 @@ impl Manners {
         }
     }
 
-    /// The most bytes of one request, where the line is known to carry so many in a round trip, or has carried them
-    /// so far.
-    pub(super) fn piece_bytes(self, options: &FetcherOptions, round_trip: u64) -> u64 {
-        self.piece_of(options, round_trip, options.prefetch_requests)
+    /// The most bytes of one request.
+    pub(super) fn piece_bytes(self, options: &FetcherOptions, line: Carries) -> u64 {
+        self.piece_of(options, line, options.prefetch_requests)
     }
 
     /// The same of a layer that takes one request after the other.
-    pub(super) fn serial_piece_bytes(self, options: &FetcherOptions, round_trip: u64) -> u64 {
-        self.piece_of(options, round_trip, 1)
+    pub(super) fn serial_piece_bytes(self, options: &FetcherOptions, line: Carries) -> u64 {
+        self.piece_of(options, line, 1)
     }
 
-    fn piece_of(self, options: &FetcherOptions, round_trip: u64, requests: usize) -> u64 {
+    fn piece_of(self, options: &FetcherOptions, line: Carries, requests: usize) -> u64 {
         let (least, most) = (options.shy_request_bytes_min, options.shy_request_bytes);
-        let shy = between(round_trip, least, most);
+        let shy = between(line.round_trip, least, most);
         match self {
-            Self::Busy => between(round_trip / BUSY_PIECE_PARTS, least, most),
+            Self::Busy => between(line.round_trip / BUSY_PIECE_PARTS, least, most),
             Self::Shy => shy,
             Self::Free => {
                 let requests = u64::try_from(requests).unwrap_or(1).max(1);
-                let share = round_trip.saturating_mul(ROUND_TRIPS) / requests;
-                between(share, shy, options.request_bytes)
+                let trips = line.round_trip.saturating_mul(ROUND_TRIPS);
+                let filled = line.second.saturating_mul(FILLED_MICROS) / 1_000_000;
+                between(trips.max(filled) / requests, shy, options.request_bytes)
             }
         }
     }
+}
+
+/// What the line is known to carry.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Carries {
+    /// Bytes in a round trip; before that is known, those that have come so far.
+    pub(super) round_trip: u64,
+    /// Bytes in a second; 0 before that is known.
+    pub(super) second: u64,
 }
 
 /// How long a request of so many bytes rests others while readers are busy, by what the line carries in a second and in
@@ -145,15 +160,27 @@ mod tests {
         ];
         for (round_trip, bytes, requests) in cases {
             let all = [Manners::Busy, Manners::Shy, Manners::Free];
-            let bytes_known = round_trip.unwrap_or(0);
-            let pieces = all.map(|manners| manners.piece_bytes(&options, bytes_known));
+            let known = Carries {
+                round_trip: round_trip.unwrap_or(0),
+                second: 0,
+            };
+            let pieces = all.map(|manners| manners.piece_bytes(&options, known));
             assert_eq!(pieces, bytes, "{round_trip:?}");
-            let serial = all.map(|it| it.serial_piece_bytes(&options, bytes_known));
-            let free = between(4 * bytes_known, bytes[1], 4 * mib);
+            let serial = all.map(|it| it.serial_piece_bytes(&options, known));
+            let free = between(4 * known.round_trip, bytes[1], 4 * mib);
             assert_eq!(serial, [bytes[0], bytes[1], free], "{round_trip:?}");
             let most = all.map(|manners| manners.requests(&options, round_trip));
             assert_eq!(most, requests, "{round_trip:?}");
         }
+        // 10 Gbit/s next door: what comes in a hundredth of a second, in requests beside each other.
+        let near = Carries {
+            round_trip: 300_000,
+            second: 1_200_000_000,
+        };
+        let free = Manners::Free;
+        assert_eq!(free.piece_bytes(&options, near), 3_000_000);
+        assert_eq!(free.serial_piece_bytes(&options, near), 4 * mib);
+        assert_eq!(Manners::Shy.piece_bytes(&options, near), 300_000);
     }
 
     #[test]

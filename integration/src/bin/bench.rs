@@ -7,7 +7,7 @@ use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use serde_json::json;
 use sluice_integration::bench::{
-    conversion, files, first_read, memory, reads, report, scale, start, update,
+    conversion, files, fill, first_read, memory, reads, report, scale, start, update,
 };
 use sluice_integration::cluster::cpu::Account;
 use sluice_integration::harness::containerd::Release;
@@ -19,6 +19,8 @@ use sluice_integration::harness::site::Site;
 enum Benchmark {
     /// Converting and indexing images, side by side; not with --json.
     Conversion,
+    /// Chunks into the store when no line bounds them, and flame graphs; not with --json.
+    Fill,
     /// Files of a complete image.
     Fs,
     /// Files of complete images, side by side; not with --json.
@@ -47,6 +49,8 @@ struct Arguments {
     memory_images: usize,
     #[command(flatten, next_help_heading = "Conversion")]
     conversion: conversion::Options,
+    #[command(flatten, next_help_heading = "Filling")]
+    fill: fill::Options,
     #[command(flatten, next_help_heading = "Reads")]
     reads: reads::Options,
     #[command(flatten, next_help_heading = "Cold starts")]
@@ -76,6 +80,13 @@ fn main() -> Result<()> {
                 match redrawn {
                     Some(directory) => conversion::redraw(directory)?,
                     None => conversion::measure(&arguments.conversion, directory)?,
+                }
+                continue;
+            }
+            Benchmark::Fill => {
+                match redrawn {
+                    Some(directory) => fill::redraw(directory)?,
+                    None => fill::measure(&arguments.fill, directory)?,
                 }
                 continue;
             }

@@ -2,6 +2,7 @@
 //! One connection of a worker: Hello, answers to our calls, fills.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use sluice_fetcher::scheduler::Filled;
@@ -10,14 +11,17 @@ use sluice_proto::shim::envelope::Body;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 
-use super::{FillRequest, ListedMount, Presence, Shared, ShimPeer};
+use super::{FillRequest, FillService, ListedMount, Presence, Shared, ShimPeer};
 use crate::mount::MountSpec;
 use crate::mount::errno::FillErrno;
 use crate::shim::protocol::{self, ProtocolError, Unframer};
 use crate::shim::{OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION};
+
+/// A fill that ends by its own deadline is not to be cut off by ours, which began a moment before.
+const OVERRUN: Duration = Duration::from_secs(1);
 
 /// Takes connections for as long as the client lives. Each runs in a task of its own; a newer Hello
 /// replaces an older connection.
@@ -206,7 +210,7 @@ impl Connection {
         let shared = self.shared.clone();
         let outgoing = self.outgoing.clone();
         self.tasks.spawn(async move {
-            let reply = match run_fill(&shared, request).await {
+            let reply = match run_fill(&shared.permits, shared.fills.as_ref(), request).await {
                 Ok(Filled::Present) => wire::FillReply::default(),
                 Ok(Filled::Passed(bytes)) => wire::FillReply {
                     bytes,
@@ -246,17 +250,29 @@ impl Connection {
     }
 }
 
-async fn run_fill(shared: &Shared, request: FillRequest) -> Result<Filled, FillErrno> {
-    let deadline = request.deadline;
+/// The service keeps the reader's deadline and says why nothing came; the worker keeps it, too, so nobody waits for what
+/// is left over here: a bound for a service that hangs.
+async fn run_fill(
+    permits: &Semaphore,
+    fills: &dyn FillService,
+    request: FillRequest,
+) -> Result<Filled, FillErrno> {
+    let (deadline, subject) = (request.deadline, request.clone());
     let filled = async {
         // Closed never: the semaphore lives as long as the client.
-        let _permit = shared.permits.acquire().await.map_err(|_| FillErrno::Io)?;
-        shared.fills.fill(request).await
+        let _permit = permits.acquire().await.map_err(|_| FillErrno::Io)?;
+        fills.fill(request).await
     };
     match deadline {
-        Some(deadline) => tokio::time::timeout(deadline, filled)
+        Some(deadline) => tokio::time::timeout(deadline + OVERRUN, filled)
             .await
-            .unwrap_or(Err(FillErrno::Deadline)),
+            .unwrap_or_else(|_| {
+                tracing::error!(
+                    diff_id = %subject.diff_id, extent = %subject.extent,
+                    "a fill did not end within {deadline:?}, nor soon after"
+                );
+                Err(FillErrno::Deadline)
+            }),
         None => filled.await,
     }
 }
@@ -275,4 +291,53 @@ pub(super) fn listed(mounts: Vec<wire::ListedMount>) -> Vec<ListedMount> {
         }
     }
     listed
+}
+
+#[cfg(test)]
+mod tests {
+    use async_trait::async_trait;
+    use sluice_blockindex::extent::Extent;
+    use tokio::time::Instant;
+
+    use super::*;
+
+    const DEADLINE: Duration = Duration::from_secs(15);
+
+    /// Begins to count a little later than who asks, as a service on a busy machine does.
+    #[derive(Debug)]
+    struct Late {
+        hangs: bool,
+    }
+
+    #[async_trait]
+    impl FillService for Late {
+        async fn fill(&self, request: FillRequest) -> Result<Filled, FillErrno> {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            if self.hangs {
+                std::future::pending::<()>().await;
+            }
+            tokio::time::sleep(request.deadline.unwrap()).await;
+            // Told apart from a fill that was cut off.
+            Err(FillErrno::NoSpace)
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_fill_tells_of_its_deadline_itself_unless_it_hangs() {
+        let digest = format!("sha256:{}", "0".repeat(64));
+        let request = FillRequest {
+            diff_id: digest.parse().unwrap(),
+            index_digest: digest.parse().unwrap(),
+            extent: Extent::new(0, 1).unwrap(),
+            deadline: Some(DEADLINE),
+            takes_bytes: false,
+        };
+        let permits = Semaphore::new(1);
+        for (hangs, expected) in [(false, FillErrno::NoSpace), (true, FillErrno::Deadline)] {
+            let began = Instant::now();
+            let filled = run_fill(&permits, &Late { hangs }, request.clone()).await;
+            assert_eq!(filled.unwrap_err(), expected);
+            assert!(began.elapsed() <= DEADLINE + OVERRUN, "{hangs}");
+        }
+    }
 }
