@@ -20,8 +20,8 @@ use super::layout::blob::{Blob, Hashed, put};
 
 /// A day.
 const LATER_SECONDS: u64 = 86_400;
-/// A comment to Python, Perl and shells, and nothing to a linker.
-const UPGRADE: &[u8] = b"\n# 2\n";
+/// Nothing to any language, JSON among them, nor to a linker.
+const UPGRADE: &[u8] = b"\n\n \n\n";
 
 /// How much of an image is what it was.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
