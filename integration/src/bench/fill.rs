@@ -6,7 +6,6 @@
 //! itself, on one thread. Where the processors' time goes is drawn, of this and of a conversion.
 
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -17,10 +16,10 @@ use figures::{Figures, Profile, Round};
 use works::Works;
 
 use super::conversion::source::Source;
+use super::conversion::works::converting;
 use super::flame::{self, Frames};
 use super::report as document;
 use crate::harness::root::Root;
-use crate::harness::tools;
 
 pub mod figures;
 pub mod report;
@@ -102,11 +101,6 @@ pub fn redraw(directory: &Path) -> Result<()> {
 /// Where a conversion spends its time.
 fn convert(source: &Source, root: &Root) -> Result<Option<Frames>> {
     let work = root.directory("convert")?;
-    let mut sluice = Command::new(tools::binary("sluice")?);
-    sluice.env("SLUICE_STATE", work.join("state"));
-    sluice.args(["convert", "--quiet"]);
-    for layout in [&source.layout, &work.join("layout")] {
-        sluice.arg(format!("oci:{}:latest", layout.display()));
-    }
+    let sluice = converting(source, &work)?;
     flame::of_command(&sluice, &work.join("perf.data"), CONVERTS)
 }

@@ -117,15 +117,8 @@ impl Works {
     }
 
     fn sluice_convert(&self, source: &Source, work: &Path) -> Result<Cost> {
-        let destination = work.join("layout");
-        let mut sluice = Command::new(tools::binary("sluice")?);
-        sluice.env("SLUICE_STATE", work.join("state"));
-        sluice.args(["convert", "--quiet"]);
-        for layout in [&source.layout, &destination] {
-            sluice.arg(format!("oci:{}:latest", layout.display()));
-        }
-        let metered = self.metered(&sluice)?;
-        let bytes = added(&source::layers(&destination)?)?;
+        let metered = self.metered(&converting(source, work)?)?;
+        let bytes = added(&source::layers(&work.join("layout"))?)?;
         Ok(cost(&metered, Some(bytes)))
     }
 
@@ -172,6 +165,17 @@ impl Works {
         let layers = manifest["layers"].as_array().context("layers")?;
         Ok(layers.iter().filter_map(|it| it["size"].as_u64()).sum())
     }
+}
+
+/// `sluice convert` of an image into the layout `layout` in `work`, with a state of its own.
+pub fn converting(source: &Source, work: &Path) -> Result<Command> {
+    let mut sluice = Command::new(tools::binary("sluice")?);
+    sluice.env("SLUICE_STATE", work.join("state"));
+    sluice.args(["convert", "--quiet"]);
+    for layout in [&source.layout, &work.join("layout")] {
+        sluice.arg(format!("oci:{}:latest", layout.display()));
+    }
+    Ok(sluice)
 }
 
 fn cost(metered: &meter::Metered, output_bytes: Option<u64>) -> Cost {
