@@ -65,12 +65,12 @@ impl Recording {
     ///
     /// **Errors**: when it ends at once, since it may not sample.
     pub fn of(pid: Pid, into: &Path) -> Result<Option<Self>> {
+        if !is_there() {
+            return Ok(None);
+        }
         let mut perf = perf(into);
         perf.arg("-p").arg(pid.to_string());
-        let mut child = match perf.spawn() {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            child => child.context("start perf")?,
-        };
+        let mut child = perf.spawn().context("start perf")?;
         // It says nothing when it has begun.
         std::thread::sleep(Duration::from_millis(500));
         ensure!(child.try_wait()?.is_none(), "perf does not record");
@@ -95,6 +95,9 @@ impl Drop for Recording {
 
 /// Runs a command under `perf`. `None` where there is none.
 pub fn of_command(it: &Command, into: &Path, deadline: Duration) -> Result<Option<Frames>> {
+    if !is_there() {
+        return Ok(None);
+    }
     let mut recorded = perf(into);
     recorded.arg("--").arg(it.get_program()).args(it.get_args());
     for (name, value) in it.get_envs() {
@@ -102,11 +105,12 @@ pub fn of_command(it: &Command, into: &Path, deadline: Duration) -> Result<Optio
             recorded.env(name, value);
         }
     }
-    if Command::new("perf").arg("--version").output().is_err() {
-        return Ok(None);
-    }
     command::run_ok(&mut recorded, deadline)?;
     read(into).map(Some)
+}
+
+fn is_there() -> bool {
+    Command::new("perf").arg("--version").output().is_ok()
 }
 
 fn perf(into: &Path) -> Command {
