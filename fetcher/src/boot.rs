@@ -14,6 +14,7 @@
 //! A request that fails is given up unless a reader waits for it: the list is a hint, and whatever it
 //! did not bring is fetched as if there were none.
 
+mod pages;
 mod plan;
 
 use std::sync::Arc;
@@ -24,6 +25,8 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::scheduler::{Fetcher, LayerHandle, Transfer};
 use plan::{Listed, Piece, burst};
+
+pub use pages::whole_pages;
 
 /// A chunk of a list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

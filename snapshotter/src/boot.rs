@@ -64,6 +64,8 @@ pub struct BootOptions {
     pub enabled: bool,
     /// How long first reads are recorded, from the first on.
     pub window: Duration,
+    /// Whether whole pages of devices are asked for: then a list means also what shares a page with its chunks.
+    pub whole_pages: bool,
 }
 
 /// Why a list of another node is not taken.

@@ -278,6 +278,8 @@ impl Written {
             boot: BootOptions {
                 enabled: boot.enabled,
                 window: check.nonzero("boot.window", &boot.window)?,
+                // Known once the kernel was tried.
+                whole_pages: false,
             },
             prewarm: PrewarmOptions {
                 grace: check.nonzero("prewarm.grace", &prewarm.grace)?,

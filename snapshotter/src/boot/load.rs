@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use sluice_blockindex::boot::{BootChunk, BootKey};
-use sluice_fetcher::boot::BootRead;
+use sluice_fetcher::boot::{BootRead, whole_pages};
 use sluice_fetcher::scheduler::LayerHandle;
 use tokio::time::Instant;
 
@@ -196,13 +196,15 @@ impl Boot {
             tracing::warn!(%key, listed, unknown, "a boot list names chunks that there are not");
             self.metrics.ignored("no_such_chunk");
         }
-        let reads = chunks
-            .iter()
-            .map(|at| BootRead {
-                layer: usize::from(at.layer),
-                chunk: at.chunk,
-            })
-            .collect();
+        let reads = chunks.iter().map(|at| BootRead {
+            layer: usize::from(at.layer),
+            chunk: at.chunk,
+        });
+        let mut reads: Vec<BootRead> = reads.collect();
+        if self.options.whole_pages {
+            let page_bytes = u64::try_from(rustix::param::page_size()).unwrap_or(u64::MAX);
+            reads = whole_pages(&handles, &reads, page_bytes);
+        }
         Listed::Chunks { handles, reads }
     }
 

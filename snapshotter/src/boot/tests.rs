@@ -110,6 +110,7 @@ fn site_with(enabled: bool) -> Site {
     let options = BootOptions {
         enabled,
         window: Duration::from_millis(200),
+        whole_pages: false,
     };
     let backend = Arc::clone(&script);
     let metrics = BootMetrics::default();

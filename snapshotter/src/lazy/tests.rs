@@ -90,6 +90,7 @@ fn lazy_with(
         BootOptions {
             enabled: true,
             window: Duration::from_secs(1),
+            whole_pages: false,
         },
         Arc::clone(&layers),
         Arc::clone(&metadata),

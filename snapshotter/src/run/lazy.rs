@@ -21,7 +21,7 @@ use tokio::task::JoinHandle;
 
 use super::{Parts, able, bind_private};
 use crate::background::{Background, Begin};
-use crate::boot::{Boot, BootMetrics};
+use crate::boot::{Boot, BootMetrics, BootOptions};
 use crate::config::Config;
 use crate::control::{ControlParts, ControlService};
 use crate::disk::DiskReserve;
@@ -178,8 +178,12 @@ impl LazySide {
         let mounts = Arc::new(Mounts::new(backend.clone(), &config.root.join("mnt")));
         let boot_metrics = BootMetrics::default();
         boot_metrics.register(registry);
+        let boot_options = BootOptions {
+            whole_pages: abilities.lazy.is_ok(),
+            ..config.boot
+        };
         let boot = Boot::new(
-            config.boot,
+            boot_options,
             Arc::clone(&layers),
             Arc::clone(&metadata),
             backend.clone(),
