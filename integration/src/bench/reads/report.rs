@@ -18,8 +18,8 @@ What reading a container's files costs once its image is on the node as a whole:
 image was started there once, the container's processes are gone, and a further container's root is mounted. *Cold*: page cache and
 names dropped before; *warm*: again right after. *Read*: all entries listed, then all files read by a few readers at once. *Stat*:
 all entries listed. *Random*: pages of the image's largest file, which is in memory, at the same random places. Contenders take
-turns in each operation of each round, and do what is warm three times in a turn. Medians, and in parentheses the time by that of
-overlayfs. *Load*: of the machine in the last minute, by all that ran; compare within one table only.
+turns in each operation of each round, nine of them for *random*, and list and read what is warm three times in a turn. Medians, and in
+parentheses the time by that of overlayfs. *Load*: of the machine in the last minute, by all that ran; compare within one table only.
 
 Backend `auto` is shown as a container has it that was started before its image was complete: what is mounted stays with what
 serves it, and from its next mount on a complete image is the kernel's alone, as with `erofs`.

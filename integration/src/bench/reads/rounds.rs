@@ -18,6 +18,9 @@ pub const RANDOM_READS: usize = 200_000;
 
 /// How often what is in memory is read in a turn: it takes milliseconds, and one time says little.
 const WARM: usize = 3;
+/// Turns of reads at random in a round: contenders differ by less than the machine does from one second to the next, so
+/// each is timed once in a turn, and often.
+const RANDOM_TURNS: usize = 9;
 
 /// What one contender took for each operation, and what the line carried for it meanwhile.
 type Account = (BTreeMap<Operation, Times>, u64);
@@ -72,6 +75,16 @@ fn largest(directory: &Path) -> Result<Option<(u64, PathBuf)>> {
     Ok(found)
 }
 
+impl Operation {
+    /// How often it is done in a turn.
+    fn times(self) -> usize {
+        match self {
+            Self::ColdRead | Self::ColdStat | Self::RandomRead => 1,
+            Self::WarmRead | Self::WarmStat => WARM,
+        }
+    }
+}
+
 /// Goes through all rounds.
 pub fn run(
     nodes: &Nodes,
@@ -83,19 +96,19 @@ pub fn run(
     let mut carried: BTreeMap<Reader, u64> = BTreeMap::new();
     let line = &nodes.lab.registry.line;
     // The cold one of a pair leaves in memory what the warm one finds there.
-    let turns: [&[Operation]; 3] = [
+    let mut turns: Vec<&[Operation]> = vec![
         &[Operation::ColdRead, Operation::WarmRead],
         &[Operation::ColdStat, Operation::WarmStat],
-        &[Operation::RandomRead],
     ];
+    turns.extend([&[Operation::RandomRead] as &[Operation]; RANDOM_TURNS]);
     for round in 0..count {
-        let mut order = paths.to_vec();
-        order.rotate_left(round % paths.len());
-        for operations in turns {
+        for (turn, operations) in turns.iter().enumerate() {
+            let mut order = paths.to_vec();
+            order.rotate_left((round + turn) % paths.len());
             for (reader, path) in &order {
                 let before = line.bytes();
-                for operation in operations {
-                    let times = if operation.is_cold() { 1 } else { WARM };
+                for operation in *operations {
+                    let times = operation.times();
                     for _ in 0..times {
                         let took = once(*operation, path, subject).with_context(|| {
                             format!("{} of {}", operation.title(), reader.name())
