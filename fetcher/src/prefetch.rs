@@ -9,7 +9,8 @@
 //!
 //! A job can keep beside readers for a while: of an image whose start a boot list has foreseen it fetches only while a reader
 //! waits for what is missing nevertheless. Such a start has the line for itself, and an application that has all
-//! it reads costs no more; any other start waits, and has company from the beginning.
+//! it reads costs no more; any other start waits, and has company from the beginning. Where containers start and
+//! the node is short of processors, it takes little of them.
 //!
 //! A layer whose sources all back off is passed over until one may be asked again; the job has no
 //! deadline. It ends when every layer is sealed or has failed its seal, or when it is cancelled or
@@ -39,12 +40,15 @@ use crate::store::{StoreError, lock};
 
 mod manners;
 
-use manners::{Carries, Manners, rest_after};
+use manners::{Carries, Manners, pressed_rest, rest_after};
 
 /// How long a job waits when all it could do is done by others or cannot be done now.
 const IDLE: Duration = Duration::from_millis(200);
 /// How often a job that goes beside readers only looks whether there are any: what a miss costs.
 const BESIDE_LOOK: Duration = Duration::from_millis(20);
+/// For so long after an image's first container was prepared processors are left to what starts, if they are short:
+/// where many containers start at once, most are done by then.
+const STARTING: Duration = Duration::from_secs(30);
 /// So much of a device behind the place of each reader comes before the rest.
 const NEAR_BYTES: u64 = 2 << 20;
 /// After a seal that could not be done for reasons of the disk, also before what it lost is fetched
@@ -103,15 +107,27 @@ impl PrefetchJob {
 impl Fetcher {
     /// Starts completing `layers`, in this order, in the background. See [`crate::prefetch`].
     pub fn prefetch(&self, layers: Vec<Arc<LayerHandle>>) -> PrefetchJob {
-        self.prefetch_beside_readers(layers, Duration::ZERO)
+        self.complete(layers, Some(clock::now()), None)
     }
 
-    /// As [`Self::prefetch`], but where a boot list has loaded what a start reads of these layers it works for so long only
-    /// while readers wait for what is missing of them nevertheless.
+    /// As [`Self::prefetch`] of an image that starts. Where a boot list has loaded what that reads of these layers the job works
+    /// for so long only while readers wait for what is missing of them nevertheless; and while the node is short of
+    /// processors it takes little of them for half a minute.
     pub fn prefetch_beside_readers(
         &self,
         layers: Vec<Arc<LayerHandle>>,
         beside: Duration,
+    ) -> PrefetchJob {
+        let now = clock::now();
+        let starting = now.checked_add(STARTING);
+        self.complete(layers, now.checked_add(beside), starting)
+    }
+
+    fn complete(
+        &self,
+        layers: Vec<Arc<LayerHandle>>,
+        beside_until: Option<Instant>,
+        starting_until: Option<Instant>,
     ) -> PrefetchJob {
         let cancel = self.core.cancel.child_token();
         let (report, progress) = watch::channel(PrefetchProgress::default());
@@ -122,7 +138,8 @@ impl Fetcher {
                 .into_iter()
                 .map(|layer| Layer::new(layer, &self.core))
                 .collect(),
-            beside_until: clock::now().checked_add(beside),
+            beside_until,
+            starting_until,
             report,
         };
         let task = self.core.tasks.spawn(job.run());
@@ -342,6 +359,8 @@ struct Job {
     layers: Vec<Layer>,
     /// Until then only while readers wait, if a boot list was loaded; `None`: for good.
     beside_until: Option<Instant>,
+    /// Until then processors are left to what starts.
+    starting_until: Option<Instant>,
     report: watch::Sender<PrefetchProgress>,
 }
 
@@ -367,10 +386,14 @@ impl Job {
     }
 
     /// How many requests may run now, of which size: of most layers, and of those that take one after the other.
-    fn allowance(&self, now: Instant) -> (Manners, usize, [Limits; 2]) {
+    fn allowance(&self, now: Instant, pressed: bool) -> (Manners, usize, [Limits; 2]) {
         let core = &self.fetcher.core;
         let options = &core.options;
-        let manners = Manners::of(options, core.gate.quiet_since(), now);
+        let manners = if pressed {
+            Manners::Busy
+        } else {
+            Manners::of(options, core.gate.quiet_since(), now)
+        };
         let round_trip = core.pace.bytes_per_round_trip();
         let most = match manners {
             Manners::Busy if core.background_rests(now).is_some() => 0,
@@ -391,6 +414,12 @@ impl Job {
             ..options.limits()
         });
         (manners, most, limits)
+    }
+
+    /// Whether processors are to be left to what starts.
+    fn is_pressed(&self, now: Instant) -> bool {
+        let pressure = &self.fetcher.core.pressure;
+        self.starting_until.is_some_and(|until| now < until) && pressure.is_high(now.into_std())
     }
 
     /// Whether it only goes beside readers still.
@@ -426,7 +455,8 @@ impl Job {
         events: &mut FuturesUnordered<BoxFuture<'static, Event>>,
     ) -> Option<Instant> {
         let now = clock::now();
-        let (manners, mut most, [limits, serial_limits]) = self.allowance(now);
+        let pressed = self.is_pressed(now);
+        let (manners, mut most, [limits, serial_limits]) = self.allowance(now, pressed);
         let mut running: usize = self.layers.iter().map(|layer| layer.running).sum();
         let core = Arc::clone(&self.fetcher.core);
         let look = match manners {
@@ -477,7 +507,10 @@ impl Job {
                 }
                 if manners == Manners::Busy {
                     let (bytes, rate) = (piece.extent.len(), core.pace.bytes_per_second());
-                    let rest = rest_after(bytes, rate, core.pace.bytes_per_round_trip());
+                    let mut rest = rest_after(bytes, rate, core.pace.bytes_per_round_trip());
+                    if pressed {
+                        rest = rest.max(pressed_rest(bytes, core.processors));
+                    }
                     core.rest_background(now, rest);
                     most = 0;
                 }

@@ -41,6 +41,7 @@ mod pace;
 mod pass;
 mod plan;
 mod prefix;
+mod pressure;
 mod receive;
 mod seal;
 mod slots;
@@ -73,6 +74,7 @@ use gate::Gate;
 use pace::Pace;
 use pass::{Held, Passing};
 use prefix::Fronts;
+use pressure::Pressure;
 use slots::{OriginSlots, SlotCounts, Slots};
 use volume::Volume;
 use window::{ReadAhead, WindowLimits};
@@ -87,6 +89,9 @@ pub(crate) struct Core {
     pub(crate) pace: Pace,
     /// Until then no background request is opened beside readers who are busy.
     background_rests: Mutex<Option<Instant>>,
+    pub(crate) pressure: Pressure,
+    /// How many of them are used.
+    pub(crate) processors: usize,
     /// Bytes of boot lists that are under way from origins.
     pub(crate) listed: Volume,
     pub(crate) origins: OriginSlots,
@@ -159,9 +164,11 @@ impl Fetcher {
             }),
             passing: Passing::default(),
             fronts: Fronts::default(),
-            options,
             store,
             metrics,
+            pressure: Pressure::new(options.processors_waited),
+            processors: decodes,
+            options,
             gate: Arc::new(Gate::new()),
             pace: Pace::default(),
             listed: Volume::default(),

@@ -27,6 +27,10 @@ const ROUND_TRIPS: u64 = 4;
 /// They fill it for so long at least: where the line is near and wide each would else bring little for what it costs.
 const FILLED_MICROS: u64 = 10_000;
 
+/// What a request may bring in a second for each processor while others wait for them: decoding, verifying and writing a
+/// compressed byte costs about 10 ns, so this is a fortieth of each.
+const PRESSED_RATE: u64 = 2_500_000;
+
 /// Towards readers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Manners {
@@ -122,6 +126,13 @@ pub(super) fn rest_after(
         .saturating_mul(u32::try_from(parts).unwrap_or(u32::MAX))
 }
 
+/// How long a request of so many bytes rests others while so many processors are what the node is short of.
+pub(super) fn pressed_rest(bytes: u64, processors: usize) -> Duration {
+    let processors = u64::try_from(processors).unwrap_or(1).max(1);
+    let rate = PRESSED_RATE.saturating_mul(processors);
+    Duration::from_micros(bytes.saturating_mul(1_000_000) / rate)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -181,6 +192,20 @@ mod tests {
         assert_eq!(free.piece_bytes(&options, near), 3_000_000);
         assert_eq!(free.serial_piece_bytes(&options, near), 4 * mib);
         assert_eq!(Manners::Shy.piece_bytes(&options, near), 300_000);
+    }
+
+    #[test]
+    fn processors_are_left_to_those_who_wait_for_them() {
+        let cases = [
+            (250_000, 2, 50),
+            (250_000, 100, 1),
+            (250_000, 0, 100),
+            (0, 2, 0),
+        ];
+        for (bytes, processors, ms) in cases {
+            let rest = pressed_rest(bytes, processors);
+            assert_eq!(rest, Duration::from_millis(ms), "{bytes} {processors}");
+        }
     }
 
     #[test]

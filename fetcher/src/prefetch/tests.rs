@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Whole images in the background, in paused time.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use super::*;
 use crate::boot::BootRead;
 use crate::fixture::TestLayer;
@@ -21,8 +23,13 @@ fn fetcher() -> Fetcher {
         shy_request_bytes: 64 << 10,
         read_ahead_max_bytes: 0,
         decodes: 2,
+        processors_waited: || None,
         ..FetcherOptions::default()
     };
+    fetcher_of(options)
+}
+
+fn fetcher_of(options: FetcherOptions) -> Fetcher {
     let store = StoreOptions {
         boot: Some(BootId([1; 16])),
         reclaim: None,
@@ -227,6 +234,46 @@ async fn goes_beside_readers(listed: bool) {
     tokio::time::sleep(2 * SECOND).await;
     assert_eq!(background() <= beside + 2, listed, "{}", background());
     assert_eq!(job.join().await.sealed_layers, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn while_containers_start_processors_are_left_to_who_waits_for_them() {
+    /// A node on which somebody always waits.
+    fn always() -> Option<Duration> {
+        static WAITED: AtomicU64 = AtomicU64::new(0);
+        let hours = WAITED.fetch_add(1, Ordering::Relaxed);
+        Some(Duration::from_secs(3600 * hours))
+    }
+    let layer = TestLayer::even(5, 12_000, 16 << 10);
+    let total = layer.tar.len() as u64;
+    // What is present after 10 s, and after 40: compressed bytes are as many.
+    let least_and_most = |pressed: bool, starts: bool| match (pressed, starts) {
+        (true, true) => [(20_000_000, 70_000_000), (total, total)],
+        _ => [(total, total), (total, total)],
+    };
+    for (pressed, starts) in [(true, true), (true, false), (false, true)] {
+        let fetcher = fetcher_of(FetcherOptions {
+            decodes: 2,
+            processors_waited: if pressed { always } else { || None },
+            ..FetcherOptions::default()
+        });
+        let line = Line::new("a", &layer.blob).pieces(64 << 10, Duration::from_millis(1));
+        let handle = add(&fetcher, &layer, &line).await;
+        let job = if starts {
+            fetcher.prefetch_beside_readers(vec![handle.clone()], 5 * SECOND)
+        } else {
+            fetcher.prefetch(vec![handle.clone()])
+        };
+        for (seconds, (least, most)) in [10, 30].into_iter().zip(least_and_most(pressed, starts)) {
+            tokio::time::sleep(seconds * SECOND).await;
+            let present = handle.device().present_bytes();
+            assert!(
+                (least..=most).contains(&present),
+                "{present} bytes; pressed {pressed}, starts {starts}, {seconds} s"
+            );
+        }
+        assert_eq!(job.join().await.sealed_layers, 1);
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use super::plan::{Limits, between};
+use super::pressure::processors_waited;
 
 /// How the scheduler behaves. The defaults are meant for a registry 1 to 50 ms away.
 #[derive(Clone, Debug)]
@@ -52,6 +53,8 @@ pub struct FetcherOptions {
     pub busy: Duration,
     /// Chunks decoded and verified at once; 0 means as many as there are processors.
     pub decodes: usize,
+    /// How long tasks of this node have waited for a processor, in all; `None` where nobody knows.
+    pub processors_waited: fn() -> Option<Duration>,
 }
 
 impl Default for FetcherOptions {
@@ -76,6 +79,7 @@ impl Default for FetcherOptions {
             shy: Duration::from_secs(1),
             busy: Duration::from_millis(100),
             decodes: 0,
+            processors_waited,
         }
     }
 }

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Reading whole devices, to seal or to audit them: one at a time, on a thread of its own, and never while
-//! a reader is receiving.
+//! Reading whole devices, to seal or to audit them: one at a time, on a thread of its own, never while a reader is
+//! receiving, and slowly while others wait for a processor: hashing takes one as a whole.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use super::pressure::Courtesy;
 use super::{Fetcher, LayerHandle};
 use crate::metrics::FROM_STORE;
 use crate::source::Priority;
@@ -68,7 +69,7 @@ impl Fetcher {
     }
 
     /// Runs long work on a device on a thread of its own, one at a time; it stands still while readers are
-    /// receiving. **Cancel** it stops at its next step.
+    /// receiving, and slows down to a ninth while others wait for a processor. **Cancel** it stops at its next step.
     async fn undisturbing<T: Send + 'static>(
         &self,
         layer: &Arc<LayerHandle>,
@@ -88,10 +89,18 @@ impl Fetcher {
         let work = self.core.tasks.spawn_blocking(move || {
             let key = device.key();
             let step = core.metrics.steps().enter(READ_STEP, "background", key);
+            let mut courtesy = Courtesy::new(Instant::now());
             work(&device, &mut || {
                 step.rest();
-                while !token.is_cancelled() && !core.gate.may_run(Priority::Boot) {
-                    std::thread::sleep(SEAL_NAP);
+                while !token.is_cancelled() {
+                    let nap = if core.gate.may_run(Priority::Boot) {
+                        let now = Instant::now();
+                        courtesy.rest(now, core.pressure.is_high(now))
+                    } else {
+                        Some(SEAL_NAP)
+                    };
+                    let Some(nap) = nap else { break };
+                    std::thread::sleep(nap);
                 }
                 step.begin();
                 if token.is_cancelled() {
