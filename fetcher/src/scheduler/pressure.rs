@@ -3,7 +3,7 @@
 //!
 //! The kernel counts how long tasks have waited for a processor ("some",
 //! <https://docs.kernel.org/accounting/psi.html>). Where many containers start at once that is nearly always; one
-//! start, an application that uses all processors by itself and completion beside it stay below.
+//! start, with completion beside it, stays below.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
